@@ -1,0 +1,33 @@
+# Only Python (3.10 or newer) and make are assumed: each target first makes .venv and installs everything in it.
+#   make quickstart        a first posterior, on the digits that come with scikit-learn
+#   make test              lint, then every test
+#   make bench             the speed and memory tables
+#   make lint              ruff alone
+# PYTHON=python3.12 chooses the Python that .venv is made with.
+
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+# Two test processes share the cores; one thread each keeps them, and the numbers, apart.
+test: export OMP_NUM_THREADS = 1
+
+.PHONY: quickstart test bench lint
+
+quickstart: $(INSTALLED)
+	$(VENV)/bin/python tutorials/quickstart.py
+
+test: lint
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --durations=15
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python tests/benchmarks/run.py
+
+lint: $(INSTALLED)
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+
+$(INSTALLED): pyproject.toml requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c requirements.txt -e ".[dev,notebooks,bench]"
+	touch $@
