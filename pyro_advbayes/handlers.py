@@ -1,0 +1,123 @@
+"""Effect handlers: scaling a data plate to the whole data set, and running a model where values cannot be looked at."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch.distributions import Distribution
+
+
+class MinibatchMessenger(Messenger):
+    """Scales the observed sites of the data plate from a minibatch to the whole data set; see :func:`minibatch`."""
+
+    def __init__(self, size: int, plate: str | None = None) -> None:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"minibatch: size is the number of rows in the data set, an int >= 1; got {size!r}")
+        super().__init__()
+        self.size = size
+        self.plate = plate
+
+    def __enter__(self) -> Any:
+        self._found = self.plate
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if site_is_subsample(msg):
+            return
+        name, frames = msg["name"], {frame.name: frame for frame in msg["cond_indep_stack"]}
+        if self._found is None and msg["is_observed"]:
+            self._found = _only_plate(name, frames)
+        frame = frames.get(self._found)
+        if frame is None:
+            if msg["is_observed"]:
+                raise ValueError(
+                    f"observed site {name!r} is outside the data plate {self._found!r}: its log-density would not be scaled "
+                    "to the whole data set. Move it into the plate, or use the full data (batch_size=None)"
+                )
+            return
+        if not frame.vectorized:
+            raise ValueError(
+                f"plate {frame.name!r} is sequential (a for loop): minibatches need a vectorised one, "
+                f"`with pyro.plate({frame.name!r}, ...):`"
+            )
+        if not msg["is_observed"]:
+            raise ValueError(
+                f"site {name!r} is a local latent: it is drawn inside the data plate {frame.name!r}, so that it belongs to "
+                "the rows of one minibatch (obs_mask= adds such a site, and so do weights drawn in the plate). Draw it "
+                "outside the plate or integrate it out; to predict, call the model without the minibatch handler"
+            )
+        if frame.full_size is not None and frame.full_size != frame.size:
+            raise ValueError(
+                f"plate {frame.name!r} subsamples itself ({frame.size} of {frame.full_size} rows), so it is scaled already: "
+                "drop the minibatch handler (batch_size=), or the plate's subsample"
+            )
+        if frame.size > self.size:
+            raise ValueError(
+                f"plate {frame.name!r} has {frame.size} rows, more than the data set's size={self.size}: give the number "
+                "of rows of the whole data set"
+            )
+        msg["scale"] = msg["scale"] * (self.size / frame.size)
+
+
+def _only_plate(site: str, frames: dict[str, Any]) -> str:
+    """The one plate around an observed site, or a sentence about why there is not one."""
+    if not frames:
+        raise ValueError(
+            f"observed site {site!r} is in no plate: put it in `with pyro.plate('data', len(x)):`, so that a minibatch "
+            "can be scaled to the whole data set"
+        )
+    if len(frames) > 1:
+        raise ValueError(
+            f"observed site {site!r} is in {len(frames)} plates ({', '.join(map(repr, frames))}): say which one holds the "
+            "rows of the data, plate=..."
+        )
+    return next(iter(frames))
+
+
+def minibatch(fn: Callable | None = None, size: int | None = None, plate: str | None = None) -> Any:
+    r"""
+    Scales a model's data plate to the whole set: with :math:`B` rows in the plate and ``size`` :math:`= N`,
+
+    .. math:: \log p(\theta) + \frac{N}{B} \sum_{i=1}^{B} \log p(y_i \mid x_i, \theta),
+
+    an unbiased estimate of the log-joint of all :math:`N` rows when the :math:`B` rows are drawn uniformly. :math:`B` is read
+    off the plate at every call, so that a short last batch is scaled by its own length.
+
+    Example::
+
+        svi = SVI(minibatch(model, size=50_000), guide, optim, Trace_ELBO())
+
+    :param fn: a Pyro model; without it the handler itself is returned, for use as a context manager or decorator.
+    :param int size: number of rows in the whole data set, >= 1.
+    :param str plate: name of the data plate; needed only where observed sites are in several nested plates.
+    :raises ValueError: at the first call, if a site would be scaled wrongly: an observed site outside the plate, a latent
+        site inside it, a sequential plate, a plate that subsamples itself, more rows than ``size``.
+    """
+    messenger = MinibatchMessenger(size, plate)
+    return messenger if fn is None else messenger(fn)
+
+
+class UnvalidatedMessenger(Messenger):
+    """
+    Gives every site a copy of its distribution that does not validate values.
+
+    ``pyro.validation_enabled(False)`` reaches only distributions that are made under it; a prior that a ``PyroSample`` holds was
+    made before, and its look at the values stops every ``torch.func`` transform and graph trace.
+    """
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if isinstance(msg["fn"], Distribution):
+            msg["fn"] = _unvalidated(msg["fn"])
+
+
+def _unvalidated(fn: Distribution) -> Distribution:
+    fn = copy.copy(fn)
+    for name, value in vars(fn).items():
+        if isinstance(value, Distribution):
+            setattr(fn, name, _unvalidated(value))
+    fn._validate_args = False  # torch has no public way to switch validation off on a distribution that exists
+    return fn
