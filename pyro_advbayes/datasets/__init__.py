@@ -1,0 +1,24 @@
+"""Data as tensors: every function returns :class:`Examples`, which unpacks to ``x, y``.
+
+Toy sets and scikit-learn's digits need nothing but the installation. The others read files in a data folder, ``root=``
+or the environment variable ``PYRO_ADVBAYES_DATA``; nothing is downloaded, and an error about a missing file says how to
+get it.
+"""
+
+from pyro_advbayes.datasets.digits import digits
+from pyro_advbayes.datasets.examples import Examples
+from pyro_advbayes.datasets.images import cifar10, cifar10_grey, fashion_mnist, mnist, notmnist, omniglot
+from pyro_advbayes.datasets.toy import two_gaussians, two_moons
+
+__all__ = [
+    "Examples",
+    "cifar10",
+    "cifar10_grey",
+    "digits",
+    "fashion_mnist",
+    "mnist",
+    "notmnist",
+    "omniglot",
+    "two_gaussians",
+    "two_moons",
+]

@@ -1,0 +1,40 @@
+"""Real scanned digits that come with scikit-learn: no download."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pyro_advbayes.datasets.examples import Examples, check_split, image_examples
+
+
+def digits(
+    split: str = "train",
+    *,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    scale: tuple[float, float] = (0.0, 1.0),
+    flatten: bool = False,
+) -> Examples:
+    """1797 handwritten digits, 8x8, in ten classes: the test part of the UCI set "Optical Recognition of Handwritten
+    Digits", as scikit-learn ships it, cut into a training and a test split with the same share of each class.
+
+    :param split: ``"train"`` (1437 images by default) or ``"test"`` (360).
+    :param test_fraction: share of the images in the test split, in (0, 1).
+    :param seed: of the cut, so that both splits of one seed are disjoint; the rows come shuffled.
+    :param scale: ``(low, high)``, what a white and a full pixel become.
+    :param flatten: ``[N, 64]`` instead of ``[N, 1, 8, 8]``.
+    :raises ValueError: on a split of another name, or a ``test_fraction`` outside (0, 1).
+    """
+    from sklearn.datasets import load_digits  # here, not above: it would double the package's import time
+    from sklearn.model_selection import train_test_split
+
+    train = check_split(split)
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction must be between 0 and 1, got {test_fraction}")
+    pixels, labels = load_digits().images, load_digits().target
+    rows = train_test_split(np.arange(len(labels)), test_size=test_fraction, random_state=seed, stratify=labels)
+    rows = rows[0] if train else rows[1]
+    return image_examples(
+        torch.from_numpy(pixels[rows]), torch.from_numpy(labels[rows]), white=16, scale=scale, flatten=flatten
+    )

@@ -1,0 +1,52 @@
+"""What every data set is returned as, and how pixels become inputs."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Examples(NamedTuple):
+    """Inputs and labels of one split, in this order, so that ``x, y = mnist()`` and ``mcmc.run(*mnist())`` work.
+
+    :ivar x: inputs, float32, ``[N, ...]``.
+    :ivar y: labels, int64, ``[N]``.
+    """
+
+    x: Tensor
+    y: Tensor
+
+
+def check_split(split: str) -> bool:
+    """Whether ``split`` is the training split.
+
+    :raises ValueError: if it is neither ``"train"`` nor ``"test"``.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    return split == "train"
+
+
+def image_examples(
+    pixels: Tensor, labels: Tensor, *, white: int, scale: tuple[float, float], flatten: bool
+) -> Examples:
+    """Images as network inputs, ``x = low + (high - low) pixel / white``.
+
+    :param pixels: ``[N, H, W]`` or ``[N, C, H, W]``, from 0 to ``white``.
+    :param labels: ``[N]``, integers.
+    :param white: the largest value that a pixel can take.
+    :param scale: ``(low, high)``, what 0 and ``white`` become.
+    :param flatten: one row per image, ``[N, C*H*W]``, instead of ``[N, C, H, W]``.
+    :raises ValueError: if ``scale`` is not two finite numbers, the smaller first.
+    """
+    if len(scale) != 2 or not all(map(math.isfinite, scale)) or scale[0] >= scale[1]:
+        raise ValueError(f"scale must be (low, high), finite and in this order, got {scale!r}")
+    low, high = scale
+    # Divided first, so that 0 and white become low and high to the last bit; in place, since sets are large.
+    x = pixels.to(torch.float32, copy=True).div_(white).mul_(high - low).add_(low)
+    if x.dim() == 3:
+        x = x.unsqueeze(1)
+    return Examples(x.flatten(1) if flatten else x, labels.to(torch.int64))

@@ -1,0 +1,91 @@
+"""Reading data files that others wrote: where they are looked for, and what is said when one is missing or broken."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DATA_VARIABLE = "PYRO_ADVBAYES_DATA"
+
+
+def find_file(root: str | Path | None, file: str, *, remedy: str) -> Path:
+    """The path of a data file.
+
+    :param root: the data folder; ``None`` reads it from the environment variable ``PYRO_ADVBAYES_DATA``.
+    :param file: the file's path below that folder.
+    :param remedy: a sentence for the error, how to get the file; ``{root}`` in it becomes the data folder.
+    :raises FileNotFoundError: if there is no such file, or no folder was named.
+    """
+    root = root if root is not None else os.environ.get(DATA_VARIABLE)
+    if not root:
+        raise FileNotFoundError(
+            f"no data folder to look for {file} in: pass root=, or set the environment variable {DATA_VARIABLE}. "
+            + remedy.format(root="<root>")
+        )
+    path = Path(root) / file
+    if not path.is_file():
+        raise FileNotFoundError(f"{file} is not in the data folder {root}. " + remedy.format(root=str(root)))
+    return path
+
+
+def read_idx(path: Path, num_dims: int) -> Tensor:
+    """The uint8 array in an unpacked idx file (MNIST's format).
+
+    :param path: the file.
+    :param num_dims: 3 for images, 1 for labels.
+    :raises ValueError: if the file is truncated, or holds something else.
+    """
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    try:
+        return read_image_file(path) if num_dims == 3 else read_label_file(path)
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what torchvision lets through
+        raise ValueError(
+            f"{path} is not a whole, unpacked idx file of {num_dims}-dimensional uint8 data ({error or 'bad header'}): "
+            "delete it and fetch it again"
+        ) from error
+
+
+def read_npz(path: Path, num_dims: dict[str, int]) -> dict[str, Tensor]:
+    """Chosen integer arrays of an npz file; nothing in it is unpickled.
+
+    :param path: the file.
+    :param num_dims: the arrays to read, by name, with the number of dimensions that each must have.
+    :raises ValueError: if the file is truncated, or an array is absent, of another rank, or not of integers.
+    """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a whole npz file: delete it and fetch it again")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if absent := sorted(set(num_dims) - set(file.files)):
+                raise ValueError(f"it lacks {', '.join(absent)}; it holds {', '.join(file.files)}")
+            arrays = {name: file[name] for name in num_dims}
+        for name, array in arrays.items():
+            if array.dtype.kind not in "iu" or array.ndim != num_dims[name]:
+                raise ValueError(
+                    f"{name} must be {num_dims[name]}-dimensional integers, not {array.dtype}{list(array.shape)}"
+                )
+    except (EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read as this set: {error}") from error
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def check_labels(path: Path, labels: Tensor, num_rows: int, num_classes: int | None) -> None:
+    """Whether labels go with ``num_rows`` inputs.
+
+    :param path: the file that the labels come from, for the error.
+    :raises ValueError: if their number differs, or one is outside 0 .. ``num_classes`` - 1.
+    """
+    if len(labels) != num_rows:
+        raise ValueError(f"{path} has {len(labels)} labels for {num_rows} images: the files do not belong together")
+    if num_classes is None or not num_rows:
+        return
+    low, high = int(labels.long().min()), int(labels.long().max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"{path} has labels from {low} to {high}; {num_classes} classes are 0 to {num_classes - 1}")

@@ -1,0 +1,48 @@
+"""Two-dimensional classification problems to look at."""
+
+from __future__ import annotations
+
+import torch
+
+from pyro_advbayes.datasets.examples import Examples
+
+
+def two_moons(num_data: int = 200, noise: float = 0.1, seed: int | None = None) -> Examples:
+    """Two interleaved half circles, by scikit-learn's ``make_moons``, shuffled.
+
+    :param num_data: number of points, both classes together, at least 2.
+    :param noise: standard deviation of the Gaussian noise on each coordinate; the circles have radius 1.
+    :param seed: ``None`` draws from torch's global generator, which ``pyro.set_rng_seed`` governs.
+    :return: ``x`` is ``[num_data, 2]``, ``y`` is 0 (upper moon) or 1 (lower).
+    :raises ValueError: if ``num_data`` is below 2 or ``noise`` negative.
+    """
+    from sklearn.datasets import (
+        make_moons,
+    )  # here, not above: it would double the time that the package takes to import
+
+    if num_data < 2:
+        raise ValueError(f"num_data must be at least 2, one point per class, got {num_data}")
+    if not noise >= 0:
+        raise ValueError(f"noise is a standard deviation and must be at least 0, got {noise}")
+    if seed is None:
+        seed = int(torch.randint(2**31 - 1, ()))
+    x, y = make_moons(num_data, noise=noise, random_state=seed)
+    return Examples(torch.from_numpy(x).float(), torch.from_numpy(y).long())
+
+
+def two_gaussians(num_per_class: int = 10, seed: int | None = None) -> Examples:
+    """The toy problem of Adversarial Posterior Distillation (Wang et al., ICML 2018): N(m, 0.3 I) at (-2, -2), (2, 2).
+
+    :param num_per_class: number of points in each class, at least 1; the paper's code uses 10.
+    :param seed: ``None`` draws from torch's global generator, which ``pyro.set_rng_seed`` governs.
+    :return: ``x`` is ``[2 num_per_class, 2]``; ``y`` is 0 for the points round (-2, -2), which come first, and 1 for
+        those round (2, 2).
+    :raises ValueError: if ``num_per_class`` is below 1.
+    """
+    if num_per_class < 1:
+        raise ValueError(f"num_per_class must be at least 1, got {num_per_class}")
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    y = torch.arange(2).repeat_interleave(num_per_class)
+    means = torch.tensor([[-2.0, -2.0], [2.0, 2.0]], dtype=torch.float32)
+    noise = torch.randn(2 * num_per_class, 2, generator=generator, dtype=torch.float32)
+    return Examples(means[y] + 0.3**0.5 * noise, y)
