@@ -1,0 +1,253 @@
+"""Any ``torch.nn.Module`` as a Bayesian neural network: :func:`bayesianize`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from pyro.distributions import Normal
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.nn import PyroModule, PyroSample
+from pyro.nn.module import to_pyro_module_
+from torch.distributions import Distribution, Transform
+from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import _InverseTransform
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils import parametrize
+
+Prior = TorchDistributionMixin | Callable[[str, torch.Tensor], TorchDistributionMixin | None]
+
+
+@dataclass(frozen=True)
+class FanIn:
+    r"""
+    A prior whose functions keep their size as layers grow wider: for every tensor of two or more dimensions
+
+    .. math:: w \sim \mathcal{N}(0, \text{scale}^2 / \text{fan\_in}),
+
+    with fan_in the number of elements of ``w`` over the size of its first dimension: the inputs that one output unit
+    of a linear, convolutional or recurrent layer sees. (An embedding is looked up, not summed over, and a transposed
+    convolution stores its inputs first: give those a prior of their own.) A tensor of one dimension or none (a bias,
+    the gain of a normalisation layer) has no fan-in and gets ``Normal(0, bias_scale)``.
+
+    Source: R. Neal, Bayesian Learning for Neural Networks, 1996, chapter 2.
+
+    :param float scale: standard deviation of a pre-activation per unit of input, > 0; √2 keeps the variance through
+        ReLU layers.
+    :param float bias_scale: standard deviation of what has no fan-in, > 0.
+    """
+
+    scale: float = 1.0
+    bias_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "bias_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"FanIn needs {name} > 0, got {getattr(self, name)}.")
+
+    def __call__(self, name: str, value: torch.Tensor) -> Normal:
+        if value.dim() < 2:
+            return Normal(0.0, self.bias_scale)
+        return Normal(0.0, self.scale / math.sqrt(value[0].numel()))
+
+
+def bayesianize(
+    net: torch.nn.Module, prior: Prior = Normal(0.0, 1.0), *, exclude: str | Sequence[str] = ()
+) -> PyroModule:
+    """
+    Copies a network and gives every parameter of the copy a prior, so that calling it draws its weights. ::
+
+        net = bayesianize(nn.Sequential(nn.Linear(2, 20), nn.ReLU(), nn.Linear(20, 2)), prior=Normal(0., 1.))
+
+    The copy has the structure of the original, which stays untouched. Each parameter is a latent site under its own
+    name (``"0.weight"``; ``"net.0.weight"`` once it is the attribute ``net`` of a model), drawn as a whole. Make the
+    copy part of its model before it is first called: Pyro fixes the names at that moment.
+
+    - Priors live on the device and in the dtype of their parameter, and follow ``.to()``, ``.double()`` and the like.
+    - The copy is in eval mode and stays there, even when a module around it is put in train mode: a log-density must
+      not depend on chance (Dropout), and running the model must not change it (BatchNorm's statistics, which stay
+      those of the original). Excluded layers are no exception.
+    - A module used in two places stays one module, with one site, under the last of its names.
+    - Frozen parameters (``requires_grad=False``) get priors like all others.
+
+    :param torch.nn.Module net: any network that is not a Pyro module yet.
+    :param prior: one Pyro distribution, expanded to the shape of each parameter; or a
+        function of a parameter's name and value that returns the distribution (which is expanded likewise), or None
+        to leave the parameter as it is; :class:`FanIn` is one.
+    :param exclude: one pattern or several (as in :mod:`fnmatch`: ``"0.*"``, ``"*.bias"``) for the names of
+        parameters that get no prior. They stay ``nn.Parameter`` s with the values of the original: samplers hold
+        them fixed, variational inference optimises those that require a gradient.
+    :returns: the copy, a :class:`~pyro.nn.PyroModule`.
+    :raises ValueError: if ``net`` has no parameters, or none is left to get a prior; if a pattern matches nothing; if
+        a prior does not fit its parameter; if one tensor is a parameter under two names; and for networks whose
+        parameters cannot become sites (lazy, parametrised, compiled, already Pyro's) or whose output for
+        one row depends on the rest of the batch even in eval mode.
+    """
+    if not callable(prior):
+        raise ValueError(
+            f"prior must be a distribution of pyro.distributions or a function of (name, tensor), got {prior!r}."
+        )
+    _check_modules(net)
+    net = copy.deepcopy(net).eval()
+    to_pyro_module_(net)
+    net.__class__ = _bayesian_class(net.__class__)
+
+    parameters = {name: (module, attribute) for name, module, attribute in _named_parameters(net)}
+    excluded = _matches(exclude, list(parameters))
+    priors = {}
+    for name, (module, attribute) in parameters.items():
+        if name not in excluded:
+            value = module._parameters[attribute].detach()
+            distribution = prior if isinstance(prior, Distribution) else prior(name, value)
+            if distribution is not None:
+                priors[name] = _fit(distribution, name, value)
+    if not priors:
+        raise ValueError("No parameter is left to get a prior: exclude fewer, or let prior return a distribution.")
+    _check_ties(parameters, priors)
+    for name, distribution in priors.items():
+        module, attribute = parameters[name]
+        setattr(module, attribute, PyroSample(distribution))
+    return net
+
+
+class _Bayesian(PyroModule):
+    """What the root of a bayesianized network adds to a PyroModule."""
+
+    def train(self, mode: bool = True) -> PyroModule:
+        """Stays in eval mode, whatever a module around it is told; see :func:`bayesianize`."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PyroModule:
+        # PyTorch moves parameters and buffers only, and a PyroSample is neither.
+        super()._apply(fn, recurse)
+        for module in self.modules():
+            samples = module._pyro_samples
+            samples.update({name: _map_tensors(prior, fn) for name, prior in samples.items()})
+        return self
+
+
+@functools.cache
+def _bayesian_class(cls: type[PyroModule]) -> type[PyroModule]:
+    class Bayesian(_Bayesian, cls):
+        def __reduce__(self) -> tuple:
+            # The class is made here, so that pickle cannot find it by name; the class of the plain module it can.
+            return _empty, (_plain_class(cls),), self.__getstate__()
+
+    Bayesian.__name__ = Bayesian.__qualname__ = "Bayesian" + _plain_class(cls).__name__
+    return Bayesian
+
+
+def _plain_class(cls: type[PyroModule]) -> type[torch.nn.Module]:
+    return next(base for base in cls.__mro__ if not issubclass(base, PyroModule))
+
+
+def _empty(plain: type[torch.nn.Module]) -> PyroModule:
+    """An object to unpickle into."""
+    cls = _bayesian_class(PyroModule[plain])
+    return cls.__new__(cls)
+
+
+def _named_parameters(net: PyroModule) -> Iterator[tuple[str, PyroModule, str]]:
+    """Every parameter under the name of its site (of a shared module that is the last one, unlike PyTorch's)."""
+    for module in net.modules():
+        for attribute, value in module._parameters.items():
+            if value is not None:
+                yield f"{module._pyro_name}.{attribute}".lstrip("."), module, attribute
+
+
+def _matches(patterns: str | Sequence[str], names: list[str]) -> set[str]:
+    matched: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = {name for name in names if fnmatchcase(name, pattern)}
+        if not found:
+            raise ValueError(f"exclude={pattern!r} matches no parameter; there are {', '.join(names)}.")
+        matched |= found
+    return matched
+
+
+def _fit(prior: Any, name: str, value: torch.Tensor) -> TorchDistributionMixin:
+    """The prior over a whole parameter, where that parameter lives."""
+    if not isinstance(prior, TorchDistributionMixin):
+        raise ValueError(f"The prior of {name!r} must be a distribution of pyro.distributions, got {prior!r}.")
+    if not value.is_floating_point():
+        raise ValueError(f"Parameter {name!r} is {value.dtype} and cannot have a prior: exclude it.")
+    prior = _map_tensors(prior, lambda t: t.to(value) if t.is_floating_point() else t.to(value.device))
+    batch = value.shape[: max(value.dim() - prior.event_dim, 0)]
+    try:
+        fitted = prior.expand(batch).to_event(len(batch))
+    except RuntimeError:
+        fitted = prior
+    if fitted.event_shape != value.shape or fitted.batch_shape:
+        raise ValueError(
+            f"The prior of {name!r} has shape {tuple(prior.shape())}, which does not expand to the parameter's "
+            f"{tuple(value.shape)}."
+        )
+    return fitted
+
+
+def _map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of a distribution with ``fn`` applied to every tensor that it holds, at any depth."""
+    if isinstance(value, torch.Tensor):
+        # An expanded tensor stays one: a prior on a million weights holds two numbers.
+        core = value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
+        return fn(core).expand(value.shape)
+    if isinstance(value, Distribution | Transform | Constraint):
+        mapped = object.__new__(type(value))
+        for name, item in vars(value).items():
+            # A transform remembers its inverse, which holds the tensors from before; it makes a new one when asked.
+            remembered = name == "_inv" and not isinstance(value, _InverseTransform)
+            vars(mapped)[name] = None if remembered else _map_tensors(item, fn)
+        return mapped
+    if type(value) in (list, tuple):
+        return type(value)(_map_tensors(item, fn) for item in value)
+    return value
+
+
+def _check_ties(parameters: dict[str, tuple[PyroModule, str]], priors: dict[str, Any]) -> None:
+    first: dict[int, str] = {}
+    for name, (module, attribute) in parameters.items():
+        other = first.setdefault(id(module._parameters[attribute]), name)
+        if other != name and (other in priors or name in priors):
+            raise ValueError(
+                f"Parameters {other!r} and {name!r} are one tensor, but would become two independent sites: exclude "
+                "both, or use one module in both places."
+            )
+
+
+def _check_modules(net: torch.nn.Module) -> None:
+    if not isinstance(net, torch.nn.Module):
+        raise ValueError(f"net must be a torch.nn.Module, got {type(net).__name__}.")
+    for name, module in net.named_modules():
+        what = f"Module {name!r}" if name else f"The {type(module).__name__}"
+        if isinstance(module, PyroModule):
+            raise ValueError(f"{what} is a PyroModule already: bayesianize the plain network inside it.")
+        if _is_compiled(module):
+            raise ValueError(f"{what} is compiled: bayesianize the network that was compiled.")
+        if parametrize.is_parametrized(module):
+            raise ValueError(
+                f"{what} has parametrised tensors ({', '.join(module.parametrizations)}): remove the parametrisation "
+                "(torch.nn.utils.parametrize.remove_parametrizations) and bayesianize then."
+            )
+        if any(isinstance(value, UninitializedTensorMixin) for value in module._parameters.values()):
+            raise ValueError(
+                f"{what} is lazy and has no shape yet: call the network once on a batch, then bayesianize."
+            )
+        if isinstance(module, _BatchNorm) and not module.track_running_stats:
+            raise ValueError(
+                f"{what} normalises by the batch that it is given (track_running_stats=False), so that no row has a "
+                "likelihood of its own: track the statistics, or use GroupNorm."
+            )
+    if next(net.parameters(), None) is None:
+        raise ValueError(f"The {type(net).__name__} has no parameters that could get a prior.")
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    # torch.compile(module) wraps it, module.compile() replaces its call; both would keep on calling the original.
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
