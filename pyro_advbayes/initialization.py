@@ -1,0 +1,44 @@
+"""Where chains start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.infer.autoguide.initialization import init_to_uniform
+from torch import Tensor
+from torch.distributions import constraints
+
+
+def init_to_fan_in(site: dict[str, Any]) -> Tensor:
+    r"""
+    Draws real sites at the scale at which networks are trained, around the mean of their prior :math:`p`:
+
+    .. math:: \theta = \mathrm{E}_p[\theta] + \min\bigl(\mathrm{sd}_p, 1/\sqrt{\mathrm{fan\_in}}\bigr)\, n,
+        \qquad n \sim \mathrm{Normal}(0, 1),
+
+    where fan_in is the number of inputs of a weight ``[out, in, ...]`` and the number of elements of anything smaller. A draw
+    from a unit-normal prior, Pyro's usual start, makes a wide network's logits so large that its first gradients are useless.
+    Sites of other support start at Pyro's ``init_to_uniform(radius=1)``.
+
+    An initialisation strategy like those in ``pyro.infer.autoguide.initialization``.
+
+    :param site: a Pyro sample message.
+    :return: a value of the site's shape.
+    """
+    fn = site["fn"]
+    support = getattr(fn.support, "base_constraint", fn.support)
+    if support is not constraints.real and support is not constraints.real_vector:
+        return init_to_uniform(site, radius=1.0)
+    shape = fn.shape()
+    fan_in = shape[1:].numel() if len(shape) > 1 else shape.numel()
+    like = fn.sample()
+    scale = torch.full_like(like, fan_in**-0.5)
+    centre = torch.zeros_like(like)
+    try:
+        mean, variance = fn.mean.expand(shape), fn.variance.expand(shape)
+    except (NotImplementedError, AttributeError):
+        return scale * torch.randn_like(like)
+    centre = torch.where(mean.isfinite(), mean, centre)
+    scale = torch.where(variance.isfinite(), torch.minimum(variance.sqrt(), scale), scale)
+    return centre + scale * torch.randn_like(like)

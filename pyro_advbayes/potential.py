@@ -1,0 +1,421 @@
+"""A Pyro model as the potential energy U(state, batch) of flat rows, and its gradient, for many chains at once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
+from torch import Tensor
+from torch.func import grad, grad_and_value, vmap
+
+from pyro_advbayes.batches import Batch, FullData, Loader, PlateIndices, TensorRows, is_loader
+from pyro_advbayes.graph import trace_graph
+from pyro_advbayes.handlers import UnvalidatedMessenger, minibatch
+from pyro_advbayes.initialization import init_to_fan_in
+from pyro_advbayes.structure import Arguments, Site, look
+
+BACKENDS = ("handlers", "graph", "compile")
+KINDS = ("energy", "gradient", "both")
+
+# Largest number of weights for which chains side by side (one batched product) beat one after the other on a CPU; with
+# convolutions they never do. Measured on two cores at batch 100; see tests/benchmarks.
+SIDE_BY_SIDE_WEIGHTS = 20_000
+
+
+class Potential:
+    r"""
+    The potential energy of a Pyro model in unconstrained space, in nats over the whole data set:
+
+    .. math:: U(\theta) = -\log p(\theta) - \frac{N}{B} \sum_{i \in \mathrm{batch}} \log p(y_i \mid x_i, \theta)
+        - T \log \left|\det \frac{\partial\theta}{\partial u}\right|,
+
+    an unbiased estimate from a minibatch of :math:`B` of :math:`N` rows. The Jacobian of the map from unconstrained :math:`u` is
+    weighted by the temperature :math:`T`, so that a sampler of :math:`e^{-U/T}` has the law :math:`p(\theta, D)^{1/T}` in the
+    model's own space.
+
+    Data arrives in three ways: tensors cut into minibatches (``batch_size``), a plate that subsamples itself
+    (``plate("data", N, subsample_size=B)``), or a loader, the only argument. Without any, every evaluation sees all the data.
+
+    Three backends give the same numbers. ``"handlers"`` runs Pyro's handlers at every evaluation. ``"graph"`` traces them once
+    into a flat graph and compares it with ``"handlers"`` on a second state and a second batch; where they differ, or the trace
+    fails, it falls back to ``"handlers"`` with one warning that says why. ``"compile"`` gives that graph to ``torch.compile``.
+
+    :param model: a Pyro model with continuous latent sites.
+    :param args: its arguments, or one loader.
+    :param kwargs: its keyword arguments.
+    :param int num_chains: number of rows of a state.
+    :param int batch_size: rows in a minibatch, 1 to N; None for all rows.
+    :param batch_args: positions or names of the arguments that hold a row per data point; by default every tensor as long as
+        the first one.
+    :param int num_data: N, where a loader does not tell it.
+    :param str backend: ``"handlers"``, ``"graph"`` or ``"compile"``.
+    :param int chunk_size: how many chains are evaluated side by side; 1 means one after the other, without ``vmap``. The default
+        is a fixed rule: all of them, but one on a CPU where the model has convolutions or over 20 000 weights.
+    :param init_strategy: a per-site function as in ``pyro.infer.autoguide.initialization``.
+    :param dict graphs: traced graphs to use again, from an earlier potential of the same model.
+    :raises ValueError: naming site, plate, layer or argument, if the model or its data cannot be sampled as asked.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        num_chains: int = 1,
+        batch_size: int | None = None,
+        batch_args: Sequence[int | str] | None = None,
+        num_data: int | None = None,
+        backend: str = "graph",
+        chunk_size: int | None = None,
+        init_strategy: Callable = init_to_fan_in,
+        graphs: dict[Any, Callable] | None = None,
+    ) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
+        self.model, self.num_chains, self.backend, self.init_strategy = model, num_chains, backend, init_strategy
+        self._graphs = {} if graphs is None else graphs
+        self._checked: set[Any] = set()
+        kwargs = dict(kwargs or {})
+        if is_loader(args, kwargs):
+            self._from_loader(args[0], batch_size, num_data)
+        else:
+            self._from_arguments(Arguments(model, args, kwargs), batch_size, batch_args, num_data)
+        self.sites: tuple[Site, ...] = self.structure.sites
+        self.size = sum(site.numel for site in self.sites)
+        self.dtype = self.sites[0].dtype
+        for site in self.sites:
+            self.dtype = torch.promote_types(self.dtype, site.dtype)
+        self.chunk_size = self._default_chunk() if chunk_size is None else min(chunk_size, num_chains)
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size!r}: the number of chains in one call, >= 1")
+        self._probes = (self.batches.next(), self.batches.next())
+
+    # ---------------------------------------------------------------------------------------------- where data comes from
+
+    def _from_loader(self, loader: Iterable[Any], batch_size: int | None, num_data: int | None) -> None:
+        if batch_size is not None:
+            raise ValueError(f"batch_size={batch_size}: a loader cuts its own batches; give batch_size to the loader")
+        self.batches = Loader(loader, num_data)
+        item = self.batches.example
+        self.arguments = Arguments(self.model, item, {})
+        self.arguments.check_finite()
+        self.places = list(range(len(item)))
+        rows = len(item[0])
+        fewer = tuple(t[: rows - 1] if rows > 1 else torch.cat([t, t]) for t in item)
+        self.structure = look(
+            self.model,
+            (item, {}),
+            (fewer, {}),
+            (rows, len(fewer[0])),
+            self.batches.num_data,
+            self.arguments.lengths(),
+            loader=True,
+        )
+        self.device = item[0].device
+
+    def _from_arguments(
+        self, arguments: Arguments, batch_size: int | None, batch_args: Sequence[int | str] | None, num_data: int | None
+    ) -> None:
+        if num_data is not None:
+            raise ValueError(f"num_data={num_data}: only a loader needs it; here the number of rows is read off the arguments")
+        arguments.check_finite()
+        self.arguments, self.places = arguments, []
+        tensors = arguments.tensors
+        self.device = tensors[0].device if tensors else torch.get_default_device()
+        seed = int(torch.randint(2**31 - 1, ()))
+        if batch_size is None:
+            self.structure = look(self.model, (arguments.args, arguments.kwargs), None, None, None)
+            found = self.structure
+            self.batches = FullData()
+            if found.scaling == "indices":
+                self.batches = PlateIndices(found.plate_size, found.plate_batch, self.num_chains, seed, self.device)
+            return
+        self.places, size = arguments.rows(batch_args)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= size:
+            raise ValueError(f"batch_size={batch_size!r}: an int from 1 to the number of rows, {size}")
+        other = batch_size - 1 if batch_size > 1 else min(2, size)
+        self.structure = look(
+            self.model,
+            arguments.replace(self._rows(batch_size)),
+            arguments.replace(self._rows(other)),
+            (batch_size, other),
+            size,
+            arguments.lengths(),
+        )
+        self.batches = TensorRows([tensors[i] for i in self.places], batch_size, self.num_chains, seed)
+
+    def _rows(self, count: int) -> list[Tensor]:
+        return [t[:count] if i in self.places else t for i, t in enumerate(self.arguments.tensors)]
+
+    # ------------------------------------------------------------------------------------------------- rows and their sites
+
+    def split(self, state: Tensor) -> dict[str, Tensor]:
+        """Unconstrained values by site, views ``[chains, *unconstrained_shape]`` into a state ``[chains, size]``."""
+        parts = state.split([site.numel for site in self.sites], dim=-1)
+        return {s.name: part.view(state.shape[:-1] + s.unconstrained_shape) for s, part in zip(self.sites, parts, strict=True)}
+
+    def join(self, params: Mapping[str, Tensor]) -> Tensor:
+        """
+        A state ``[chains, size]`` from unconstrained values ``[chains, *unconstrained_shape]``; the inverse of :meth:`split`.
+
+        :raises ValueError: naming a site that is missing, unknown or of another shape.
+        """
+        names = {site.name for site in self.sites}
+        if set(params) != names:
+            wrong = sorted(set(params) ^ names)[0]
+            raise ValueError(
+                f"site {wrong!r} is {'unknown to the model' if wrong in params else 'missing'}: expected {sorted(names)}"
+            )
+        parts = []
+        for site in self.sites:
+            value = params[site.name]
+            if value.shape[1:] != site.unconstrained_shape:
+                raise ValueError(
+                    f"site {site.name!r} has shape {tuple(value.shape)}: expected [chains, *{tuple(site.unconstrained_shape)}] in "
+                    "unconstrained space"
+                )
+            parts.append(value.detach().to(self.device, self.dtype).reshape(len(value), -1))
+        return torch.cat(parts, dim=-1)
+
+    def constrain(self, state: Tensor) -> dict[str, Tensor]:
+        """Values by site ``[chains, *shape]``, in the model's own space and dtypes."""
+        with torch.no_grad():
+            values = {site.name: site.transform(u) for site, u in zip(self.sites, self.split(state).values(), strict=True)}
+            return {site.name: values[site.name].to(site.dtype) for site in self.sites}
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """A state from values ``[chains, *shape]``; the inverse of :meth:`constrain`."""
+        with torch.no_grad():
+            missing = [site.name for site in self.sites if site.name not in values]
+            if missing:
+                raise ValueError(f"site {missing[0]!r} is missing: values are needed for {[s.name for s in self.sites]}")
+            return self.join({site.name: site.transform.inv(values[site.name].to(self.device)) for site in self.sites})
+
+    @property
+    def transforms(self) -> dict[str, Any]:
+        """Maps from the model's space to unconstrained space, by site, as Pyro's kernels give them."""
+        return {site.name: site.transform.inv for site in self.sites}
+
+    def init(self) -> Tensor:
+        """
+        A start for every chain, ``[chains, size]``, by the init strategy, with finite energy and gradient on two batches.
+
+        :raises ValueError: if 100 tries find none.
+        """
+        rows: list[Tensor] = []
+        args, kwargs = self.arguments.replace(self._example_tensors())
+        inputs = self._inputs(self._chain_batch(self._probes[0], 0))
+        for _ in range(100 * self.num_chains):
+            with torch.no_grad(), poutine.block():
+                trace = poutine.trace(InitMessenger(self.init_strategy)(self.model)).get_trace(*args, **kwargs)
+            values = {site.name: trace.nodes[site.name]["value"].detach().unsqueeze(0) for site in self.sites}
+            row = self.unconstrain(values)
+            energy, gradient = self._by_handlers(row[0], self._temperature(1.0), inputs)
+            if bool(energy.isfinite()) and bool(gradient.isfinite().all()):
+                again, _ = self._by_handlers(row[0], self._temperature(1.0), inputs, with_gradient=False)
+                if not torch.allclose(energy, again, rtol=1e-4):
+                    raise ValueError(
+                        f"the model has no fixed log-density: two evaluations at one point gave {float(-energy)} and "
+                        f"{float(-again)}. It draws random numbers beside its sites (dropout in training mode?): call .eval()"
+                    )
+                rows.append(row)
+                if len(rows) == self.num_chains:
+                    return torch.cat(rows)
+        raise ValueError(
+            "no start with a finite energy and gradient was found in 100 tries: check priors and data, or give "
+            "initial_params or another init_strategy (pyro.infer.autoguide.initialization)"
+        )
+
+    def _example_tensors(self) -> list[Tensor]:
+        if self.structure.scaling != "minibatch" or not self.places:
+            return self.arguments.tensors
+        return self._rows(self.batches.batch_size)
+
+    # ------------------------------------------------------------------------------------------------ energies and gradients
+
+    def energy(self, state: Tensor, batch: Batch | None = None, temperature: float = 1.0) -> Tensor:
+        """
+        :param state: ``[chains, size]``.
+        :param batch: what :attr:`batches` gave; None takes the next.
+        :param temperature: T, which weights the Jacobian of constrained sites.
+        :return: U, in nats, ``[chains]``.
+        """
+        return self.evaluate("energy", state, batch, temperature)
+
+    def gradient(self, state: Tensor, batch: Batch | None = None, temperature: float = 1.0) -> Tensor:
+        """The gradient of :meth:`energy` with respect to the state, ``[chains, size]``."""
+        return self.evaluate("gradient", state, batch, temperature)
+
+    def evaluate(self, kind: str, state: Tensor, batch: Batch | None = None, temperature: float = 1.0) -> Any:
+        """``"energy"``, ``"gradient"``, or ``"both"`` as ``(gradient, energy)``."""
+        batch = self.batches.next() if batch is None else batch
+        pieces = []
+        for rows, tensors in self.chunks(state.shape[0], batch):
+            piece = state[rows]
+            pieces.append(self.function(kind, piece, tensors)(piece, self._temperature(temperature), *tensors))
+        return _assemble(pieces, self.chunk_size == 1)
+
+    def chunks(self, num_chains: int, batch: Batch) -> list[tuple[slice | int, tuple[Tensor, ...]]]:
+        """Which rows of a state go into one call of :meth:`function`, and with which tensors: an int is a row by itself."""
+        if self.chunk_size == 1:
+            return [(c, self._inputs(self._chain_batch(batch, c))) for c in range(num_chains)]
+        result: list[tuple[slice | int, tuple[Tensor, ...]]] = []
+        for start in range(0, num_chains, self.chunk_size):
+            rows = slice(start, min(start + self.chunk_size, num_chains))
+            result.append((rows, self._inputs(tuple(t[rows] for t in batch) if self.batches.per_chain else batch)))
+        return result
+
+    def function(self, kind: str, state: Tensor, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+        """
+        The function of ``(state, temperature, *tensors)`` that evaluates one chunk: a graph, or Pyro's handlers.
+
+        :param kind: ``"energy"``, ``"gradient"`` or ``"both"``.
+        :param state: a row ``[size]``, or rows ``[chunk, size]``.
+        :param tensors: what :meth:`chunks` gave.
+        """
+        looped = self._looped(kind, len(tensors), state.dim() == 1)
+        if self.backend == "handlers":
+            return looped
+        key = (kind, state.shape, state.dtype, str(state.device), tuple((t.shape, t.dtype) for t in tensors))
+        if key not in self._checked:
+            if key not in self._graphs or not self._agrees(self._graphs[key], looped, state, tensors):
+                self._graphs[key] = self._trace(kind, state, tensors, looped)
+            self._checked.add(key)
+        return self._graphs[key]
+
+    def _trace(self, kind: str, state: Tensor, tensors: Sequence[Tensor], looped: Callable) -> Callable:
+        temperature = self._temperature(1.0)
+        fn = {"energy": lambda f: f, "gradient": grad, "both": grad_and_value}[kind](self._log_density)
+        if state.dim() == 2:
+            varying = 0 if self.batches.per_chain else None
+            axes = [varying if i in self._varying(len(tensors)) else None for i in range(len(tensors))]
+            fn = vmap(fn, in_dims=(0, None, *axes))
+        try:
+            with pyro.validation_enabled(False):
+                graph = trace_graph(fn, (state.detach().clone(), temperature, *tensors))
+        except Exception as error:  # whatever a model's Python does under a tracer: the handlers still run it
+            return self._fall_back(f"it cannot be traced: {str(error).splitlines()[0]}", looped)
+        if not self._agrees(graph, looped, state, tensors):
+            return self._fall_back(
+                "the graph's numbers differ from the handlers' on another batch: the model takes a Python number from the data's "
+                "values (len(torch.unique(y)), say), or draws random numbers beside its sites",
+                looped,
+            )
+        return graph
+
+    def _fall_back(self, why: str, looped: Callable) -> Callable:
+        warnings.warn(f"backend={self.backend!r} falls back to 'handlers', which is slower, for this model: {why}", stacklevel=2)
+        self.backend = "handlers"
+        return looped
+
+    def _agrees(self, graph: Callable, looped: Callable, state: Tensor, tensors: Sequence[Tensor]) -> bool:
+        """Compares with the handlers on a second state, and on a second batch where there is one of this shape."""
+        noise = torch.linspace(-0.05, 0.05, state.shape[-1], dtype=state.dtype, device=state.device)
+        other = state.detach() + noise
+        candidates = [tensors]
+        for probe in self._probes:
+            for _, inputs in self.chunks(self.num_chains, probe):
+                if [t.shape for t in inputs] == [t.shape for t in tensors]:
+                    candidates.append(inputs)
+        tolerance = 1e-3 if state.dtype in (torch.float32, torch.bfloat16, torch.float16) else 1e-7
+        for inputs in (candidates[0], candidates[-1]):
+            temperature = self._temperature(0.5)
+            ours, theirs = graph(other, temperature, *inputs), looped(other, temperature, *inputs)
+            ours, theirs = (ours, theirs) if isinstance(ours, tuple) else ((ours,), (theirs,))
+            for a, b in zip(ours, theirs, strict=True):
+                if not bool((a - b).norm() <= tolerance * b.norm() + 1e-30):
+                    return False
+        return True
+
+    def _looped(self, kind: str, num_tensors: int, single: bool) -> Callable:
+        """The handlers' way: Pyro's handlers for one chain after the other."""
+        pick = {
+            "energy": lambda both: both[0],
+            "gradient": lambda both: both[1],
+            "both": lambda both: (both[1], both[0]),
+        }[kind]
+
+        def one(row: Tensor, temperature: Tensor, *tensors: Tensor) -> Any:
+            return pick(self._by_handlers(row, temperature, tensors, kind != "energy"))
+
+        def many(state: Tensor, temperature: Tensor, *tensors: Tensor) -> Any:
+            varying = self._varying(num_tensors) if self.batches.per_chain else ()
+            rows = [
+                one(row, temperature, *(t[c] if i in varying else t for i, t in enumerate(tensors)))
+                for c, row in enumerate(state)
+            ]
+            return _assemble(rows, True)
+
+        return one if single else many
+
+    def _by_handlers(
+        self, row: Tensor, temperature: Tensor, tensors: Sequence[Tensor], with_gradient: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        with torch.enable_grad(), pyro.validation_enabled(False):
+            row = row.detach().requires_grad_(with_gradient)
+            energy = self._log_density(row, temperature, *tensors)
+            gradient = torch.autograd.grad(energy, row)[0] if with_gradient else None
+        return energy.detach(), gradient
+
+    def _log_density(self, row: Tensor, temperature: Tensor, *tensors: Tensor) -> Tensor:
+        """U of one chain: everything else evaluates, differentiates, batches or traces this."""
+        values, log_jacobian = {}, row.new_zeros(())
+        for site, part in zip(self.sites, row.split([site.numel for site in self.sites]), strict=True):
+            part = part.view(site.unconstrained_shape).to(site.dtype)
+            values[site.name] = site.transform(part)
+            if not _is_identity(site.transform):
+                log_jacobian = log_jacobian + site.transform.log_abs_det_jacobian(part, values[site.name]).sum()
+        model = self.model
+        if self.structure.scaling == "minibatch":
+            model = minibatch(model, self.structure.plate_size, self.structure.plate)
+        elif self.structure.scaling == "indices":
+            *tensors, values[self.structure.plate] = tensors
+        args, kwargs = self.arguments.replace(tensors)
+        with poutine.block(), UnvalidatedMessenger():
+            trace = poutine.trace(poutine.condition(model, values)).get_trace(*args, **kwargs)
+        return -(trace.log_prob_sum() + temperature * log_jacobian).to(row.dtype)
+
+    # ---------------------------------------------------------------------------------------------- inputs of the functions
+
+    def _varying(self, num_tensors: int) -> Sequence[int]:
+        return (num_tensors - 1,) if self.structure.scaling == "indices" else self.places
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """All tensor arguments, with a batch in its places; a plate's indices come last."""
+        if self.structure.scaling == "indices":
+            return (*self.arguments.tensors, *batch)
+        if not self.places:
+            return tuple(self.arguments.tensors)
+        tensors = list(self.arguments.tensors)
+        for place, value in zip(self.places, batch, strict=True):
+            tensors[place] = value
+        return tuple(tensors)
+
+    def _chain_batch(self, batch: Batch, chain: int) -> Batch:
+        return tuple(t[chain] for t in batch) if self.batches.per_chain else batch
+
+    def _temperature(self, value: float) -> Tensor:
+        return torch.tensor(float(value), dtype=self.dtype, device=self.device)
+
+    def _default_chunk(self) -> int:
+        convolutional = any(len(site.shape) > 2 for site in self.sites)
+        slow = self.device.type == "cpu" and (convolutional or self.size > SIDE_BY_SIDE_WEIGHTS)
+        return 1 if slow else self.num_chains
+
+
+def _is_identity(transform: Any) -> bool:
+    base = getattr(transform, "base_transform", transform)
+    return base is torch.distributions.transforms.identity_transform
+
+
+def _assemble(pieces: list[Any], single: bool) -> Any:
+    join = torch.stack if single else torch.cat
+    if isinstance(pieces[0], tuple):
+        return tuple(join(part) for part in zip(*pieces, strict=True))
+    return join(pieces)
