@@ -25,9 +25,7 @@ def latent_values(model, x) -> dict[str, torch.Tensor]:
         (bal_convnet, (1, 28, 28), 10, 110_634),
     ],
 )
-def test_a_classifier_has_the_published_number_of_weights_and_gives_one_row_of_logits_per_input(
-    make, shape, classes, count
-):
+def test_a_classifier_has_the_published_number_of_weights_and_gives_one_row_of_logits_per_input(make, shape, classes, count):
     model, x = make(), torch.rand(3, *shape)
     assert sum(value.numel() for value in latent_values(model, x).values()) == count
     assert list(model.parameters()) == []
@@ -49,8 +47,14 @@ def test_with_the_weights_of_the_plain_network_the_model_is_that_network(make, m
     site = pyro.poutine.trace(conditioned).get_trace(x, y).nodes["obs"]
     expected = -torch.nn.functional.cross_entropy(network(x), y, reduction="none")
     torch.testing.assert_close(site["fn"].log_prob(site["value"]), expected)
-    assert site["is_observed"]
+    assert site["is_observed"] and site["scale"] == 1
     assert [(frame.name, frame.size) for frame in site["cond_indep_stack"]] == [("data", 5)]
+
+
+def test_an_mlp_has_an_activation_after_every_layer_but_the_last():
+    net, x = mlp_network((4, 6, 5, 3), torch.nn.Tanh), torch.randn(5, 4)
+    first, second, last = (module for module in net if isinstance(module, torch.nn.Linear))
+    torch.testing.assert_close(net(x), last(second(first(x).tanh()).tanh()))
 
 
 def test_without_observations_a_model_draws_them():

@@ -188,7 +188,9 @@ def test_running_the_model_does_not_change_batch_statistics():
 
 def test_the_network_stays_in_eval_mode_inside_a_model_in_train_mode():
     net, (x, _) = batch_norm_net(), data()
-    model = Classifier(bayesianize(net, exclude="[01].*")).train()
+    bayesian = bayesianize(net, exclude="[01].*")
+    assert net.training and not any(module.training for module in bayesian.modules())
+    model = Classifier(bayesian).train()
     values = {f"net.{name}": value for name, value in net.named_parameters()}
     assert model.training
     torch.testing.assert_close(pyro.poutine.condition(model, values)(x), net.eval()(x))
@@ -262,13 +264,12 @@ def test_nuts_svi_and_predictive_run_on_the_model():
     assert sum(losses[-10:]) < sum(losses[:10])
 
 
-@pytest.mark.parametrize(
-    "clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
-)
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
 def test_a_copy_or_pickle_of_the_model_is_the_same_model_and_independent(clone):
     x, y = data()
     model = Classifier(bayesianize(small_net(), FanIn(), exclude="0.bias")).double()
     other = clone(model)
+    assert type(other.net) is type(model.net)
     densities = []
     for each in (model, other):
         pyro.set_rng_seed(1)
