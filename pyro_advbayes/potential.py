@@ -94,7 +94,7 @@ class Potential:
         self.chunk_size = self._default_chunk() if chunk_size is None else min(chunk_size, num_chains)
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size!r}: the number of chains in one call, >= 1")
-        self._probes = (self.batches.next(), self.batches.next())
+        self.probe_batches = (self.batches.next(), self.batches.next())
 
     # ---------------------------------------------------------------------------------------------- where data comes from
 
@@ -117,7 +117,7 @@ class Potential:
             self.arguments.lengths(),
             loader=True,
         )
-        self.device = item[0].device
+        self.device, self.from_loader = item[0].device, True
 
     def _from_arguments(
         self, arguments: Arguments, batch_size: int | None, batch_args: Sequence[int | str] | None, num_data: int | None
@@ -125,7 +125,7 @@ class Potential:
         if num_data is not None:
             raise ValueError(f"num_data={num_data}: only a loader needs it; here the number of rows is read off the arguments")
         arguments.check_finite()
-        self.arguments, self.places = arguments, []
+        self.arguments, self.places, self.from_loader = arguments, [], False
         tensors = arguments.tensors
         self.device = tensors[0].device if tensors else torch.get_default_device()
         seed = int(torch.randint(2**31 - 1, ()))
@@ -210,7 +210,7 @@ class Potential:
         """
         rows: list[Tensor] = []
         args, kwargs = self.arguments.replace(self._example_tensors())
-        inputs = self._inputs(self._chain_batch(self._probes[0], 0))
+        inputs = self._inputs(self._chain_batch(self.probe_batches[0], 0))
         for _ in range(100 * self.num_chains):
             with torch.no_grad(), poutine.block():
                 trace = poutine.trace(InitMessenger(self.init_strategy)(self.model)).get_trace(*args, **kwargs)
@@ -260,6 +260,28 @@ class Potential:
             piece = state[rows]
             pieces.append(self.function(kind, piece, tensors)(piece, self._temperature(temperature), *tensors))
         return _assemble(pieces, self.chunk_size == 1)
+
+    def hessian_product(self, row: Tensor, direction: Tensor, tensors: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        """The Hessian of U at one row ``[size]`` times a direction ``[size]``, on the inputs that :meth:`probes` gave."""
+        with torch.enable_grad(), pyro.validation_enabled(False):
+            row = row.detach().requires_grad_()
+            energy = self._log_density(row, self._temperature(temperature), *tensors)
+            (gradient,) = torch.autograd.grad(energy, row, create_graph=True)
+            (product,) = torch.autograd.grad(gradient @ direction, row, allow_unused=True)
+        return torch.zeros_like(direction) if product is None else product.detach()
+
+    def probes(self, chain: int) -> list[tuple[Tensor, ...]]:
+        """The inputs of two fixed minibatches for one chain; of the full data once."""
+        probes = self.probe_batches if self.probe_batches[0] else self.probe_batches[:1]
+        return [self._inputs(self._chain_batch(probe, chain)) for probe in probes]
+
+    def reference_energy(self, row: Tensor) -> Tensor:
+        """U at one row ``[size]`` on the first probe, by Pyro's handlers: tells one model from another."""
+        return self._by_handlers(row, self._temperature(1.0), self.probes(0)[0], with_gradient=False)[0]
+
+    def shared_gradient(self, row: Tensor, batch: Batch, temperature: float = 1.0) -> Tensor:
+        """The gradient at one row ``[size]`` from a batch that no chain has to itself (:meth:`batches.epoch`)."""
+        return self._by_handlers(row, self._temperature(temperature), self._inputs(batch))[1]
 
     def chunks(self, num_chains: int, batch: Batch) -> list[tuple[slice | int, tuple[Tensor, ...]]]:
         """Which rows of a state go into one call of :meth:`function`, and with which tensors: an int is a row by itself."""
@@ -319,7 +341,7 @@ class Potential:
         noise = torch.linspace(-0.05, 0.05, state.shape[-1], dtype=state.dtype, device=state.device)
         other = state.detach() + noise
         candidates = [tensors]
-        for probe in self._probes:
+        for probe in self.probe_batches:
             for _, inputs in self.chunks(self.num_chains, probe):
                 if [t.shape for t in inputs] == [t.shape for t in tensors]:
                     candidates.append(inputs)

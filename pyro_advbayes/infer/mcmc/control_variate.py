@@ -1,0 +1,54 @@
+"""Control variates: minibatch gradients with less noise near an anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_advbayes.batches import Batch
+from pyro_advbayes.potential import Potential
+
+
+class ControlVariate:
+    r"""
+    What is added to a minibatch gradient at :math:`\theta` to anchor it at :math:`\hat\theta` (Baker et al., 2019):
+
+    .. math:: \nabla U(\hat\theta) - \nabla \hat U(\hat\theta),
+
+    the full-data gradient at the anchor less the same minibatch's. Its mean is 0, and where :math:`\theta` is near the anchor it takes
+    most of the minibatch noise away.
+
+    :param potential: the potential.
+    :param anchor: :math:`\hat\theta`, values by site in the model's own space.
+    """
+
+    def __init__(self, potential: Potential, anchor: Mapping[str, Tensor]) -> None:
+        self.potential = potential
+        self.anchor = potential.unconstrain({name: value.detach().unsqueeze(0) for name, value in anchor.items()})[0]
+        total, seen = torch.zeros_like(self.anchor), 0
+        for batch, rows in potential.batches.epoch():
+            # each batch's gradient stands for the whole data set: weigh it by its share of the rows
+            total += rows * self._at_anchor(batch)
+            seen += rows
+        self.full = total / seen
+
+    def _at_anchor(self, batch: Batch, temperature: float = 1.0) -> Tensor:
+        return self.potential.shared_gradient(self.anchor, batch, temperature)
+
+    def correction(self, rows: Any, tensors: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+        """A function of ``(temperature, *tensors)`` for one chunk of chains."""
+        anchor = self.anchor if isinstance(rows, int) else self.anchor.expand(rows.stop - rows.start, -1)
+        gradient = self.potential.function("gradient", anchor, tensors)
+        full = self.full
+
+        def correct(temperature: Tensor, *tensors: Tensor) -> Tensor:
+            return full - gradient(anchor, temperature, *tensors)
+
+        return correct
+
+    def evaluate(self, theta: Tensor, batch: Batch, temperature: float) -> Tensor:
+        """The correction for all chains, ``[chains, size]``."""
+        return self.full - self.potential.gradient(self.anchor.expand_as(theta), batch, temperature)

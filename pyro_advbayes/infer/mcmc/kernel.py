@@ -1,0 +1,439 @@
+"""What all stochastic-gradient kernels share: a Pyro ``MCMCKernel`` whose state is one flat row per chain."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from torch import Tensor
+
+from pyro_advbayes.infer.mcmc.control_variate import ControlVariate
+from pyro_advbayes.infer.mcmc.files import random_state, set_random_state
+from pyro_advbayes.infer.mcmc.rule import Rule, Variables, site_means
+from pyro_advbayes.infer.mcmc.schedules import Schedule, as_schedule, check_value, keeps_sample
+from pyro_advbayes.infer.mcmc.step_size import AutoStepSize, NoiseEstimate
+from pyro_advbayes.initialization import init_to_fan_in
+from pyro_advbayes.potential import BACKENDS, Potential
+
+
+class SGMCMCKernel(MCMCKernel):
+    r"""
+    Base of the stochastic-gradient kernels. Works in :class:`pyro.infer.MCMC` and ``StreamingMCMC``, one chain at a time, and in
+    :class:`~pyro_advbayes.SGMCMC`, where chains are rows of one state.
+
+    One convention holds for all: :math:`U` is in nats over the whole data set, and ``warmup_steps`` and ``num_samples`` of a
+    driver count samples, each of ``num_steps_per_sample`` updates.
+
+    :param model: a Pyro model with continuous latent sites.
+    :param step_size: a number > 0, a function of the update's number, or ``"auto"``: bounded by the largest curvature, by power
+        iteration on Hessian-vector products, and by minibatch noise, so that each changes the temperature by at most
+        ``auto_share``; until the last 40 % of warm-up by curvature alone. What was found is in ``diagnostics()``.
+    :param temperature: T, a number >= 0 or a function of the update's number; the law is :math:`p(\theta, D)^{1/T}`.
+    :param int batch_size: rows of a minibatch, 1 to N; None for the full data, a plate that subsamples itself, or a loader.
+    :param int num_steps_per_sample: updates between samples, >= 1.
+    :param batch_args: names or positions of the arguments that hold a row per data point; a guess by default.
+    :param int num_data: rows behind a loader that does not tell.
+    :param str backend: ``"graph"``, ``"handlers"`` or ``"compile"``; see :class:`~pyro_advbayes.Potential`.
+    :param int chunk_size: chains in one call; a fixed rule by default.
+    :param init_strategy: where chains start: a per-site function as in ``pyro.infer.autoguide.initialization``; use
+        ``init_to_value(values=...)`` to start from trained weights.
+    :param dict control_variate: site values, a MAP estimate, at which the gradient is anchored: the full-data gradient there plus
+        the minibatch's difference from there, which has less noise near the anchor at twice the cost of an update.
+    :param float auto_share: share of T, in (0, 1), by which ``step_size="auto"`` lets discretisation and noise change it.
+    :raises ValueError: naming the argument; what is wrong with model or data is raised by ``setup``, before any sampling.
+    """
+
+    rule: Rule
+
+    def __init__(
+        self,
+        model: Callable,
+        step_size: float | str | Schedule = "auto",
+        temperature: float | Schedule = 1.0,
+        batch_size: int | None = None,
+        num_steps_per_sample: int = 1,
+        *,
+        batch_args: Sequence[int | str] | None = None,
+        num_data: int | None = None,
+        backend: str = "graph",
+        chunk_size: int | None = None,
+        init_strategy: Callable = init_to_fan_in,
+        control_variate: Mapping[str, Tensor] | None = None,
+        auto_share: float = 0.1,
+    ) -> None:
+        if not callable(model):
+            raise ValueError(f"model={model!r} is no Pyro model: a callable is needed")
+        if isinstance(num_steps_per_sample, bool) or not isinstance(num_steps_per_sample, int) or num_steps_per_sample < 1:
+            raise ValueError(f"num_steps_per_sample={num_steps_per_sample!r}: an int >= 1")
+        if isinstance(step_size, str) and step_size != "auto":
+            raise ValueError(f'step_size={step_size!r}: a number > 0, a function of the step, or "auto"')
+        if not 0.0 < auto_share < 1.0:
+            raise ValueError(f"auto_share={auto_share!r}: a share of the temperature, in (0, 1)")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
+        self.model = model
+        self.temperature = as_schedule(temperature, "temperature")
+        self.step_size = AutoStepSize(auto_share) if step_size == "auto" else as_schedule(step_size, "step_size")
+        self.batch_size, self.batch_args, self.num_data = batch_size, batch_args, num_data
+        self.num_steps_per_sample = num_steps_per_sample
+        self.backend, self.chunk_size, self.init_strategy = backend, chunk_size, init_strategy
+        self.control_variate = control_variate
+        self.transforms: dict[str, Any] | None = None
+        self._save_params: list[str] | None = None
+        self._initial_params: dict[str, Tensor] | None = None
+        self._graphs: dict[Any, Callable] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        """Forgets one run; settings and traced graphs stay."""
+        self.potential: Potential | None = None
+        self._functions: dict[Any, list[Callable]] = {}
+        self._last: dict[str, Tensor] | None = None
+        self._steps = self._samples = self._warmup_samples = 0
+        self._info: dict[str, Any] = {}
+        self._effective: Tensor | None = None
+
+    # ------------------------------------------------------------------------------------------------------ Pyro's protocol
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """
+        Looks at model and data, finds a start, for one chain.
+
+        :raises ValueError: naming site, plate, layer or argument, if they cannot be sampled as asked.
+        """
+        self.setup_chains(None, warmup_steps, args, kwargs)
+
+    def setup_chains(self, num_chains: int | None, warmup_steps: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """:meth:`setup` for many chains: parameters then have a leading dimension ``[chains]``; None means one without it."""
+        given = self._initial_params
+        self._clear()
+        self._single, self.num_chains = num_chains is None, num_chains or 1
+        self._warmup_samples = warmup_steps
+        self.potential = Potential(
+            self.model,
+            args,
+            kwargs,
+            num_chains=self.num_chains,
+            batch_size=self.batch_size,
+            batch_args=self.batch_args,
+            num_data=self.num_data,
+            backend=self.backend,
+            chunk_size=self.chunk_size,
+            init_strategy=self.init_strategy,
+            graphs=self._graphs,
+        )
+        self.transforms = self.potential.transforms
+        self.names = [(site.name, slice(site.start, site.start + site.numel)) for site in self.potential.sites]
+        theta = self.potential.init() if given is None else self._joined(given)
+        if theta.shape != (self.num_chains, self.potential.size):
+            raise ValueError(f"initial_params hold {len(theta)} chains: {self.num_chains} are needed")
+        self._start(theta)
+        self._initial_params = self._split(theta.clone())
+
+    def _start(self, theta: Tensor) -> None:
+        self._theta, self._noise = theta, torch.empty_like(theta)
+        self._variables = self.rule.variables(theta)
+        self._alive = torch.ones(self.num_chains, dtype=torch.bool)
+        self._divergences: list[list[int]] = [[] for _ in range(self.num_chains)]
+        self._anchor = None if self.control_variate is None else ControlVariate(self.potential, self.control_variate)
+        self._noise_estimate = NoiseEstimate(self, every_step="noise" in self._variables)
+        self._scalars: dict[float, Tensor] = {}
+        self._clamped_share = 0.0
+        if isinstance(self.step_size, AutoStepSize):
+            self.step_size.reset()
+
+    def cleanup(self) -> None:
+        """Forgets the start, so that the next chain finds its own. May be called twice."""
+        self._initial_params = None
+
+    @property
+    def initial_params(self) -> dict[str, Tensor]:
+        """Where the chains start, by site, in unconstrained space."""
+        return self._initial_params
+
+    @initial_params.setter
+    def initial_params(self, params: dict[str, Tensor]) -> None:
+        self._initial_params = params
+
+    @property
+    def save_params(self) -> list[str]:
+        """
+        Sites that Pyro's driver saves. Sorted, whatever was given: Pyro 1.9 writes them in the given order and reads them in
+        sorted order, and would swap samples between sites.
+        """
+        return sorted(self._initial_params) if self._save_params is None else self._save_params
+
+    @save_params.setter
+    def save_params(self, names: Sequence[str]) -> None:
+        self._save_params = sorted(names)
+
+    def logging(self) -> dict[str, str]:
+        """What a progress bar shows beside its count."""
+        shown = {
+            "step size": f"{self._info.get('step_size', math.nan):.2e}",
+            "energy": f"{self._info.get('mean_energy', math.nan):.4e}",
+        }
+        lost = self.num_chains - int(self._alive.sum())
+        if lost:
+            shown["divergences"] = str(lost)
+        return shown
+
+    def diagnostics(self) -> dict[str, Any]:
+        """
+        :return: ``"divergences"``, the numbers of the samples at which the chain was lost (a list per chain in
+            :class:`~pyro_advbayes.SGMCMC`); ``"step size"``; ``"T_eff"``, the mean temperature per site that the minibatch noise was
+            predicted to lead to at the end of warm-up; ``"clamped"``, the share of coordinates where the rule was clamped.
+        """
+        divergences = self._divergences[0] if self._single else self._divergences
+        return {
+            "divergences": divergences,
+            "step size": self._info.get("step_size"),
+            "T_eff": self.effective_temperatures(),
+            "clamped": self._clamped_share,
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        for name in ("potential", "_theta", "_noise", "_variables", "_anchor", "_noise_estimate", "_scalars", "_last"):
+            state[name] = None
+        state["_graphs"], state["_functions"] = {}, {}
+        return state
+
+    # ------------------------------------------------------------------------------------------------------------- sampling
+
+    @property
+    def adapting(self) -> bool:
+        """Whether warm-up is going on."""
+        return self._samples < self._warmup_samples
+
+    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """
+        The next sample: ``num_steps_per_sample`` updates, and more where a schedule keeps none in the hot part of its cycle.
+
+        :param params: unconstrained values by site; only the last sample's may be a part of a larger run.
+        :return: unconstrained values by site, detached.
+        :raises RuntimeError: if every chain is lost.
+        """
+        if params is not self._last:
+            self._theta.copy_(self._joined(params))
+        if self._samples == self._warmup_samples:
+            self._end_warmup()
+        schedules = (self.step_size, self.temperature)
+        for i in range(self.num_steps_per_sample):
+            self._update("both" if i == self.num_steps_per_sample - 1 else "gradient")
+        while not (self.adapting or keeps_sample(schedules, self._steps - 1)):
+            self._update("both")
+        self._samples += 1
+        kept = self._samples - self._warmup_samples - 1
+        for chain in (~self._alive).nonzero().flatten().tolist() if kept >= 0 else ():
+            self._divergences[chain].append(kept)
+        self._last = self._split(self._theta.clone())
+        return self._last
+
+    @property
+    def info(self) -> dict[str, Tensor | float]:
+        """
+        Of the last update: ``"energy"`` ``[chains]`` (the minibatch estimate of U, in nats, where the update started),
+        ``"gradient_norm"`` and ``"diverging"`` ``[chains]``, ``"step_size"``, ``"temperature"``.
+        """
+        return {**self._info, "diverging": ~self._alive}
+
+    def _update(self, kind: str) -> None:
+        step, potential = self._steps, self.potential
+        if isinstance(self.step_size, AutoStepSize):
+            self.step_size.adapt(self)
+        step_size = check_value(self.step_size(step), "step_size", step)
+        temperature = check_value(self.temperature(step), "temperature", step)
+        if self.adapting:
+            self._noise_estimate.adapt(self)
+        batch = potential.batches.next()
+        self._noise.normal_()
+        finite, reports = True, []
+        chunks = potential.chunks(self.num_chains, batch)
+        functions = self._resolve(kind, chunks)
+        scalars = self._scalar(step_size), self._scalar(temperature)
+        for (rows, tensors), function in zip(chunks, functions, strict=True):
+            variables = {name: value[rows] for name, value in self._variables.items()}
+            *report, total = function(self._theta[rows], self._noise[rows], *scalars, variables, *tensors)
+            finite = finite and math.isfinite(total)
+            reports.append(report)
+        if not finite:
+            self._stop_lost_chains(step_size)
+        self._theta, self._noise = self._noise, self._theta
+        self._steps += 1
+        self._info.update(step_size=step_size, temperature=temperature)
+        if kind == "both":
+            energy, norm = (torch.cat([r[i].reshape(-1) for r in reports]) for i in (0, 1))
+            mean = float(energy[self._alive].mean()) if bool(self._alive.any()) else math.nan
+            self._info.update(energy=energy, gradient_norm=norm, mean_energy=mean)
+
+    def _stop_lost_chains(self, step_size: float) -> None:
+        """Sets chains with a non-finite new state back to their last finite one, where they stay."""
+        lost = ~self._noise.isfinite().all(dim=-1)
+        self._noise[lost] = self._theta[lost]
+        for value in self._variables.values():
+            value[lost] = torch.nan_to_num(value[lost], 0.0, 0.0, 0.0)
+        if "momentum" in self._variables:
+            self._variables["momentum"][lost] = 0.0
+        self._alive &= ~lost.to(self._alive.device)
+        if not bool(self._alive.any()):
+            raise RuntimeError(
+                f"every chain is lost: energy or gradient is not finite at update {self._steps} (step_size={step_size:.3g}). Take a "
+                'smaller step_size, or "auto"; check the data for values that are far out, or start elsewhere (init_strategy)'
+            )
+
+    # ------------------------------------------------------------------------------------------- the update of one chunk
+
+    def _resolve(self, kind: str, chunks: list[tuple[Any, tuple[Tensor, ...]]]) -> list[Callable]:
+        key = (kind, self.adapting, tuple(t.shape for t in chunks[0][1]))
+        if key not in self._functions:
+            self._functions[key] = [self._chunk_function(kind, rows, tensors) for rows, tensors in chunks]
+        return self._functions[key]
+
+    def _chunk_function(self, kind: str, rows: Any, tensors: tuple[Tensor, ...]) -> Callable:
+        """Gradient and rule together, so that ``torch.compile`` sees the whole update."""
+        potential, rule, adapting = self.potential, self.rule, self.adapting
+        evaluate = potential.function(kind, self._theta[rows], tensors)
+        anchored = None if self._anchor is None else self._anchor.correction(rows, tensors)
+
+        def update(
+            theta: Tensor, noise: Tensor, step_size: Tensor, temperature: Tensor, variables: Variables, *tensors: Tensor
+        ) -> Any:
+            report: tuple[Tensor, ...] = ()
+            if kind == "both":
+                gradient, energy = evaluate(theta, temperature, *tensors)
+                report = (energy, torch.linalg.vector_norm(gradient, dim=-1))
+            else:
+                gradient = evaluate(theta, temperature, *tensors)
+            if anchored is not None:
+                gradient = gradient + anchored(temperature, *tensors)
+            new = rule.step(theta, gradient, noise, step_size, temperature, variables, adapting)
+            return *report, new.sum()
+
+        if potential.backend == "compile":
+            key = (self.rule, evaluate, adapting, self._theta[rows].shape)
+            if anchored is not None or key not in self._graphs:
+                self._graphs[key] = self._compile(update, self._theta[rows], rows, tensors)
+            return self._graphs[key]
+        return update
+
+    def _compile(self, update: Callable, theta: Tensor, rows: Any, tensors: tuple[Tensor, ...]) -> Callable:
+        # PyTorch allows one code object eight compilations: give each update its own
+        update.__code__ = update.__code__.replace()
+        compiled = torch.compile(update, dynamic=False)
+        variables = {name: value[rows].clone() for name, value in self._variables.items()}
+        scalars = self._scalar(1e-6), self._scalar(1.0)
+        try:
+            compiled(theta.clone(), torch.zeros_like(theta), *scalars, variables, *tensors)
+        except Exception as error:  # no C++ compiler, an operation that it does not know: the graph runs all the same
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(
+                f"backend='compile' falls back to 'graph', which is slower: torch.compile failed ({reason})", stacklevel=2
+            )
+            self.potential.backend = "graph"
+            return update
+        return compiled
+
+    def gradient(self) -> Tensor:
+        """A fresh stochastic gradient where the chains are, ``[chains, size]``."""
+        batch, T = self.potential.batches.next(), check_value(self.temperature(self._steps), "temperature", self._steps)
+        gradient = self.potential.gradient(self._theta, batch, T)
+        return gradient if self._anchor is None else gradient + self._anchor.evaluate(self._theta, batch, T)
+
+    def _scalar(self, value: float) -> Tensor:
+        if value not in self._scalars:
+            if len(self._scalars) > 64:  # a schedule gives a new number at every step
+                self._scalars.clear()
+            self._scalars[value] = torch.tensor(value, dtype=self.potential.dtype, device=self.potential.device)
+        return self._scalars[value]
+
+    # ------------------------------------------------------------------------------------------------------ end of warm-up
+
+    def _end_warmup(self) -> None:
+        self._noise_estimate.finish(self)
+        if isinstance(self.step_size, AutoStepSize):
+            self.step_size.finish(self)
+        T, step_size = self.temperature(self._steps), self.step_size(self._steps)
+        alive = {name: value[self._alive] for name, value in self._variables.items()}
+        self._clamped_share = self.rule.check(step_size, T, alive, self.names)
+        self._effective = self.rule.temperatures(self._noise_estimate.variance, step_size, T, alive)
+
+    def effective_temperatures(self) -> dict[str, float] | None:
+        """The predicted temperature per site, mean over its coordinates and chains; None before the end of warm-up."""
+        if self._effective is None:
+            return None
+        means = site_means(self._effective.expand(*self._effective.shape[:-1], self.potential.size).float(), self.names)
+        means = means.reshape(-1, len(self.names)).mean(0).tolist()
+        return {name: mean for (name, _), mean in zip(self.names, means, strict=True)}
+
+    # ------------------------------------------------------------------------------------------------- for a checkpoint
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that a run depends on, as plain values."""
+        schedules = {
+            name: getattr(value, "__qualname__", repr(value))
+            for name, value in (("step_size", self.step_size), ("temperature", self.temperature))
+        }
+        return {
+            "rule": repr(self.rule),
+            **schedules,
+            "batch_size": self.batch_size,
+            "num_steps_per_sample": self.num_steps_per_sample,
+            "control_variate": self.control_variate is not None,
+        }
+
+    def reference_energy(self) -> Tensor:
+        """U of chain 0 on a fixed minibatch, which tells one model from another."""
+        return self.potential.reference_energy(self._theta[0])
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next sample depends on, random generators included: tensors and plain values."""
+        auto = self.step_size if isinstance(self.step_size, AutoStepSize) else None
+        return {
+            "theta": self._theta,
+            "variables": self._variables,
+            "alive": self._alive,
+            "divergences": self._divergences,
+            "counts": [self._steps, self._samples],
+            "noise": [self._noise_estimate.count, self._noise_estimate.variance],
+            "auto": None if auto is None else [auto.value, auto.curvature, auto.measured],
+            "clamped": self._clamped_share,
+            "effective": self._effective,
+            "anchor": None if self._anchor is None else [self._anchor.anchor, self._anchor.full],
+            "batches": self.potential.batches.state(),
+            "probes": self.potential.probe_batches,
+            "random": random_state(self._theta.device),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a :meth:`state`, after :meth:`setup_chains` with the same settings and data."""
+        self._theta.copy_(state["theta"])
+        self._variables = dict(state["variables"])
+        self._alive, self._divergences = state["alive"], state["divergences"]
+        self._steps, self._samples = state["counts"]
+        self._noise_estimate.count, self._noise_estimate.variance = state["noise"]
+        if state["auto"] is not None:
+            self.step_size.value, self.step_size.curvature, self.step_size.measured = state["auto"]
+        self._clamped_share = state["clamped"]
+        self._effective = state["effective"]
+        if self._anchor is not None:
+            self._anchor.anchor, self._anchor.full = state["anchor"]
+        self.potential.probe_batches = tuple(state["probes"])
+        self.potential.batches.load(state["batches"])
+        self._initial_params = self._split(self._theta.clone())
+        set_random_state(state["random"])
+
+    # ----------------------------------------------------------------------------------------------------- rows and sites
+
+    def _split(self, theta: Tensor) -> dict[str, Tensor]:
+        params = self.potential.split(theta)
+        return {name: value[0] for name, value in params.items()} if self._single else params
+
+    def _joined(self, params: Mapping[str, Tensor]) -> Tensor:
+        if self._single:
+            params = {name: value.unsqueeze(0) for name, value in params.items()}
+        return self.potential.join(params)

@@ -1,0 +1,350 @@
+"""Many chains as rows of one state, in one process."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.mcmc.api import AbstractMCMC
+from pyro.infer.mcmc.util import select_samples
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_advbayes.batches import is_loader
+from pyro_advbayes.infer.mcmc import files, summary
+from pyro_advbayes.infer.mcmc.draws import Field, FileDraws, MemoryDraws
+from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
+
+STATISTICS = ("energy", "step_size", "temperature", "gradient_norm", "diverging")
+_PREFIX = "sample_stats/"
+
+
+class SGMCMC(AbstractMCMC):
+    """
+    Runs a stochastic-gradient kernel: like :class:`pyro.infer.MCMC`, with its chains as rows of one state instead of processes,
+    and samples that may go to a file.
+
+    Example::
+
+        mcmc = SGMCMC(SGLD(model, batch_size=100), num_samples=200, warmup_steps=1000, num_chains=4)
+        mcmc.run(x, y)
+        mcmc.summary(x_test)
+        samples = mcmc.get_samples()
+
+    :param SGMCMCKernel kernel: the kernel.
+    :param int num_samples: samples to keep per chain, >= 1; each takes the kernel's ``num_steps_per_sample`` updates.
+    :param int warmup_steps: samples to throw away first; by default ``num_samples``, as in Pyro.
+    :param int num_chains: number of chains, >= 1.
+    :param dict initial_params: where the chains start, ``[chains, *shape]`` by site, in unconstrained space.
+    :param hook_fn: called as ``hook_fn(kernel, params, stage, i)`` after every sample, with ``stage`` ``"Warmup"`` or ``"Sample"`` and
+        unconstrained, detached ``params`` ``[chains, *shape]``.
+    :param bool disable_progbar: no progress bar; there is none where the output is no terminal.
+    :param draws: path of a file for the samples; None keeps them in memory, or beside the checkpoint if there is one.
+    :param draws_dtype: keep samples as ``torch.float16`` or ``torch.bfloat16``; None keeps the sites' own dtypes.
+    :param checkpoint: path of a file from which :meth:`resume` can go on.
+    :param int checkpoint_every: samples between checkpoints, >= 1; those of warm-up count.
+    :param bool overwrite: whether the files may replace existing ones.
+    :raises ValueError: naming an argument out of range.
+    :raises FileExistsError: at ``run``, before any sampling, if a file exists.
+    """
+
+    def __init__(
+        self,
+        kernel: SGMCMCKernel,
+        num_samples: int,
+        warmup_steps: int | None = None,
+        num_chains: int = 1,
+        *,
+        initial_params: Mapping[str, Tensor] | None = None,
+        hook_fn: Callable | None = None,
+        disable_progbar: bool = False,
+        draws: str | Path | None = None,
+        draws_dtype: torch.dtype | None = None,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 100,
+        overwrite: bool = False,
+    ) -> None:
+        warmup_steps = num_samples if warmup_steps is None else warmup_steps
+        counts = {"num_samples": (num_samples, 1), "warmup_steps": (warmup_steps, 0), "num_chains": (num_chains, 1)}
+        counts["checkpoint_every"] = (checkpoint_every, 1)
+        for name, (value, least) in counts.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}: an int >= {least}")
+        if not isinstance(kernel, SGMCMCKernel):
+            raise ValueError(
+                f"kernel={type(kernel).__name__}: SGLD, SGAdaLD or SGHMC; for Pyro's own kernels use pyro.infer.MCMC"
+            )
+        if draws_dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"draws_dtype={draws_dtype}: a floating-point dtype")
+        super().__init__(kernel, num_chains, transforms=None)
+        self.num_samples, self.warmup_steps = num_samples, warmup_steps
+        self.hook_fn, self.disable_progbar = hook_fn, disable_progbar
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.checkpoint_every, self.overwrite, self.draws_dtype = checkpoint_every, overwrite, draws_dtype
+        if draws is None and self.checkpoint is not None:
+            draws = self.checkpoint.with_suffix(".draws.safetensors")
+        self.draws_path = None if draws is None else Path(draws)
+        self._initial = initial_params
+        self._draws: MemoryDraws | FileDraws | None = None
+        self._args: tuple[Any, ...] = ()
+        self._kwargs: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------------------------------------------------- running
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Runs warm-up and sampling.
+
+        :param args: the model's arguments, or one loader of them.
+        :param kwargs: the model's keyword arguments.
+        """
+        if self.checkpoint is not None:
+            files.refuse_existing(self.checkpoint, self.overwrite)
+        if self.draws_path is not None:
+            files.refuse_existing(self.draws_path, self.overwrite)
+        with poutine.block(), pyro.validation_enabled(False):
+            self._setup(args, kwargs)
+            self._draws = self._new_draws()
+            self._loop(self.kernel.initial_params, 0)
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | Path,
+        kernel: SGMCMCKernel,
+        *args: Any,
+        hook_fn: Callable | None = None,
+        disable_progbar: bool = False,
+        **kwargs: Any,
+    ) -> SGMCMC:
+        """
+        Goes on from a checkpoint to the end, and gives the same samples, bit for bit, as a run that was never interrupted.
+
+        :param path: the checkpoint.
+        :param kernel: a kernel with the same model and settings.
+        :param args: the same data, as given to :meth:`run`.
+        :return: the finished runner.
+        :raises FileNotFoundError: if checkpoint or draws are missing.
+        :raises ValueError: if the file is truncated, or the model, kernel or data are others; says what differs.
+        """
+        content = files.load(Path(path))
+        settings = content["runner"]
+        dtype = settings.pop("draws_dtype")
+        draws = Path(path).parent / settings.pop("draws")
+        mcmc = cls(
+            kernel,
+            **settings,
+            hook_fn=hook_fn,
+            disable_progbar=disable_progbar,
+            checkpoint=path,
+            draws=draws,
+            draws_dtype=None if dtype is None else getattr(torch, dtype),
+        )
+        with poutine.block(), pyro.validation_enabled(False):
+            mcmc._resume_from(content, args, kwargs)
+        return mcmc
+
+    def _resume_from(self, content: dict[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        kernel = self.kernel
+        sites = {site: shape for site, shape, *_ in content["fingerprint"]["sites"]}
+        self._initial = None
+        self._setup(args, kwargs)
+        _compare(self._fingerprint(), content["fingerprint"], self.checkpoint)
+        kernel.load(_to(content["kernel"], kernel.potential.device))
+        energy = kernel.reference_energy()
+        if not torch.allclose(energy, content["energy"].to(energy.device), rtol=1e-3, equal_nan=True):
+            raise ValueError(
+                f"{self.checkpoint} is of another model: its sites {sorted(sites)} have the same names and shapes, but the energy where "
+                f"chain 0 was is {float(energy):.6g} instead of {float(content['energy']):.6g} (another prior or likelihood?)"
+            )
+        done = kernel._samples
+        if not self.draws_path.exists():
+            raise FileNotFoundError(f"{self.draws_path}: the draws that belong to {self.checkpoint} are missing")
+        self._draws = self._new_draws(resume=max(0, done - self.warmup_steps))
+        self._loop(kernel.initial_params, done)
+
+    def _setup(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.kernel.initial_params = None if self._initial is None else dict(self._initial)
+        args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+        self.kernel.setup_chains(self.num_chains, self.warmup_steps, args, kwargs)
+        # ArviZ runs the model on these: of a loader, its first batch
+        loader = is_loader(args, dict(kwargs))
+        self._args, self._kwargs = (self.kernel.potential.batches.example if loader else args), dict(kwargs)
+
+    def _new_draws(self, resume: int | None = None) -> MemoryDraws | FileDraws:
+        fields = {s.name: Field(s.shape, self.draws_dtype or s.dtype) for s in self.kernel.potential.sites}
+        for name in STATISTICS:
+            dtype = torch.bool if name == "diverging" else torch.float64
+            fields[_PREFIX + name] = Field(torch.Size(), dtype)
+        if self.draws_path is None:
+            return MemoryDraws(fields, self.num_chains, self.num_samples)
+        return FileDraws(self.draws_path, fields, self.num_chains, self.num_samples, self.overwrite, resume)
+
+    def _loop(self, params: dict[str, Tensor], done: int) -> None:
+        total, kernel = self.warmup_steps + self.num_samples, self.kernel
+        bar = tqdm(total=total, initial=done, disable=True if self.disable_progbar else None, mininterval=0.5)
+        with bar:
+            for i in range(done, total):
+                params = kernel.sample(params)
+                warmup = i < self.warmup_steps
+                stage, place = ("Warmup", i) if warmup else ("Sample", i - self.warmup_steps)
+                if not warmup:
+                    self._keep()
+                if self.hook_fn is not None:
+                    self.hook_fn(kernel, params, stage, place)
+                if self.checkpoint is not None and (i + 1) % self.checkpoint_every == 0:
+                    self._save_checkpoint()
+                if not bar.disable:
+                    bar.set_description(stage, refresh=False)
+                    rate = bar.format_dict["rate"]
+                    speed = {} if rate is None else {"steps/s": f"{rate * kernel.num_steps_per_sample:.0f}"}
+                    bar.set_postfix({**kernel.logging(), **speed}, refresh=False)
+                bar.update()
+        self._draws.flush()
+        if self.checkpoint is not None:
+            self._save_checkpoint()
+        self._diagnostics = kernel.diagnostics()
+        self.transforms = kernel.transforms
+        kernel.cleanup()
+
+    def _keep(self) -> None:
+        kernel = self.kernel
+        values = kernel.potential.constrain(kernel._theta)
+        for name in STATISTICS:
+            value = torch.as_tensor(kernel.info[name])
+            values[_PREFIX + name] = value.expand(self.num_chains) if value.dim() == 0 else value
+        self._draws.append(values)
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self) -> None:
+        self._draws.flush()
+        folder, draws = self.checkpoint.parent.resolve(), self.draws_path.resolve()
+        content = {
+            "runner": {
+                "num_samples": self.num_samples,
+                "warmup_steps": self.warmup_steps,
+                "num_chains": self.num_chains,
+                "checkpoint_every": self.checkpoint_every,
+                "draws": str(draws.relative_to(folder) if draws.is_relative_to(folder) else draws),
+                "draws_dtype": None if self.draws_dtype is None else str(self.draws_dtype).removeprefix("torch."),
+            },
+            "fingerprint": self._fingerprint(),
+            "energy": self.kernel.reference_energy(),
+            "kernel": self.kernel.state(),
+        }
+        files.save(self.checkpoint, content)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        kernel, potential = self.kernel, self.kernel.potential
+        return {
+            "model": type(kernel.model).__name__ if isinstance(kernel.model, torch.nn.Module) else kernel.model.__qualname__,
+            "sites": [[site.name, list(site.shape), str(site.dtype)] for site in potential.sites],
+            "kernel": type(kernel).__name__,
+            "settings": kernel.settings(),
+            "data": [] if potential.from_loader else [_digest(t) for t in potential.arguments.tensors],
+            "num_data": potential.batches.num_data,
+            "backend": [potential.backend, potential.chunk_size],
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+
+    # ------------------------------------------------------------------------------------------------------- what came out
+
+    def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
+        """
+        Samples by site, in the model's own space and dtypes.
+
+        :param num_samples: as in Pyro, draw this many with replacement; None takes them all.
+        :param group_by_chain: shape ``[chains, draws, *shape]`` instead of ``[chains * draws, *shape]``.
+        """
+        samples = {name: value for name, value in self._kept().items() if not name.startswith(_PREFIX)}
+        if self.draws_dtype is not None:
+            samples = {site.name: samples[site.name].to(site.dtype) for site in self._sites}
+        return select_samples(samples, num_samples, group_by_chain)
+
+    def sample_stats(self) -> dict[str, Tensor]:
+        """
+        ``[chains, draws]`` of ``"energy"`` (the minibatch estimate of U in nats, where the sample's last update started),
+        ``"gradient_norm"``, ``"step_size"``, ``"temperature"`` and ``"diverging"``.
+        """
+        return {name.removeprefix(_PREFIX): value for name, value in self._kept().items() if name.startswith(_PREFIX)}
+
+    def _kept(self) -> dict[str, Tensor]:
+        if self._draws is None:
+            raise RuntimeError("there are no samples yet: call run(...) first")
+        return self._draws.get()
+
+    @property
+    def _sites(self) -> Sequence[Any]:
+        return self.kernel.potential.sites
+
+    def diagnostics(self, max_elements: int = 100) -> dict[str, Any]:
+        """
+        ``n_eff`` and ``r_hat`` by site, and the kernel's own diagnostics: ``"divergences"``, a dict of chain to the numbers of the
+        samples at which it was lost, ``"T_eff"``, ``"step size"``, ``"clamped"``.
+
+        :param max_elements: of a larger site, this many evenly spaced elements are looked at.
+        """
+        result: dict[str, Any] = summary.by_site(self.get_samples(group_by_chain=True), max_elements)
+        width = len(str(self.num_chains - 1))  # ArviZ sorts these labels as strings
+        lost = self._diagnostics["divergences"]
+        return {**result, **self._diagnostics, "divergences": {f"chain {c:0{width}d}": rows for c, rows in enumerate(lost)}}
+
+    def summary(
+        self, *args: Any, sites: Sequence[str] | None = None, prob: float = 0.9, max_elements: int = 8, **kwargs: Any
+    ) -> None:
+        """
+        Prints a table of mean, standard deviation, median, an interval, ``n_eff`` and ``r_hat``.
+
+        :param args: inputs, as the model takes them: the table is then of the model's return values at these inputs, where chains of a
+            network can be compared; without any it is of the sites' own elements.
+        :param sites: which sites; by default all.
+        :param prob: probability of the central interval.
+        :param max_elements: of a larger site or output, this many evenly spaced elements are shown.
+        """
+        samples = self.get_samples(group_by_chain=True)
+        if args or kwargs:
+            samples = {"f": summary.function_values(self.kernel.model, self.get_samples(), self.num_chains, args, kwargs)}
+        elif sites is not None:
+            unknown = sorted(set(sites) - set(samples))
+            if unknown:
+                raise ValueError(f"sites: {unknown[0]!r} is none of {sorted(samples)}")
+            samples = {name: samples[name] for name in sites}
+        print(summary.table(samples, prob, max_elements))
+        lost = sum(bool(rows) for rows in self._diagnostics["divergences"])
+        print(f"\nchains lost: {lost} of {self.num_chains}")
+
+
+def _digest(value: Tensor) -> list[Any]:
+    """Shape, dtype and a hash of up to 4096 evenly spaced rows."""
+    rows = value.detach().reshape(len(value), -1) if value.dim() else value.detach().reshape(1, 1)
+    every = max(1, len(rows) // 4096)
+    data = rows[::every].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return [list(value.shape), str(value.dtype), hashlib.blake2b(data, digest_size=16).hexdigest()]
+
+
+def _compare(now: dict[str, Any], then: dict[str, Any], path: Path | None) -> None:
+    for key in ("model", "sites", "kernel", "settings", "data", "num_data", "backend"):
+        if now[key] != then[key]:
+            raise ValueError(f"{path} is of another run: its {key} is {then[key]}, here it is {now[key]}")
+    for key in ("threads", "torch"):
+        if now[key] != then[key]:
+            warnings.warn(
+                f"{path} was written with {key}={then[key]}, here it is {now[key]}: results may differ in the last bits",
+                stacklevel=4,
+            )
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {key: item if key in ("random", "rng", "alive") else _to(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to(item, device) for item in value)
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -1,0 +1,98 @@
+"""Step sizes and temperatures as functions of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Schedule = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same value at every step. A plain number given for a schedule means this."""
+
+    value: float
+
+    def __call__(self, step: int) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    r"""
+    :math:`a (1 + t/b)^{-\gamma}`, from Welling and Teh (2011); with :math:`\gamma \in (1/2, 1]` the steps sum to infinity and
+    their squares do not, under which SGLD's averages converge.
+
+    :param float initial: a, the value at step 0, > 0.
+    :param float scale: b, how many steps it takes to come down to :math:`2^{-\gamma}` of it, > 0.
+    :param float power: :math:`\gamma` >= 0.
+    """
+
+    initial: float
+    scale: float
+    power: float = 0.55
+
+    def __call__(self, step: int) -> float:
+        return self.initial * (1.0 + step / self.scale) ** -self.power
+
+
+@dataclass(frozen=True)
+class Cyclical:
+    r"""
+    A cosine from ``initial`` to 0, again and again, from Zhang et al. (2020), Eq. 1:
+
+    .. math:: \frac{a}{2} \left[\cos\left(\pi \frac{t \bmod p}{p}\right) + 1\right].
+
+    The hot part of a cycle finds another mode; samples are taken in the cold part only.
+
+    :param float initial: a, the value at the start of every cycle, > 0.
+    :param int period: p, updates in a cycle, >= 2.
+    :param float explore: share of a cycle, 0 to 1, in which no sample is taken.
+    """
+
+    initial: float
+    period: int
+    explore: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.period < 2 or not 0.0 <= self.explore < 1.0:
+            raise ValueError(f"{self}: period must be at least 2 updates and explore in [0, 1)")
+
+    def __call__(self, step: int) -> float:
+        return 0.5 * self.initial * (math.cos(math.pi * (step % self.period) / self.period) + 1.0)
+
+    def keeps(self, step: int) -> bool:
+        """Whether the state after update ``step`` may be kept as a sample."""
+        return step % self.period >= self.explore * self.period
+
+
+def as_schedule(value: Any, name: str) -> Schedule:
+    """
+    A schedule from a number or a function of the step.
+
+    :raises ValueError: if it is neither, or gives something else than a finite number > 0 (>= 0 for a temperature) at step 0.
+    """
+    if isinstance(value, bool) or not (callable(value) or isinstance(value, (int, float))):
+        raise ValueError(f"{name}={value!r}: a number or a function of the step is needed")
+    schedule = value if callable(value) else Constant(float(value))
+    check_value(schedule(0), name, 0)
+    return schedule
+
+
+def check_value(value: Any, name: str, step: int) -> float:
+    """:raises ValueError: naming the argument and the step, if a schedule gave no finite number in range."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r} at step {step}: a schedule must return a number") from None
+    if not math.isfinite(number) or number < 0.0 or (number == 0.0 and name != "temperature"):
+        raise ValueError(f"{name} is {number} at step {step}: it must be finite and {'>= 0' if name == 'temperature' else '> 0'}")
+    return number
+
+
+def keeps_sample(schedules: tuple[Schedule, ...], step: int) -> bool:
+    """Whether every schedule lets the state after update ``step`` be kept."""
+    return all(schedule.keeps(step) for schedule in schedules if hasattr(schedule, "keeps"))

@@ -1,0 +1,82 @@
+"""Diagnostics of draws that stay fast however many weights there are: evenly spaced elements, or function space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from torch import Tensor
+
+
+def spaced(values: Tensor, max_elements: int) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """Up to ``max_elements`` evenly spaced elements ``[chains, draws, k]`` of draws ``[chains, draws, *shape]``, and where they stand."""
+    shape = values.shape[2:]
+    total = shape.numel()
+    if total > max_elements:
+        places = torch.linspace(0, total - 1, max_elements).round().long()
+    else:
+        places = torch.arange(total)
+    index = torch.unravel_index(places, shape) if shape else ()
+    picked = values[(slice(None), slice(None), *index)] if shape else values.unsqueeze(-1)
+    where = list(zip(*(i.tolist() for i in index), strict=True)) if shape else [()]
+    return picked.double(), where
+
+
+def effective_size(values: Tensor) -> Tensor:
+    """Effective sample sizes ``[k]`` of ``[chains, draws, k]``; NaN for fewer than 4 draws."""
+    if values.shape[1] < 4:
+        return torch.full(values.shape[2:], math.nan)
+    return effective_sample_size(values, chain_dim=0, sample_dim=1)
+
+
+def shrink_factor(values: Tensor) -> Tensor:
+    """Split R-hat ``[k]`` of ``[chains, draws, k]``; NaN for fewer than 4 draws."""
+    if values.shape[1] < 4:
+        return torch.full(values.shape[2:], math.nan)
+    return split_gelman_rubin(values, chain_dim=0, sample_dim=1)
+
+
+def by_site(samples: Mapping[str, Tensor], max_elements: int) -> dict[str, dict[str, Tensor]]:
+    """``{site: {"n_eff", "r_hat"}}``, in the site's shape where it is small enough to be looked at whole."""
+    result = {}
+    for name, values in samples.items():
+        picked, where = spaced(values, max_elements)
+        shape = values.shape[2:] if len(where) == values.shape[2:].numel() else (len(where),)
+        result[name] = {"n_eff": effective_size(picked).reshape(shape), "r_hat": shrink_factor(picked).reshape(shape)}
+    return result
+
+
+def function_values(
+    model: Callable, samples: Mapping[str, Tensor], num_chains: int, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
+    """The model's return values at some inputs, ``[chains, draws, *shape]``."""
+    from pyro_advbayes.infer.predictive import Predictive
+
+    values = Predictive(model, dict(samples), return_sites=["_RETURN"])(*args, **kwargs)["_RETURN"]
+    return values.reshape(num_chains, -1, *values.shape[1:])
+
+
+def table(samples: Mapping[str, Tensor], prob: float, max_elements: int) -> str:
+    """A table in words, a row per element."""
+    low, high = 0.5 - prob / 2, 0.5 + prob / 2
+    names = ("", "mean", "std", "median", f"{low:.1%}", f"{high:.1%}", "n_eff", "r_hat")
+    rows = [names]
+    for name, values in samples.items():
+        picked, where = spaced(values, max_elements)
+        flat = picked.reshape(-1, picked.shape[-1])
+        quantiles = torch.quantile(flat, torch.tensor([0.5, low, high], dtype=flat.dtype), dim=0)
+        columns = [flat.mean(0), flat.std(0), *quantiles, effective_size(picked), shrink_factor(picked)]
+        for i, place in enumerate(where):
+            label = name + (str(list(place)).replace(" ", "") if place else "")
+            rows.append((label, *(f"{float(column[i]):.2f}" for column in columns)))
+        hidden = values.shape[2:].numel() - len(where)
+        if hidden:
+            rows.append((f"  ({hidden} more)", *[""] * (len(names) - 1)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
