@@ -35,6 +35,4 @@ def digits(
     pixels, labels = load_digits().images, load_digits().target
     rows = train_test_split(np.arange(len(labels)), test_size=test_fraction, random_state=seed, stratify=labels)
     rows = rows[0] if train else rows[1]
-    return image_examples(
-        torch.from_numpy(pixels[rows]), torch.from_numpy(labels[rows]), white=16, scale=scale, flatten=flatten
-    )
+    return image_examples(torch.from_numpy(pixels[rows]), torch.from_numpy(labels[rows]), white=16, scale=scale, flatten=flatten)

@@ -30,9 +30,7 @@ def check_split(split: str) -> bool:
     return split == "train"
 
 
-def image_examples(
-    pixels: Tensor, labels: Tensor, *, white: int, scale: tuple[float, float], flatten: bool
-) -> Examples:
+def image_examples(pixels: Tensor, labels: Tensor, *, white: int, scale: tuple[float, float], flatten: bool) -> Examples:
     """Images as network inputs, ``x = low + (high - low) pixel / white``.
 
     :param pixels: ``[N, H, W]`` or ``[N, C, H, W]``, from 0 to ``white``.

@@ -68,9 +68,7 @@ def read_npz(path: Path, num_dims: dict[str, int]) -> dict[str, Tensor]:
             arrays = {name: file[name] for name in num_dims}
         for name, array in arrays.items():
             if array.dtype.kind not in "iu" or array.ndim != num_dims[name]:
-                raise ValueError(
-                    f"{name} must be {num_dims[name]}-dimensional integers, not {array.dtype}{list(array.shape)}"
-                )
+                raise ValueError(f"{name} must be {num_dims[name]}-dimensional integers, not {array.dtype}{list(array.shape)}")
     except (EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as this set: {error}") from error
     return {name: torch.from_numpy(array) for name, array in arrays.items()}

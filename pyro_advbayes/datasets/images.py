@@ -25,9 +25,7 @@ Scale = tuple[float, float]
 _GREY_LAYOUT = "`images`, uint8 [N, 28, 28], and "
 
 
-def mnist(
-    root: str | Path | None = None, split: str = "train", *, scale: Scale = (0.0, 1.0), flatten: bool = False
-) -> Examples:
+def mnist(root: str | Path | None = None, split: str = "train", *, scale: Scale = (0.0, 1.0), flatten: bool = False) -> Examples:
     """MNIST: 60 000 + 10 000 digits, ``[N, 1, 28, 28]``, from the files that torchvision downloads.
 
     :param split: ``"train"`` or ``"test"``. The other arguments, and the errors: see the top of this module.

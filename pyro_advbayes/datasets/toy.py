@@ -22,8 +22,6 @@ def two_moons(num_data: int = 200, noise: float = 0.1, seed: int | None = None) 
 
     if num_data < 2:
         raise ValueError(f"num_data must be at least 2, one point per class, got {num_data}")
-    if not noise >= 0:
-        raise ValueError(f"noise is a standard deviation and must be at least 0, got {noise}")
     if seed is None:
         seed = int(torch.randint(2**31 - 1, ()))
     x, y = make_moons(num_data, noise=noise, random_state=seed)

@@ -25,9 +25,7 @@ def test_labels_stay_with_their_images():
 
 
 def test_the_cut_is_stratified():
-    share = torch.bincount(digits("test").y, minlength=10) / torch.bincount(
-        torch.from_numpy(load_digits().target), minlength=10
-    )
+    share = torch.bincount(digits("test").y, minlength=10) / torch.bincount(torch.from_numpy(load_digits().target), minlength=10)
     assert ((share - 0.2).abs() < 1 / 170).all()  # a class has at least 174 images, and a cut is off by less than one
 
 

@@ -41,7 +41,7 @@ def write_omniglot(root: Path) -> None:
 
 
 COLOURS = np.stack([np.full((32, 32, 3), 40 * i, dtype=np.uint8) for i in range(5)])
-COLOURS[..., 1] += 10  # so that a mix-up of channels shows
+COLOURS += np.array([0, 20, 40], dtype=np.uint8)  # so that a mix-up of channels shows
 
 
 def cifar_arrays() -> dict[str, np.ndarray]:
@@ -181,10 +181,11 @@ def test_a_broken_idx_file_is_named(tmp_path, file, damage):
         (lambda path: np.savez(path, images=PIXELS / 255, labels=LABELS), "images must be 3-dimensional integers"),
         (lambda path: np.savez(path, images=PIXELS[0], labels=LABELS), "images must be 3-dimensional integers"),
         (lambda path: np.savez(path, images=PIXELS.astype(int), labels=LABELS), "uint8"),
+        (lambda path: np.savez(path, images=PIXELS[:0], labels=LABELS[:0]), r"\[0, 28, 28\]"),
         (lambda path: np.savez(path, images=PIXELS, labels=LABELS[1:]), "4 labels for 5 images"),
         (lambda path: np.savez(path, images=PIXELS, labels=LABELS.astype(int) - 2), "labels from -1 to 7"),
     ],
-    ids=["empty", "cut", "flipped", "keys", "pickled", "floats", "rank", "int64", "too-few", "negative"],
+    ids=["empty", "cut", "flipped", "keys", "pickled", "floats", "rank", "int64", "no-rows", "too-few", "negative"],
 )
 def test_a_broken_npz_file_is_named_with_the_reason(tmp_path, damage, reason):
     write_grey(tmp_path)
@@ -198,6 +199,7 @@ def test_a_broken_npz_file_is_named_with_the_reason(tmp_path, damage, reason):
     ("changes", "reason"),
     [
         ({"offsets": cifar_arrays()["offsets"] + 1}, "offsets"),
+        ({"offsets": np.array([1, *cifar_arrays()["offsets"][1:]])}, "offsets"),
         ({"offsets": np.array([0, 5, 3, 7, 9, len(cifar_arrays()["jpeg"])])}, "offsets"),
         ({"n_train": np.array(5)}, "n_train"),
         ({"labels": LABELS[:2]}, "2 labels for 5 images"),
