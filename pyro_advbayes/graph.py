@@ -107,11 +107,7 @@ def _number(module: fx.GraphModule, arg: Any) -> float | None:
 def _drop_identities(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         kept = _identical(module, node)
-        if (
-            kept is not None
-            and kept.meta["val"].shape == node.meta["val"].shape
-            and kept.meta["val"].dtype == node.meta["val"].dtype
-        ):
+        if kept is not None and kept.meta["val"].shape == node.meta["val"].shape and kept.meta["val"].dtype == node.meta["val"].dtype:
             node.replace_all_uses_with(kept)
             module.graph.erase_node(node)
 

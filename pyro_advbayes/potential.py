@@ -169,9 +169,7 @@ class Potential:
         names = {site.name for site in self.sites}
         if set(params) != names:
             wrong = sorted(set(params) ^ names)[0]
-            raise ValueError(
-                f"site {wrong!r} is {'unknown to the model' if wrong in params else 'missing'}: expected {sorted(names)}"
-            )
+            raise ValueError(f"site {wrong!r} is {'unknown to the model' if wrong in params else 'missing'}: expected {sorted(names)}")
         parts = []
         for site in self.sites:
             value = params[site.name]
@@ -368,10 +366,7 @@ class Potential:
 
         def many(state: Tensor, temperature: Tensor, *tensors: Tensor) -> Any:
             varying = self._varying(num_tensors) if self.batches.per_chain else ()
-            rows = [
-                one(row, temperature, *(t[c] if i in varying else t for i, t in enumerate(tensors)))
-                for c, row in enumerate(state)
-            ]
+            rows = [one(row, temperature, *(t[c] if i in varying else t for i, t in enumerate(tensors))) for c, row in enumerate(state)]
             return _assemble(rows, True)
 
         return one if single else many

@@ -223,8 +223,7 @@ def _latent_sites(first: Trace, second: Trace) -> tuple[Site, ...]:
     changed = set(latents) ^ set(again)
     if changed:
         raise ValueError(
-            f"site {sorted(changed)[0]!r} is there in one run of the model and not in the next: a sampler needs the same sites "
-            "in every run"
+            f"site {sorted(changed)[0]!r} is there in one run of the model and not in the next: a sampler needs the same sites in every run"
         )
     sites, start = [], 0
     for name, node in latents.items():
@@ -286,9 +285,7 @@ def _check_plate(trace: Trace, plate: str) -> None:
     for node in trace.nodes.values():
         for frame in node.get("cond_indep_stack", ()):
             if frame.name == plate and not frame.vectorized:
-                raise ValueError(
-                    f"plate {plate!r} is sequential (a for loop): minibatches need a vectorised one, `with pyro.plate(...):`"
-                )
+                raise ValueError(f"plate {plate!r} is sequential (a for loop): minibatches need a vectorised one, `with pyro.plate(...):`")
 
 
 def _following_plate(first: Trace, second: Trace, rows: tuple[int, int]) -> str:
@@ -298,8 +295,7 @@ def _following_plate(first: Trace, second: Trace, rows: tuple[int, int]) -> str:
         sequential = {frame.name for frame in frames if not frame.vectorized}
         if sequential:
             raise ValueError(
-                f"plate {sorted(sequential)[0]!r} is sequential (a for loop): minibatches need a vectorised one, "
-                "`with pyro.plate(...):`"
+                f"plate {sorted(sequential)[0]!r} is sequential (a for loop): minibatches need a vectorised one, `with pyro.plate(...):`"
             )
         sizes.append({frame.name: frame.size for frame in frames})
     found = [name for name, size in sizes[0].items() if (size, sizes[1].get(name)) == rows]

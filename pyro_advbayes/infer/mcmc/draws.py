@@ -45,9 +45,7 @@ class MemoryDraws:
 
     def __init__(self, fields: Mapping[str, Field], num_chains: int, num_samples: int) -> None:
         self.count = 0
-        self._values = {
-            name: torch.empty((num_chains, num_samples, *field.shape), dtype=field.dtype) for name, field in fields.items()
-        }
+        self._values = {name: torch.empty((num_chains, num_samples, *field.shape), dtype=field.dtype) for name, field in fields.items()}
 
     def append(self, values: Mapping[str, Tensor]) -> None:
         """Keeps one draw ``[chains, *shape]`` of every field."""

@@ -300,9 +300,7 @@ class SGMCMCKernel(MCMCKernel):
         evaluate = potential.function(kind, self._theta[rows], tensors)
         anchored = None if self._anchor is None else self._anchor.correction(rows, tensors)
 
-        def update(
-            theta: Tensor, noise: Tensor, step_size: Tensor, temperature: Tensor, variables: Variables, *tensors: Tensor
-        ) -> Any:
+        def update(theta: Tensor, noise: Tensor, step_size: Tensor, temperature: Tensor, variables: Variables, *tensors: Tensor) -> Any:
             report: tuple[Tensor, ...] = ()
             if kind == "both":
                 gradient, energy = evaluate(theta, temperature, *tensors)
@@ -331,9 +329,7 @@ class SGMCMCKernel(MCMCKernel):
             compiled(theta.clone(), torch.zeros_like(theta), *scalars, variables, *tensors)
         except Exception as error:  # no C++ compiler, an operation that it does not know: the graph runs all the same
             reason = str(error).strip().splitlines()[0]
-            warnings.warn(
-                f"backend='compile' falls back to 'graph', which is slower: torch.compile failed ({reason})", stacklevel=2
-            )
+            warnings.warn(f"backend='compile' falls back to 'graph', which is slower: torch.compile failed ({reason})", stacklevel=2)
             self.potential.backend = "graph"
             return update
         return compiled

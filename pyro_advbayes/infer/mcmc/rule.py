@@ -57,9 +57,7 @@ class Rule(ABC):
         """
 
     @abstractmethod
-    def largest_step(
-        self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables
-    ) -> float:
+    def largest_step(self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables) -> float:
         """
         The largest step size at which discretisation and minibatch noise each change the temperature by at most ``share``.
 

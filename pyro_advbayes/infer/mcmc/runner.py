@@ -77,9 +77,7 @@ class SGMCMC(AbstractMCMC):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r}: an int >= {least}")
         if not isinstance(kernel, SGMCMCKernel):
-            raise ValueError(
-                f"kernel={type(kernel).__name__}: SGLD, SGAdaLD or SGHMC; for Pyro's own kernels use pyro.infer.MCMC"
-            )
+            raise ValueError(f"kernel={type(kernel).__name__}: SGLD, SGAdaLD or SGHMC; for Pyro's own kernels use pyro.infer.MCMC")
         if draws_dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"draws_dtype={draws_dtype}: a floating-point dtype")
         super().__init__(kernel, num_chains, transforms=None)
@@ -297,9 +295,7 @@ class SGMCMC(AbstractMCMC):
         lost = self._diagnostics["divergences"]
         return {**result, **self._diagnostics, "divergences": {f"chain {c:0{width}d}": rows for c, rows in enumerate(lost)}}
 
-    def summary(
-        self, *args: Any, sites: Sequence[str] | None = None, prob: float = 0.9, max_elements: int = 8, **kwargs: Any
-    ) -> None:
+    def summary(self, *args: Any, sites: Sequence[str] | None = None, prob: float = 0.9, max_elements: int = 8, **kwargs: Any) -> None:
         """
         Prints a table of mean, standard deviation, median, an interval, ``n_eff`` and ``r_hat``.
 

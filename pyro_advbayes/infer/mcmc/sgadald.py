@@ -90,9 +90,7 @@ class SGAdaLDRule(Rule):
             return (injected + step_size**4) / (2.0 * rate)
         return injected / (2.0 * rate) + 0.5 * rate * noise_variance
 
-    def largest_step(
-        self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables
-    ) -> float:
+    def largest_step(self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables) -> float:
         # e^2 sqrt(V) <= share T keeps the whole effect of the noise under share / 2, either way
         squared = 2.0 * share / (1.0 + share) / curvature
         if bool((noise_variance > 0).any()):

@@ -63,9 +63,7 @@ class SGHMCRule(Rule):
         taken = rate * variables["noise"] / (2.0 * self.friction)
         return (temperature - taken).clamp_min(0.0) + brought
 
-    def largest_step(
-        self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables
-    ) -> float:
+    def largest_step(self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables) -> float:
         # stationary variance T / lambda / (1 - h lambda / (2 (2 - a))), and temperature T + h noise / (2 a)
         rate = 2.0 * (2.0 - self.friction) * share / (1.0 + share) / curvature
         if bool((noise_variance > 0).any()):

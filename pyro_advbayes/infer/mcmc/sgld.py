@@ -29,13 +29,9 @@ class SGLDRule(Rule):
     def temperatures(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> Tensor:
         return temperature + 0.5 * step_size * noise_variance
 
-    def largest_step(
-        self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables
-    ) -> float:
+    def largest_step(self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables) -> float:
         # stationary variance T / lambda / (1 - step lambda / 2), and temperature T + step noise / 2
-        return min(
-            2.0 * share / (1.0 + share) / curvature, float(2.0 * share * temperature / noise_variance.max().clamp_min(1e-30))
-        )
+        return min(2.0 * share / (1.0 + share) / curvature, float(2.0 * share * temperature / noise_variance.max().clamp_min(1e-30)))
 
 
 class SGLD(SGMCMCKernel):

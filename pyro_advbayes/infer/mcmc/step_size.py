@@ -123,9 +123,7 @@ def largest_curvature(kernel: SGMCMCKernel) -> float:
     """
     potential, rule = kernel.potential, kernel.rule
     metric = rule.metric(kernel._variables)
-    generator = torch.Generator().manual_seed(
-        0
-    )  # the start of the iteration matters little; the run's own numbers are left alone
+    generator = torch.Generator().manual_seed(0)  # the start of the iteration matters little; the run's own numbers are left alone
     largest = 0.0
     for chain in kernel._alive.nonzero().flatten().tolist()[:4]:
         theta = kernel._theta[chain]

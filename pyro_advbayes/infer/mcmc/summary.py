@@ -77,6 +77,5 @@ def table(samples: Mapping[str, Tensor], prob: float, max_elements: int) -> str:
             rows.append((f"  ({hidden} more)", *[""] * (len(names) - 1)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
     return "\n".join(
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows
     )
