@@ -58,9 +58,7 @@ class FanIn:
         return Normal(0.0, self.scale / math.sqrt(value[0].numel()))
 
 
-def bayesianize(
-    net: torch.nn.Module, prior: Prior = Normal(0.0, 1.0), *, exclude: str | Sequence[str] = ()
-) -> PyroModule:
+def bayesianize(net: torch.nn.Module, prior: Prior = Normal(0.0, 1.0), *, exclude: str | Sequence[str] = ()) -> PyroModule:
     """
     Copies a network and gives every parameter of the copy a prior, so that calling it draws its weights. ::
 
@@ -91,9 +89,7 @@ def bayesianize(
         one row depends on the rest of the batch even in eval mode.
     """
     if not callable(prior):
-        raise ValueError(
-            f"prior must be a distribution of pyro.distributions or a function of (name, tensor), got {prior!r}."
-        )
+        raise ValueError(f"prior must be a distribution of pyro.distributions or a function of (name, tensor), got {prior!r}.")
     _check_modules(net)
     net = copy.deepcopy(net).eval()
     to_pyro_module_(net)
@@ -186,8 +182,7 @@ def _fit(prior: Any, name: str, value: torch.Tensor) -> TorchDistributionMixin:
         fitted = prior
     if fitted.event_shape != value.shape or fitted.batch_shape:
         raise ValueError(
-            f"The prior of {name!r} has shape {tuple(prior.shape())}, which does not expand to the parameter's "
-            f"{tuple(value.shape)}."
+            f"The prior of {name!r} has shape {tuple(prior.shape())}, which does not expand to the parameter's {tuple(value.shape)}."
         )
     return fitted
 
@@ -236,9 +231,7 @@ def _check_modules(net: torch.nn.Module) -> None:
                 "(torch.nn.utils.parametrize.remove_parametrizations) and bayesianize then."
             )
         if any(isinstance(value, UninitializedTensorMixin) for value in module._parameters.values()):
-            raise ValueError(
-                f"{what} is lazy and has no shape yet: call the network once on a batch, then bayesianize."
-            )
+            raise ValueError(f"{what} is lazy and has no shape yet: call the network once on a batch, then bayesianize.")
         if isinstance(module, _BatchNorm) and not module.track_running_stats:
             raise ValueError(
                 f"{what} normalises by the batch that it is given (track_running_stats=False), so that no row has a "

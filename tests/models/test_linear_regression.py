@@ -59,10 +59,7 @@ def test_exact_predictive_is_the_ratio_of_evidences(model, data):
     assert predictive.batch_shape == (4,)
     for y_new in (-1.0, 0.0, 2.0):
         y_new = torch.full((4,), y_new, dtype=torch.float64)
-        ratios = [
-            log_evidence(torch.cat([x, x_new[i : i + 1]]), torch.cat([y, y_new[i : i + 1]])) - log_evidence(x, y)
-            for i in range(4)
-        ]
+        ratios = [log_evidence(torch.cat([x, x_new[i : i + 1]]), torch.cat([y, y_new[i : i + 1]])) - log_evidence(x, y) for i in range(4)]
         torch.testing.assert_close(predictive.log_prob(y_new), torch.stack(ratios))
 
 

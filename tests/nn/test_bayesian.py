@@ -39,9 +39,7 @@ def sites(model, *args) -> dict[str, dict]:
 def test_every_parameter_is_a_site_of_its_own_name_and_shape():
     net = small_net()
     found = sites(bayesianize(net), torch.randn(5, 3))
-    assert {name: site["value"].shape for name, site in found.items()} == {
-        name: value.shape for name, value in net.named_parameters()
-    }
+    assert {name: site["value"].shape for name, site in found.items()} == {name: value.shape for name, value in net.named_parameters()}
 
 
 def test_sites_carry_the_name_of_the_attribute_that_holds_the_network():
