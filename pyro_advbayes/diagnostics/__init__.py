@@ -1,0 +1,41 @@
+"""What predictions are worth, as functions of tensors.
+
+Probabilities of ``K`` classes for ``N`` inputs are ``[N, K]`` for one prediction, ``[draws, N, K]`` for one per posterior
+draw; where only their mean matters, either will do. Entropies are in nats. A score of uncertainty is ``[N]``, higher for
+inputs that look less like the data; :func:`auroc`, :func:`aupr_out` and :func:`aupr_in` say how well it tells them apart.
+"""
+
+from pyro_advbayes.diagnostics.arviz import save_netcdf, to_inference_data
+from pyro_advbayes.diagnostics.calibration import Reliability, accuracy, brier, ece, nll, reliability
+from pyro_advbayes.diagnostics.ood import aupr_in, aupr_out, auroc
+from pyro_advbayes.diagnostics.plots import plot_reliability, plot_scores
+from pyro_advbayes.diagnostics.uncertainty import (
+    expected_entropy,
+    model_variance,
+    mutual_information,
+    predictive_entropy,
+    variation_ratio,
+    vote_variation_ratio,
+)
+
+__all__ = [
+    "Reliability",
+    "accuracy",
+    "aupr_in",
+    "aupr_out",
+    "auroc",
+    "brier",
+    "ece",
+    "expected_entropy",
+    "model_variance",
+    "mutual_information",
+    "nll",
+    "plot_reliability",
+    "plot_scores",
+    "predictive_entropy",
+    "reliability",
+    "save_netcdf",
+    "to_inference_data",
+    "variation_ratio",
+    "vote_variation_ratio",
+]

@@ -1,0 +1,67 @@
+"""What every diagnostic asks of its arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROUNDING = 1e-4  # how far from 1 the probabilities of one prediction may sum
+
+
+def check_probs(probs: Tensor, ranks: tuple[int, ...] = (2, 3)) -> Tensor:
+    """``probs`` in float64, once they are known to be probabilities.
+
+    Differences of entropies and of squares cancel: in float32 what is left for two draws that agree is rounding.
+
+    :param probs: ``[N, K]`` or ``[draws, N, K]``, of any floating type.
+    :param ranks: the numbers of dimensions that the caller takes.
+    :raises ValueError: if the rank is another, an entry is negative or not finite, or a row does not sum to 1.
+    """
+    if not isinstance(probs, Tensor) or not probs.is_floating_point():
+        raise ValueError(f"probs must be a tensor of floating type, not {getattr(probs, 'dtype', type(probs).__name__)}")
+    shapes = {2: "[N, K]", 3: "[draws, N, K]"}
+    if probs.dim() not in ranks:
+        remedy = "; one draw is probs[None]" if probs.dim() == 2 else ""
+        raise ValueError(f"probs must be {' or '.join(shapes[r] for r in ranks)}, not {list(probs.shape)}{remedy}")
+    if probs.numel() == 0:
+        raise ValueError(f"probs must have at least one draw, input and class, not {list(probs.shape)}")
+    low, total = probs.min(), probs.sum(-1, dtype=torch.float64)
+    off = (total - 1).abs().max()
+    # Written so that NaN fails: it is smaller than nothing.
+    if not (low >= 0 and off <= max(ROUNDING, 2 * torch.finfo(probs.dtype).eps)):
+        if not probs.isfinite().all():
+            raise ValueError("probs has entries that are NaN or infinite")
+        if low < 0:
+            raise ValueError(f"probs has negative entries, down to {low.item():.4g}: give probabilities, not logits")
+        raise ValueError(f"probs must sum to 1 over the last dimension; one row is off by {off.item():.4g}: give probabilities, not logits")
+    return probs.double()
+
+
+def predictive_mean(probs: Tensor) -> Tensor:
+    """The mean over draws, ``[N, K]``, in float64; ``[N, K]`` is its own mean. Arguments are checked."""
+    checked = check_probs(probs)
+    return checked.mean(0) if checked.dim() == 3 else checked
+
+
+def like(result: Tensor, probs: Tensor) -> Tensor:
+    """``result`` in the type of ``probs``, float32 at least."""
+    return result.to(torch.promote_types(probs.dtype, torch.float32))
+
+
+def check_labels(labels: Tensor, probs: Tensor) -> Tensor:
+    """``labels`` as int64 on the device of ``probs``.
+
+    :param labels: ``[N]``, integers from 0 to K - 1.
+    :param probs: ``[..., N, K]``.
+    :raises ValueError: if the shape, type or range is another.
+    """
+    num_rows, num_classes = probs.shape[-2:]
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be a tensor of integers, not {getattr(labels, 'dtype', type(labels).__name__)}")
+    if labels.shape != (num_rows,):
+        raise ValueError(f"labels must be [{num_rows}], one per input of probs, not {list(labels.shape)}")
+    labels = labels.to(probs.device, torch.int64)
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"labels run from {low} to {high}, but probs has the classes 0 to {num_classes - 1}")
+    return labels

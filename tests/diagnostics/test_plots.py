@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import matplotlib
+import pytest
+import torch
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from pyro_advbayes.diagnostics import plot_reliability, plot_scores, predictive_entropy, reliability
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+def predictions(sharpness: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(300, 4).mul(sharpness).softmax(-1), torch.randint(4, (300,))
+
+
+def legend(ax) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_a_reliability_diagram_shows_the_bins_it_is_given():
+    bins = reliability(*predictions(2.0))
+    ax = plot_reliability(bins, "SGLD")
+    diagonal, line = ax.lines
+    assert np.allclose(diagonal.get_xdata(), diagonal.get_ydata())
+    full = bins.count > 0
+    assert np.allclose(line.get_xdata(), bins.confidence[full]) and np.allclose(line.get_ydata(), bins.accuracy[full])
+    assert 0 < full.sum() < 15
+    assert legend(ax) == [f"SGLD (ECE {bins.ece:.3f})"]
+    sizes = torch.as_tensor(ax.collections[0].get_sizes())
+    assert sizes.argmax() == bins.count[full].argmax() and sizes.argmin() == bins.count[full].argmin()
+
+
+def test_diagrams_can_be_compared_on_given_axes():
+    _, ax = plt.subplots()
+    assert plot_reliability(reliability(*predictions(1.0)), "a", ax=ax) is ax
+    plot_reliability(reliability(*predictions(3.0)), "b", ax=ax)
+    assert len(ax.lines) == 3  # one diagonal
+    assert [text[0] for text in legend(ax)] == ["a", "b"]
+    assert len(plt.get_fignums()) == 1
+
+
+def test_histograms_are_densities_over_the_same_bins():
+    scores = {name: predictive_entropy(predictions(s)[0]) for name, s in [("digits", 5.0), ("letters", 1.0)]}
+    ax = plot_scores(scores, num_bins=20)
+    outlines = [patch.get_xy() for patch in ax.patches]
+    assert len(outlines) == 2
+    edges = np.linspace(min(map(float, map(min, scores.values()))), max(map(float, map(max, scores.values()))), 21)
+    for outline, score in zip(outlines, scores.values(), strict=True):
+        wanted, _ = np.histogram(score, bins=edges, density=True)
+        assert np.allclose(sorted(set(outline[:, 0])), edges)
+        assert np.isclose(outline[:, 1].max(), wanted.max(), rtol=0.05)
+        heights = outline[1:41:2, 1]
+        assert np.isclose((heights * np.diff(edges)).sum(), 1)
+    assert legend(ax) == [f"{name} (mean {score.mean():.3g})" for name, score in scores.items()]
+    assert "nats" in ax.get_xlabel()
+
+
+def test_scores_that_are_all_alike_are_still_drawn():
+    for value in (0.0, 0.3, 2.0):
+        ax = plot_scores({"sure": torch.full((10,), value)}, num_bins=7)
+        width = 1e-6
+        assert ax.patches[0].get_xy()[:, 1].max() == pytest.approx(7 / width, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scores", "culprit"),
+    [
+        ({}, "at least one"),
+        ({"digits": torch.ones(3), "letters": torch.ones(2, 2)}, "'letters'"),
+        ({"digits": torch.tensor([float("nan")])}, "'digits'"),
+        ({"digits": torch.ones(0)}, "'digits'"),
+    ],
+)
+def test_scores_that_cannot_be_drawn_are_named(scores, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        plot_scores(scores)
+    assert not plt.get_fignums()
