@@ -74,19 +74,20 @@ def bayesianize(net: torch.nn.Module, prior: Prior = Normal(0.0, 1.0), *, exclud
       those of the original). Excluded layers are no exception.
     - A module used in two places stays one module, with one site, under the last of its names.
     - Frozen parameters (``requires_grad=False``) get priors like all others.
+    - Keep ``torch.func.functional_call`` to the original: on a Pyro module it deletes the priors for good.
 
     :param torch.nn.Module net: any network that is not a Pyro module yet.
-    :param prior: one Pyro distribution, expanded to the shape of each parameter; or a
-        function of a parameter's name and value that returns the distribution (which is expanded likewise), or None
-        to leave the parameter as it is; :class:`FanIn` is one.
+    :param prior: one Pyro distribution, expanded to the shape of each parameter; or a function of a parameter's name
+        and value that returns its distribution (which is expanded likewise), or None to leave the parameter as it is;
+        :class:`FanIn` is such a function.
     :param exclude: one pattern or several (as in :mod:`fnmatch`: ``"0.*"``, ``"*.bias"``) for the names of
         parameters that get no prior. They stay ``nn.Parameter`` s with the values of the original: samplers hold
         them fixed, variational inference optimises those that require a gradient.
     :returns: the copy, a :class:`~pyro.nn.PyroModule`.
     :raises ValueError: if ``net`` has no parameters, or none is left to get a prior; if a pattern matches nothing; if
         a prior does not fit its parameter; if one tensor is a parameter under two names; and for networks whose
-        parameters cannot become sites (lazy, parametrised, compiled, already Pyro's) or whose output for
-        one row depends on the rest of the batch even in eval mode.
+        parameters cannot become sites (lazy, parametrised, compiled, already Pyro's) or whose output for one row
+        depends on the rest of the batch even in eval mode.
     """
     if not callable(prior):
         raise ValueError(f"prior must be a distribution of pyro.distributions or a function of (name, tensor), got {prior!r}.")
