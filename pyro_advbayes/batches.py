@@ -1,17 +1,97 @@
-"""Where minibatches come from: shuffled epochs over tensors or over a plate's indices, or a ``DataLoader``."""
+"""Where data comes from: a model's arguments, and minibatches of them: shuffled epochs over rows or indices, or a ``DataLoader``."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.util import get_rng_state, set_rng_state
-from torch import Tensor
-from torch.utils.data import SubsetRandomSampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, default_collate
 
 Batch = tuple[Tensor, ...]
+
+
+class Arguments:
+    """
+    A model's arguments, with the tensors among them apart, so that a graph can take them as inputs and a minibatch can replace
+    some of them.
+
+    :param model: the model; names its arguments in messages.
+    :param args: positional arguments.
+    :param kwargs: keyword arguments.
+    """
+
+    def __init__(self, model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.args, self.kwargs = tuple(args), dict(kwargs)
+        self.keys: list[int | str] = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
+        self.keys += [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+        self.labels = [_label(model, key) for key in self.keys]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensor arguments: positional ones first, then keywords."""
+        return [self.args[key] if isinstance(key, int) else self.kwargs[key] for key in self.keys]
+
+    def replace(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` with these tensors in the place of :attr:`tensors`."""
+        new = dict(zip(self.keys, tensors, strict=True))
+        args = tuple(new.get(i, value) for i, value in enumerate(self.args))
+        return args, {name: new.get(name, value) for name, value in self.kwargs.items()}
+
+    def rows(self, batch_args: Sequence[int | str] | None) -> tuple[list[int], int]:
+        """
+        Which tensors hold a row per data point, and how many rows there are.
+
+        :param batch_args: positions or names; by default every tensor as long as the first one.
+        :return: places in :attr:`tensors`, and the number of rows.
+        :raises ValueError: if there is no such tensor, a name is unknown, or the lengths differ.
+        """
+        tensors = self.tensors
+        if batch_args is None:
+            places = [i for i, value in enumerate(tensors) if value.dim() > 0]
+            if not places:
+                raise ValueError("batch_size: none of the model's arguments is a tensor with rows to take a minibatch from")
+            size = len(tensors[places[0]])
+            return [i for i in places if len(tensors[i]) == size], size
+        if isinstance(batch_args, str):
+            raise ValueError(f"batch_args={batch_args!r}: a sequence of names or positions, [{batch_args!r}] for one")
+        known = {**{key: i for i, key in enumerate(self.keys)}, **{label: i for i, label in enumerate(self.labels)}}
+        unknown = [key for key in batch_args if key not in known]
+        if unknown or not batch_args:
+            raise ValueError(f"batch_args={list(batch_args)!r}: the model's tensor arguments are {self.labels}")
+        places = sorted({known[key] for key in batch_args})
+        if len({len(tensors[i]) for i in places}) > 1:
+            raise ValueError(f"batch_args: the arguments differ in length: {in_words(self.lengths())}")
+        return places, len(tensors[places[0]])
+
+    def lengths(self) -> dict[str, int]:
+        """The first dimension of every tensor argument that has one."""
+        return {label: len(t) for label, t in zip(self.labels, self.tensors, strict=True) if t.dim()}
+
+    def check_finite(self) -> None:
+        """:raises ValueError: if a tensor argument holds NaN or infinity."""
+        for label, value in zip(self.labels, self.tensors, strict=True):
+            check_finite(value, f"argument {label}")
+
+
+def _label(model: Callable, key: int | str) -> str:
+    if isinstance(key, str):
+        return key
+    try:
+        names = list(inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters)
+    except (TypeError, ValueError):
+        names = []
+    return names[key] if key < len(names) else f"args[{key}]"
+
+
+def in_words(lengths: Mapping[str, int]) -> str:
+    """``{"x": 60}`` as "x has 60 rows"."""
+    return ", ".join(f"{label} has {size} rows" for label, size in lengths.items())
 
 
 class FullData:
@@ -145,16 +225,19 @@ class Loader:
         self.loader, self.device = loader, device
         self.num_data = _rows_behind(loader) if num_data is None else num_data
         self._iterator: Iterator[Any] | None = None
-        self._epoch_rng: dict[str, Any] = {}
+        self._epoch_random: dict[str, Any] = {}
         self._taken = 0
         self.example = self.next()
         self.batch_size = len(self.example[0])
+        if num_data is not None:
+            _check_num_data(loader, num_data, self.batch_size)
         self._iterator = None
 
     def next(self) -> Batch:
         """The next item's tensors, from a new epoch where the last one is over."""
         if self._iterator is None:
-            self._epoch_rng, self._taken = self._generators(), 0
+            self._epoch_random = {"shared": dict(get_rng_state()), "own": self._own_states()}
+            self._taken = 0
             self._iterator = iter(self.loader)
         try:
             item = next(self._iterator)
@@ -164,52 +247,89 @@ class Loader:
             self._iterator = None
             return self.next()
         self._taken += 1
-        return self._tensors(item)
+        return self._tensors(item, self._taken)
 
-    def _generators(self) -> dict[str, Any]:
-        own = getattr(self.loader, "generator", None)
-        return {**get_rng_state(), **({} if own is None else {"loader": own.get_state()})}
-
-    def _tensors(self, item: Any) -> Batch:
-        item = (item,) if isinstance(item, Tensor) else tuple(item)
-        if not item or not all(isinstance(value, Tensor) and value.dim() > 0 for value in item):
+    def _tensors(self, item: Any, number: int) -> Batch:
+        item = (item,) if isinstance(item, Tensor) else item
+        if not isinstance(item, (tuple, list)) or not item or not all(isinstance(value, Tensor) and value.dim() > 0 for value in item):
+            found = [type(value).__name__ for value in item] if isinstance(item, (tuple, list)) else type(item).__name__
             raise ValueError(
-                f"the loader gave {[type(value).__name__ for value in item]}: every item must be a tuple of tensors with a row "
-                "per data point, the model's arguments in order"
+                f"the loader gave {found}: every item must be a tuple of tensors with a row per data point, the model's arguments "
+                "in order (DataLoader's collate_fn= can make it one)"
             )
-        return item if self.device is None else tuple(value.to(self.device) for value in item)
+        for i, value in enumerate(item):
+            check_finite(value, f"tensor {i} in batch {number} of the loader")
+        return tuple(item) if self.device is None else tuple(value.to(self.device) for value in item)
+
+    def _own_generators(self) -> list[torch.Generator]:
+        """Generators that the loader or its samplers have to themselves."""
+        batch_sampler = getattr(self.loader, "batch_sampler", None)
+        parts = (self.loader, getattr(self.loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+        return [g for part in parts for g in getattr(part, "__dict__", {}).values() if isinstance(g, torch.Generator)]
+
+    def _own_states(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self._own_generators()]
+
+    def _set_own_states(self, states: Sequence[Tensor]) -> None:
+        for generator, state in zip(self._own_generators(), states, strict=True):
+            generator.set_state(state)
 
     def epoch(self) -> Iterator[tuple[Batch, int]]:
         """One run through the loader, as ``(batch, rows)``."""
-        for item in self.loader:
-            batch = self._tensors(item)
+        for number, item in enumerate(self.loader, 1):
+            batch = self._tensors(item, number)
             yield batch, len(batch[0])
 
     def state(self) -> dict[str, Any]:
-        """How many batches of the epoch are taken, and the random generators as they were at its start."""
-        started = self._iterator is not None
-        return {"taken": self._taken if started else -1, "rng": self._epoch_rng if started else {}}
+        """How many batches of the epoch are taken, and the random generators as they were at its start and are now."""
+        return {"taken": self._taken, **self._epoch_random, "own now": self._own_states()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Starts the epoch again and skips the batches already taken. Leaves the random generators at that place."""
+        """Starts the epoch again and skips the batches already taken. Leaves the shared random generators at that place."""
+        if len(state["own"]) != len(self._own_generators()):
+            raise ValueError(f"the loader has {len(self._own_generators())} random generators of its own: it had {len(state['own'])}")
         self._iterator = None
-        if state["taken"] >= 0:
-            rng = dict(state["rng"])
-            if "loader" in rng:
-                self.loader.generator.set_state(rng.pop("loader"))
-            set_rng_state(rng)
-            for _ in range(state["taken"]):
-                self.next()
+        self._set_own_states(state["own"])
+        set_rng_state(state["shared"])
+        for _ in range(state["taken"]):
+            self.next()
+        self._set_own_states(state["own now"])
 
 
-def is_loader(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether ``run(*args, **kwargs)`` was given a loader: one argument, no tensor, which can be run through and has a length."""
-    if len(args) != 1 or kwargs or isinstance(args[0], (Tensor, str, dict)):
+def is_loader(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """
+    Whether ``run(*args, **kwargs)`` was given a loader: one argument that can be run through and has a length.
+
+    :raises ValueError: for a loader beside other arguments, and for what can be run through only once or has no length.
+    """
+    if len(args) != 1 or kwargs:
+        if any(isinstance(value, DataLoader) for value in (*args, *kwargs.values())):
+            raise ValueError("a loader must be the only argument: its items hold all the model's arguments, in order")
         return False
-    return hasattr(args[0], "__iter__") and hasattr(args[0], "__len__")
+    (value,) = args
+    if isinstance(value, (Tensor, str, Mapping, np.ndarray, nn.Module)) or not hasattr(value, "__iter__"):
+        return False
+    name = type(value).__name__
+    if hasattr(value, "__next__"):
+        raise ValueError(f"{name} can be run through only once: give a DataLoader, or a list of the batches")
+    if not hasattr(value, "__len__"):
+        raise ValueError(f"{name} has no length: give a DataLoader, a list of the batches, or add __len__, the number of batches")
+    return True
+
+
+def check_finite(value: Tensor, what: str) -> None:
+    """:raises ValueError: if a tensor, ``what`` in the message, holds NaN or infinity."""
+    if value.is_floating_point() and not bool(value.isfinite().all()):
+        bad = int((~value.isfinite()).sum())
+        raise ValueError(f"{what} holds {bad} non-finite values (NaN or infinity): clean the data first")
 
 
 def _rows_behind(loader: Any) -> int:
+    if isinstance(loader, DataLoader) and loader.batch_sampler is None:
+        raise ValueError(
+            "num_data: the loader does not make its batches itself (batch_size=None), so that the number of rows behind it must be "
+            "given, num_data=..."
+        )
     sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, SubsetRandomSampler):
         return len(sampler)
@@ -217,5 +337,14 @@ def _rows_behind(loader: Any) -> int:
         return len(loader.dataset)
     except (AttributeError, TypeError):
         raise ValueError(
-            "num_data: the loader has no .dataset with a length, so the number of rows behind it must be given, num_data=..."
+            "num_data: the loader has no .dataset with a length, so that the number of rows behind it must be given, num_data=..."
         ) from None
+
+
+def _check_num_data(loader: Any, num_data: int, rows: int) -> None:
+    if isinstance(num_data, bool) or not isinstance(num_data, int) or num_data < rows:
+        raise ValueError(f"num_data={num_data!r}: the number of rows behind the loader, an int; one batch has {rows} of them")
+    if isinstance(loader, DataLoader) and loader.collate_fn is default_collate and not isinstance(loader.dataset, IterableDataset):
+        known = _rows_behind(loader)
+        if num_data != known:
+            raise ValueError(f"num_data={num_data}, but the loader draws from {known} rows: drop num_data, which is read off a DataLoader")

@@ -26,7 +26,7 @@ class MinibatchMessenger(Messenger):
         return super().__enter__()
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if site_is_subsample(msg):
+        if site_is_subsample(msg) or msg["infer"].get("_deterministic"):
             return
         name, frames = msg["name"], {frame.name: frame for frame in msg["cond_indep_stack"]}
         if self._found is None and msg["is_observed"]:

@@ -13,11 +13,11 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
-from pyro_advbayes.batches import Batch, FullData, Loader, PlateIndices, TensorRows, is_loader
+from pyro_advbayes.batches import Arguments, Batch, FullData, Loader, PlateIndices, TensorRows, is_loader
 from pyro_advbayes.graph import trace_graph
 from pyro_advbayes.handlers import UnvalidatedMessenger, minibatch
 from pyro_advbayes.initialization import init_to_fan_in
-from pyro_advbayes.structure import Arguments, Site, look
+from pyro_advbayes.structure import Site, look
 
 BACKENDS = ("handlers", "graph", "compile")
 KINDS = ("energy", "gradient", "both")
@@ -130,7 +130,7 @@ class Potential:
         self.device = tensors[0].device if tensors else torch.get_default_device()
         seed = int(torch.randint(2**31 - 1, ()))
         if batch_size is None:
-            self.structure = look(self.model, (arguments.args, arguments.kwargs), None, None, None)
+            self.structure = look(self.model, (arguments.args, arguments.kwargs), None, None, None, arguments.lengths())
             found = self.structure
             self.batches = FullData()
             if found.scaling == "indices":
@@ -138,7 +138,10 @@ class Potential:
             return
         self.places, size = arguments.rows(batch_args)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= size:
-            raise ValueError(f"batch_size={batch_size!r}: an int from 1 to the number of rows, {size}")
+            raise ValueError(
+                f"batch_size={batch_size!r}: an int from 1 to the number of rows, {size} in argument {arguments.labels[self.places[0]]} "
+                "(batch_args= names the arguments that hold data, if that is none of them)"
+            )
         other = batch_size - 1 if batch_size > 1 else min(2, size)
         self.structure = look(
             self.model,
@@ -214,14 +217,9 @@ class Potential:
                 trace = poutine.trace(InitMessenger(self.init_strategy)(self.model)).get_trace(*args, **kwargs)
             values = {site.name: trace.nodes[site.name]["value"].detach().unsqueeze(0) for site in self.sites}
             row = self.unconstrain(values)
-            energy, gradient = self._by_handlers(row[0], self._temperature(1.0), inputs)
-            if bool(energy.isfinite()) and bool(gradient.isfinite().all()):
-                again, _ = self._by_handlers(row[0], self._temperature(1.0), inputs, with_gradient=False)
-                if not torch.allclose(energy, again, rtol=1e-4):
-                    raise ValueError(
-                        f"the model has no fixed log-density: two evaluations at one point gave {float(-energy)} and "
-                        f"{float(-again)}. It draws random numbers beside its sites (dropout in training mode?): call .eval()"
-                    )
+            if self._is_start(row[0], inputs):
+                if not rows:
+                    self._check_fixed(row[0])
                 rows.append(row)
                 if len(rows) == self.num_chains:
                     return torch.cat(rows)
@@ -229,6 +227,31 @@ class Potential:
             "no start with a finite energy and gradient was found in 100 tries: check priors and data, or give "
             "initial_params or another init_strategy (pyro.infer.autoguide.initialization)"
         )
+
+    def check_start(self, state: Tensor) -> None:
+        """
+        :param state: where chains are to start, ``[chains, size]``.
+        :raises ValueError: if energy or gradient is not finite there, or differs from one evaluation to the next.
+        """
+        self._check_fixed(state[0])
+        for chain, row in enumerate(state):
+            if not self._is_start(row, self._inputs(self._chain_batch(self.probe_batches[0], chain))):
+                raise ValueError(f"initial_params: energy or gradient is not finite where chain {chain} would start")
+
+    def _is_start(self, row: Tensor, inputs: Sequence[Tensor]) -> bool:
+        energy, gradient = self._by_handlers(row, self._temperature(1.0), inputs)
+        return bool(energy.isfinite()) and bool(gradient.isfinite().all())
+
+    def _check_fixed(self, row: Tensor) -> None:
+        """:raises ValueError: if two evaluations differ, near a row: at 0 a network's random numbers may not show."""
+        near = row + torch.linspace(-0.05, 0.05, len(row), dtype=row.dtype, device=row.device)
+        inputs = self._inputs(self._chain_batch(self.probe_batches[0], 0))
+        one, two = (self._by_handlers(near, self._temperature(1.0), inputs, with_gradient=False)[0] for _ in range(2))
+        if not torch.allclose(one, two, rtol=1e-4, equal_nan=True):
+            raise ValueError(
+                f"the model has no fixed log-density: two evaluations at one point gave {float(-one)} and {float(-two)}. It draws "
+                "random numbers beside its sites (dropout in training mode?): call .eval()"
+            )
 
     def _example_tensors(self) -> list[Tensor]:
         if self.structure.scaling != "minibatch" or not self.places:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Transform, biject_to
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyro_advbayes.batches import in_words
 from pyro_advbayes.handlers import minibatch
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -36,79 +38,6 @@ class Site(NamedTuple):
     def numel(self) -> int:
         """How many unconstrained numbers the site holds."""
         return self.unconstrained_shape.numel()
-
-
-class Arguments:
-    """
-    A model's arguments, with the tensors among them apart, so that a graph can take them as inputs and a minibatch can replace
-    some of them.
-
-    :param model: the model; names its arguments in messages.
-    :param args: positional arguments.
-    :param kwargs: keyword arguments.
-    """
-
-    def __init__(self, model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self.args, self.kwargs = tuple(args), dict(kwargs)
-        self.keys: list[int | str] = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
-        self.keys += [name for name, value in kwargs.items() if isinstance(value, Tensor)]
-        self.labels = [_label(model, key) for key in self.keys]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The tensor arguments: positional ones first, then keywords."""
-        return [self.args[key] if isinstance(key, int) else self.kwargs[key] for key in self.keys]
-
-    def replace(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """``(args, kwargs)`` with these tensors in the place of :attr:`tensors`."""
-        new = dict(zip(self.keys, tensors, strict=True))
-        args = tuple(new.get(i, value) for i, value in enumerate(self.args))
-        return args, {name: new.get(name, value) for name, value in self.kwargs.items()}
-
-    def rows(self, batch_args: Sequence[int | str] | None) -> tuple[list[int], int]:
-        """
-        Which tensors hold a row per data point, and how many rows there are.
-
-        :param batch_args: positions or names; by default every tensor as long as the first one.
-        :return: places in :attr:`tensors`, and the number of rows.
-        :raises ValueError: if there is no such tensor, a name is unknown, or the lengths differ.
-        """
-        tensors = self.tensors
-        if batch_args is None:
-            places = [i for i, value in enumerate(tensors) if value.dim() > 0]
-            if not places:
-                raise ValueError("batch_size: none of the model's arguments is a tensor with rows to take a minibatch from")
-            size = len(tensors[places[0]])
-            return [i for i in places if len(tensors[i]) == size], size
-        known = {**{key: i for i, key in enumerate(self.keys)}, **{label: i for i, label in enumerate(self.labels)}}
-        unknown = [key for key in batch_args if key not in known]
-        if unknown or not batch_args:
-            raise ValueError(f"batch_args={list(batch_args)!r}: the model's tensor arguments are {self.labels}")
-        places = sorted({known[key] for key in batch_args})
-        if len({len(tensors[i]) for i in places}) > 1:
-            raise ValueError(f"batch_args: the arguments differ in length: {self.lengths()}")
-        return places, len(tensors[places[0]])
-
-    def lengths(self) -> str:
-        """The first dimension of every tensor argument, in words."""
-        return ", ".join(f"{label} has {len(t)} rows" for label, t in zip(self.labels, self.tensors, strict=True) if t.dim())
-
-    def check_finite(self) -> None:
-        """:raises ValueError: if a tensor argument holds NaN or infinity."""
-        for label, value in zip(self.labels, self.tensors, strict=True):
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                bad = int((~value.isfinite()).sum())
-                raise ValueError(f"argument {label} holds {bad} non-finite values (NaN or infinity): clean the data first")
-
-
-def _label(model: Callable, key: int | str) -> str:
-    if isinstance(key, str):
-        return key
-    try:
-        names = list(inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters)
-    except (TypeError, ValueError):
-        names = []
-    return names[key] if key < len(names) else f"args[{key}]"
 
 
 class Structure(NamedTuple):
@@ -133,7 +62,7 @@ def look(
     fewer: tuple[Sequence[Any], Mapping[str, Any]] | None,
     rows: tuple[int, int] | None,
     num_data: int | None,
-    lengths: str = "",
+    lengths: Mapping[str, int] | None = None,
     loader: bool = False,
 ) -> Structure:
     """
@@ -144,45 +73,46 @@ def look(
     :param fewer: ``(args, kwargs)`` of the second; None looks twice at the first.
     :param rows: how many rows the two hold, if the model is to be scaled from minibatches of such rows; else None.
     :param num_data: number of rows that a minibatch stands for.
-    :param lengths: the lengths of the arguments, in words, for the message when they don't fit.
+    :param lengths: lengths of the arguments by name, for the message when they don't fit.
     :param loader: whether the rows come from a loader, which may supply a plate's indices too, ``plate(subsample=...)``.
     :raises ValueError: naming the site, plate or layer that a sampler cannot treat, and the remedy.
     """
-    try:
-        with refuse_random_layers(model):
-            first = _trace(model, few)
-            second = _trace(model, few if fewer is None else fewer)
-    except (RuntimeError, ValueError) as error:
-        if rows is None or isinstance(error, _Refused):
+    lengths = lengths or {}
+    arguments = (few, few if fewer is None else fewer)
+    with refuse_random_layers(model):
+        try:
+            first, second = (_trace(model, each) for each in arguments)
+        except _Refused:
             raise
-        raise ValueError(
-            f"the model fails on minibatches of {rows[0]} and {rows[1]} rows ({lengths}): {str(error).splitlines()[0]}. The "
-            "arguments that hold data must be equally long (batch_args= names them) and the plate must take its size from "
-            "them, pyro.plate('data', len(x))"
-        ) from error
-    sites = _latent_sites(first, second)
+        except Exception as error:  # whatever a model's Python does with fewer rows than it expects
+            if rows is not None:
+                _explain(error, [_witness(model, each) for each in arguments], rows, lengths)
+            raise
     own = _own_plate(first)
     if own is not None:
         _check_plate(first, own.plate)
         if rows is not None and (own.scaling == "indices" or not loader):
-            raise ValueError(
-                f"plate {own.plate!r} subsamples itself ({own.plate_batch} of {own.plate_size} rows): cut into minibatches as "
-                "well it would be scaled twice. Drop batch_size, or the plate's subsample"
-            )
-        return own._replace(sites=sites)
-    if rows is None:
-        return Structure(sites)
-    plate = _following_plate(first, second, rows)
-    _trace(minibatch(model, num_data, plate), few)  # refuses, by name, what it would scale wrongly
-    _check_rows(first, plate, rows[0], lengths)
-    return Structure(sites, "minibatch", plate, num_data, rows[0])
+            raise _scaled_twice(own.plate, own.plate_batch, own.plate_size)
+    found = own or Structure(())
+    if own is None and rows is not None:
+        plate = _following_plate(first, second, rows)
+        _check_plate(first, plate)
+        found = Structure((), "minibatch", plate, num_data, rows[0])
+    sites = _latent_sites(first, second)
+    if found.scaling == "minibatch":
+        _check_scaling(model, few, num_data, found.plate)
+        for trace, size in zip((first, second), rows, strict=True):
+            _check_rows(trace, found.plate, size, lengths)
+    for trace in (first, second):
+        _check_observations(trace, lengths)
+    return found._replace(sites=sites)
 
 
 class _Refused(ValueError):
     """A refusal that already names culprit and remedy."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def refuse_random_layers(model: Callable) -> Iterator[None]:
     """Within it, a BatchNorm or Dropout layer that runs in training mode raises an error with the layer's name."""
     names = {m: name for name, m in model.named_modules()} if isinstance(model, nn.Module) else {}
@@ -198,14 +128,90 @@ def refuse_random_layers(model: Callable) -> Iterator[None]:
     handle = register_module_forward_pre_hook(check)
     try:
         yield
+    except _Refused as error:
+        raise ValueError(_without_shapes(error)) from None
     finally:
         handle.remove()
+
+
+def _without_shapes(error: Exception) -> str:
+    """The message without the table of shapes that Pyro adds to errors from inside a model."""
+    return re.split(r"\s*Trace Shapes:", str(error))[0]
 
 
 def _trace(model: Callable, arguments: tuple[Sequence[Any], Mapping[str, Any]]) -> Trace:
     args, kwargs = arguments
     with torch.no_grad(), poutine.block():
         return poutine.trace(InitMessenger(init_to_sample)(model)).get_trace(*args, **kwargs)
+
+
+class _Witness(Messenger):
+    """Notes plates and latent sites as they come, also of a model that fails half way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plates: dict[str, int] = {}
+        self.own: list[tuple[str, int, int]] = []
+        self.latents: dict[str, dict[str, int]] = {}
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        sizes = {frame.name: frame.size for frame in msg["cond_indep_stack"]}
+        if site_is_subsample(msg):
+            size, batch = msg["fn"].size, msg["fn"].subsample_size
+            sizes[msg["name"]] = size if batch is None else batch
+            if batch not in (None, size):
+                self.own.append((msg["name"], batch, size))
+        elif not msg["is_observed"]:
+            self.latents[msg["name"]] = sizes
+        self.plates.update(sizes)
+
+
+def _witness(model: Callable, arguments: tuple[Sequence[Any], Mapping[str, Any]]) -> _Witness:
+    with contextlib.suppress(Exception), torch.no_grad(), poutine.block(), _Witness() as witness:
+        args, kwargs = arguments
+        model(*args, **kwargs)
+    return witness
+
+
+def _explain(error: Exception, seen: list[_Witness], rows: tuple[int, int], lengths: Mapping[str, int]) -> None:
+    """
+    Says why a model fails on minibatches where that can be told from what it did before; else returns.
+
+    :raises ValueError: naming the plate, site or arguments.
+    """
+    first, second = seen
+    if first.own:
+        raise _scaled_twice(*first.own[0]) from error
+    for name, sizes in first.latents.items():
+        for plate, size in sizes.items():
+            if (size, second.latents.get(name, {}).get(plate)) == rows:
+                raise _local_latent(name, plate) from error
+    what = f"the model fails on minibatches of {rows[0]} and {rows[1]} rows: {_without_shapes(error).splitlines()[0]}"
+    for plate, size in first.plates.items():
+        if size == second.plates.get(plate) and rows[0] != rows[1]:
+            raise ValueError(
+                f"{what}. Plate {plate!r} has {size} rows in both: if it holds the data it must take its size from them, "
+                f"pyro.plate({plate!r}, len(x)), or subsample itself (and batch_size=None)"
+            ) from error
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"{what}. {in_words(lengths)}: the arguments that hold data must be equally long (batch_args= names them)"
+        ) from error
+
+
+def _scaled_twice(plate: str, batch: int, size: int) -> ValueError:
+    return ValueError(
+        f"plate {plate!r} subsamples itself ({batch} of {size} rows): cut into minibatches as well it would be scaled twice. "
+        "Drop batch_size, or the plate's subsample"
+    )
+
+
+def _local_latent(site: str, plate: str) -> ValueError:
+    return ValueError(
+        f"site {site!r} is a local latent: it is drawn inside the data plate {plate!r}, so that it belongs to the rows of one "
+        "minibatch (obs_mask= adds such a site, and so do weights drawn in the plate). Draw it outside the plate or integrate "
+        "it out"
+    )
 
 
 def _latents(trace: Trace) -> dict[str, dict[str, Any]]:
@@ -276,16 +282,12 @@ def _own_plate(trace: Trace) -> Structure | None:
 
 
 def _check_plate(trace: Trace, plate: str) -> None:
-    for name, node in _latents(trace).items():
-        if plate in {frame.name for frame in node["cond_indep_stack"]}:
-            raise ValueError(
-                f"site {name!r} is a local latent: it is drawn inside the data plate {plate!r}, so that it belongs to the rows "
-                "of one minibatch. Draw it outside the plate or integrate it out"
-            )
-    for node in trace.nodes.values():
+    for name, node in trace.nodes.items():
         for frame in node.get("cond_indep_stack", ()):
             if frame.name == plate and not frame.vectorized:
                 raise ValueError(f"plate {plate!r} is sequential (a for loop): minibatches need a vectorised one, `with pyro.plate(...):`")
+            if frame.name == plate and name in _latents(trace):
+                raise _local_latent(name, plate)
 
 
 def _following_plate(first: Trace, second: Trace, rows: tuple[int, int]) -> str:
@@ -313,15 +315,53 @@ def _following_plate(first: Trace, second: Trace, rows: tuple[int, int]) -> str:
     )
 
 
-def _check_rows(trace: Trace, plate: str, rows: int, lengths: str) -> None:
-    for name, node in trace.nodes.items():
-        for frame in node.get("cond_indep_stack", ()):
-            if frame.name == plate and node["type"] == "sample":
+def _check_scaling(model: Callable, arguments: tuple[Sequence[Any], Mapping[str, Any]], num_data: int, plate: str) -> None:
+    """Lets the handler refuse, by name, what it would scale wrongly."""
+    try:
+        _trace(minibatch(model, num_data, plate), arguments)
+    except ValueError as error:
+        raise ValueError(_without_shapes(error)) from None
+
+
+def _check_rows(trace: Trace, plate: str, rows: int, lengths: Mapping[str, int]) -> None:
+    for name, node in _observations(trace).items():
+        for frame in node["cond_indep_stack"]:
+            if frame.name == plate:
                 dim = frame.dim - node["fn"].event_dim
                 shape = node["value"].shape
                 got = shape[dim] if len(shape) >= -dim else 1
                 if got != rows:
                     raise ValueError(
-                        f"observed site {name!r} has {got} rows where plate {plate!r} has {rows} ({lengths}): the arguments "
-                        "that hold data must be equally long"
+                        f"observed site {name!r} has {got} rows where plate {plate!r} has {rows} ({in_words(lengths)}): the "
+                        "arguments that hold data must be equally long"
                     )
+
+
+def _observations(trace: Trace) -> dict[str, dict[str, Any]]:
+    return {
+        name: node
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample"
+        and node["is_observed"]
+        and isinstance(node["value"], Tensor)
+        and not node["infer"].get("_deterministic")
+    }
+
+
+def _check_observations(trace: Trace, lengths: Mapping[str, int]) -> None:
+    """Refuses values that would be repeated to fit: one label for all rows, one row for all labels, ``[N, 1]`` against ``[N]``."""
+    for name, node in _observations(trace).items():
+        value, shape = node["value"].shape, node["fn"].shape()
+        try:
+            fits = len(value) == 0 or torch.broadcast_shapes(value, shape) == value
+        except RuntimeError:
+            fits = False
+        for frame in node["cond_indep_stack"]:
+            dim = frame.dim - node["fn"].event_dim if frame.vectorized else 0
+            fits = fits and (not -len(value) <= dim < 0 or value[dim] == frame.size)
+        if not fits:
+            known = f" ({in_words(lengths)})" if lengths else ""
+            raise ValueError(
+                f"observed site {name!r} has values of shape {tuple(value)} where its distribution has {tuple(shape)}{known}: give one "
+                "observation for each, of the same shape"
+            )

@@ -131,6 +131,8 @@ class SGMCMCKernel(MCMCKernel):
         theta = self.potential.init() if given is None else self._joined(given)
         if theta.shape != (self.num_chains, self.potential.size):
             raise ValueError(f"initial_params hold {len(theta)} chains: {self.num_chains} are needed")
+        if given is not None:
+            self.potential.check_start(theta)
         self._start(theta)
         self._initial_params = self._split(theta.clone())
 
