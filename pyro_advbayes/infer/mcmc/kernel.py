@@ -140,6 +140,7 @@ class SGMCMCKernel(MCMCKernel):
         self._theta, self._noise = theta, torch.empty_like(theta)
         self._variables = self.rule.variables(theta)
         self._alive = torch.ones(self.num_chains, dtype=torch.bool)
+        self._some_lost = False
         self._divergences: list[list[int]] = [[] for _ in range(self.num_chains)]
         self._anchor = None if self.control_variate is None else ControlVariate(self.potential, self.control_variate)
         self._noise_estimate = NoiseEstimate(self, every_step="noise" in self._variables)
@@ -200,7 +201,8 @@ class SGMCMCKernel(MCMCKernel):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for name in ("potential", "_theta", "_noise", "_variables", "_anchor", "_noise_estimate", "_scalars", "_last"):
+        # transforms too: PyTorch's inverse transforms lose what they invert when they are pickled
+        for name in ("transforms", "potential", "_theta", "_noise", "_variables", "_anchor", "_noise_estimate", "_scalars", "_last"):
             state[name] = None
         state["_graphs"], state["_functions"] = {}, {}
         return state
@@ -264,7 +266,9 @@ class SGMCMCKernel(MCMCKernel):
             finite = finite and math.isfinite(total)
             reports.append(report)
         if not finite:
-            self._stop_lost_chains(step_size)
+            self._find_lost_chains(step_size, [report[0] for report in reports] if kind == "both" else [])
+        if self._some_lost:
+            self._hold_lost_chains()
         self._theta, self._noise = self._noise, self._theta
         self._steps += 1
         self._info.update(step_size=step_size, temperature=temperature)
@@ -273,20 +277,27 @@ class SGMCMCKernel(MCMCKernel):
             mean = float(energy[self._alive].mean()) if bool(self._alive.any()) else math.nan
             self._info.update(energy=energy, gradient_norm=norm, mean_energy=mean)
 
-    def _stop_lost_chains(self, step_size: float) -> None:
-        """Sets chains with a non-finite new state back to their last finite one, where they stay."""
-        lost = ~self._noise.isfinite().all(dim=-1)
-        self._noise[lost] = self._theta[lost]
-        for value in self._variables.values():
-            value[lost] = torch.nan_to_num(value[lost], 0.0, 0.0, 0.0)
-        if "momentum" in self._variables:
-            self._variables["momentum"][lost] = 0.0
-        self._alive &= ~lost.to(self._alive.device)
+    def _find_lost_chains(self, step_size: float, energies: list[Tensor]) -> None:
+        """:raises RuntimeError: if the new state, or the energy of the old one, is not finite in any chain."""
+        finite = self._noise.isfinite().all(dim=-1)
+        if energies:
+            finite &= torch.cat([energy.reshape(-1) for energy in energies]).isfinite()
+        self._alive &= finite.to(self._alive.device)
+        self._some_lost = not bool(self._alive.all())
         if not bool(self._alive.any()):
             raise RuntimeError(
                 f"every chain is lost: energy or gradient is not finite at update {self._steps} (step_size={step_size:.3g}). Take a "
                 'smaller step_size, or "auto"; check the data for values that are far out, or start elsewhere (init_strategy)'
             )
+
+    def _hold_lost_chains(self) -> None:
+        """Sets lost chains back to their last finite state, where they stay."""
+        lost = (~self._alive).to(self._noise.device)
+        self._noise[lost] = self._theta[lost]
+        for value in self._variables.values():
+            value[lost] = torch.nan_to_num(value[lost], 0.0, 0.0, 0.0)
+        if "momentum" in self._variables:
+            self._variables["momentum"][lost] = 0.0
 
     # ------------------------------------------------------------------------------------------- the update of one chunk
 
@@ -312,7 +323,8 @@ class SGMCMCKernel(MCMCKernel):
             if anchored is not None:
                 gradient = gradient + anchored(temperature, *tensors)
             new = rule.step(theta, gradient, noise, step_size, temperature, variables, adapting)
-            return *report, new.sum()
+            # one number that is finite if all of them are
+            return *report, new.sum() + report[0].sum() if report else new.sum()
 
         if potential.backend == "compile":
             key = (self.rule, evaluate, adapting, self._theta[rows].shape)
@@ -412,6 +424,7 @@ class SGMCMCKernel(MCMCKernel):
         self._theta.copy_(state["theta"])
         self._variables = dict(state["variables"])
         self._alive, self._divergences = state["alive"], state["divergences"]
+        self._some_lost = not bool(self._alive.all())
         self._steps, self._samples = state["counts"]
         self._noise_estimate.count, self._noise_estimate.variance = state["noise"]
         if state["auto"] is not None:

@@ -51,12 +51,17 @@ class NoiseEstimate:
 
     def measure(self, kernel: SGMCMCKernel) -> None:
         """Takes two more gradients into the mean."""
-        batches, alive = kernel.potential.batches, kernel._alive
-        if batches.num_data is None or not bool(alive.any()):
+        batches = kernel.potential.batches
+        if batches.num_data is None:
             return
         first, second = kernel.gradient(), kernel.gradient()
         share = batches.batch_size / batches.num_data
-        latest = (0.5 * (1.0 - share) * (first - second).square())[alive].mean(0)
+        latest = 0.5 * (1.0 - share) * (first - second).square()
+        # not of chains that are lost, or about to be
+        latest = latest[kernel._alive.to(latest.device) & latest.isfinite().all(dim=-1)]
+        if len(latest) == 0:
+            return
+        latest = latest.mean(0)
         self.count += 1
         self.variance += (latest - self.variance) / self.count
         if self.every_step:
