@@ -107,23 +107,30 @@ def _number(module: fx.GraphModule, arg: Any) -> float | None:
 def _drop_identities(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         kept = _identical(module, node)
-        if kept is not None and kept.meta["val"].shape == node.meta["val"].shape and kept.meta["val"].dtype == node.meta["val"].dtype:
+        if kept is not None:
             node.replace_all_uses_with(kept)
             module.graph.erase_node(node)
+
+
+def _alike(one: fx.Node, other: fx.Node) -> bool:
+    """Whether one may stand for the other: no operation between them that broadcasts or promotes."""
+    one, other = one.meta["val"], other.meta["val"]
+    return one.shape == other.shape and one.dtype == other.dtype
 
 
 def _identical(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """A node with the same value to the bit, made from fewer operations; None if there is none."""
     if node.target is aten.t.default and node.args[0].target is aten.t.default:
-        return node.args[0].args[0]
+        return node.args[0].args[0]  # the shape is that of the node, whichever it is
     if node.target in (aten.sub.Tensor, aten.pow.Tensor_Scalar) and not node.kwargs:
         neutral = 0.0 if node.target is aten.sub.Tensor else 1.0
-        return node.args[0] if _number(module, node.args[1]) == neutral and isinstance(node.args[0], fx.Node) else None
+        same = isinstance(node.args[0], fx.Node) and _alike(node.args[0], node)
+        return node.args[0] if same and _number(module, node.args[1]) == neutral else None
     if node.target is aten.mul.Tensor:
         number, factor = _number(module, node.args[0]), node.args[1]
         if number is None:
             number, factor = _number(module, node.args[1]), node.args[0]
-        if number is None or not isinstance(factor, fx.Node):
+        if number is None or not isinstance(factor, fx.Node) or not _alike(factor, node):
             return None
         if factor.target is aten.mul.Scalar and factor.args[1] == 2.0:  # doubling is exact, so it can move into the constant
             number, factor = 2.0 * number, factor.args[0]

@@ -1,0 +1,154 @@
+"""What a sampler or a guide found, as ArviZ reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.mcmc.api import AbstractMCMC
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_advbayes.diagnostics.arviz import to_inference_data
+from pyro_advbayes.handlers import UnvalidatedMessenger
+from pyro_advbayes.infer.mcmc.runner import SGMCMC
+from pyro_advbayes.infer.predictive import Predictive
+
+
+def to_arviz(
+    posterior: AbstractMCMC | Callable,
+    *,
+    model: Callable | None = None,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    num_samples: int = 1000,
+    sites: Sequence[str] | None = None,
+    log_likelihood: bool = False,
+    posterior_predictive: bool | Mapping[str, Tensor] = False,
+    chunk_size: int | None = None,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+) -> Any:
+    """
+    Samples with their statistics, predictions, likelihood and data, for ``az.summary``, ``az.plot_trace``, ``az.loo`` and the rest of
+    ArviZ, 0.x and 1.x.
+
+    Example::
+
+        idata = to_arviz(mcmc, sites=["net.2.bias"], log_likelihood=True, posterior_predictive=True)
+        az.loo(idata)
+
+    :param posterior: a finished :class:`~pyro_advbayes.SGMCMC` or :class:`pyro.infer.MCMC`, or a guide.
+    :param model: the model; by default the kernel's. A guide needs it.
+    :param args: the model's arguments with the data; by default those of the run. A guide needs them.
+    :param kwargs: its keyword arguments.
+    :param int num_samples: how many draws to take from a guide, >= 1.
+    :param sites: which sites go into the posterior; by default all, which for a network is every weight.
+    :param log_likelihood: adds the log-likelihood of every observed row, ``[chains, draws, rows]``, in nats, unscaled.
+    :param posterior_predictive: True adds predictions of the observed sites at the model's arguments; or what a ``Predictive`` gave,
+        ``[chains * draws, ...]`` by site.
+    :param int chunk_size: how many draws are computed side by side; by default as in ``Predictive`` and one at a time for the likelihood
+        of a large network.
+    :param coords: as in ArviZ.
+    :param dims: as in ArviZ, from a variable to its dimensions after ``[chains, draws]``.
+    :return: ``arviz.InferenceData`` (0.x) or ``xarray.DataTree`` (1.x).
+    :raises ValueError: if a site is unknown, or a guide comes without its model or arguments.
+    """
+    kwargs = dict(kwargs or {})
+    groups: dict[str, Mapping[str, Any]] = {}
+    if isinstance(posterior, AbstractMCMC):
+        model = posterior.kernel.model if model is None else model
+        if args is None:
+            args, kwargs = posterior._args, kwargs or posterior._kwargs  # Pyro keeps them under these names, as ArviZ's own reader expects
+        samples = posterior.get_samples(group_by_chain=True)
+        groups["sample_stats"] = _statistics(posterior)
+    else:
+        if model is None or args is None:
+            raise ValueError("a guide needs model= and args=, the arguments with the data, to be drawn from and compared with the data")
+        samples = _draw_guide(posterior, num_samples, args, kwargs)
+    num_chains = next(iter(samples.values())).shape[0]
+    flat = {name: value.flatten(0, 1) for name, value in samples.items()}
+
+    def by_chain(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.detach().reshape(num_chains, -1, *value.shape[1:]) for name, value in values.items()}
+
+    groups["posterior"] = _chosen(samples, sites)
+    if model is not None:
+        groups["observed_data"] = _observations(model, {name: value[0] for name, value in flat.items()}, args, kwargs)
+        if log_likelihood:
+            groups["log_likelihood"] = by_chain(log_likelihoods(model, flat, args, kwargs, chunk_size))
+        if posterior_predictive is True:
+            names = list(groups["observed_data"])
+            predictive = Predictive(poutine.uncondition(model), flat, return_sites=names, chunk_size=chunk_size)
+            posterior_predictive = predictive(*args, **kwargs)
+    if posterior_predictive:
+        groups["posterior_predictive"] = by_chain(posterior_predictive)
+    return to_inference_data(groups, coords=coords, dims=dims)
+
+
+def log_likelihoods(
+    model: Callable, samples: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], chunk_size: int | None = None
+) -> dict[str, Tensor]:
+    """
+    The log-density of every observed row under every draw, by site ``[draws, rows]``, in nats; no plate's scale is applied.
+
+    :param samples: ``[draws, *shape]`` by site.
+    :param chunk_size: how many draws are computed side by side; by default one where they hold over 20 000 numbers each, else all.
+    """
+
+    def one(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with poutine.block(), UnvalidatedMessenger():
+            trace = poutine.trace(poutine.condition(model, values)).get_trace(*args, **kwargs)
+        observed = {name: node for name, node in trace.nodes.items() if _is_observed(node) and name not in values}
+        return {name: node["fn"].log_prob(node["value"]) for name, node in observed.items()}
+
+    with torch.no_grad(), pyro.validation_enabled(False):
+        size = sum(value[0].numel() for value in samples.values())
+        count = len(next(iter(samples.values())))
+        if chunk_size != 1 and size <= 20_000:
+            try:
+                return torch.func.vmap(one, chunk_size=chunk_size)(dict(samples))
+            except RuntimeError:  # an operation without a batching rule: one draw after the other gives the same numbers
+                pass
+        rows = [one({name: value[i] for name, value in samples.items()}) for i in range(count)]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _is_observed(node: Mapping[str, Any]) -> bool:
+    return node["type"] == "sample" and node["is_observed"] and not site_is_subsample(node) and not node["infer"].get("_deterministic")
+
+
+def _statistics(posterior: AbstractMCMC) -> dict[str, Tensor]:
+    if isinstance(posterior, SGMCMC):
+        return posterior.sample_stats()
+    diverging = torch.zeros(posterior.num_chains, posterior.num_samples, dtype=torch.bool)
+    # the public diagnostics() computes n_eff of every weight on the way, minutes for a network
+    for chain, found in enumerate(posterior._diagnostics):
+        diverging[chain, list((found or {}).get("divergences", []))] = True
+    return {"diverging": diverging}
+
+
+def _draw_guide(guide: Callable, num_samples: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    rows: list[dict[str, Tensor]] = []
+    with torch.no_grad():
+        for _ in range(num_samples):
+            trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            sites = {name: node for name, node in trace.nodes.items() if node["type"] == "sample" and not site_is_subsample(node)}
+            rows.append({name: node["value"] for name, node in sites.items() if not node["infer"].get("is_auxiliary")})
+    return {name: torch.stack([row[name] for row in rows]).unsqueeze(0) for name in rows[0]}
+
+
+def _observations(model: Callable, draw: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+        trace = poutine.trace(poutine.condition(model, draw)).get_trace(*args, **kwargs)
+    return {name: node["value"] for name, node in trace.nodes.items() if _is_observed(node) and name not in draw}
+
+
+def _chosen(samples: Mapping[str, Tensor], sites: Sequence[str] | None) -> dict[str, Tensor]:
+    unknown = sorted(set(sites or ()) - set(samples))
+    if unknown:
+        raise ValueError(f"sites: {unknown[0]!r} is none of {sorted(samples)}")
+    return {name: samples[name] for name in (samples if sites is None else sites)}
