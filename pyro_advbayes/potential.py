@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -25,6 +25,14 @@ KINDS = ("energy", "gradient", "both")
 # Largest number of weights for which chains side by side (one batched product) beat one after the other on a CPU; with
 # convolutions they never do. Measured on two cores at batch 100; see tests/benchmarks.
 SIDE_BY_SIDE_WEIGHTS = 20_000
+
+
+class _Traced(NamedTuple):
+    """A graph, and what tells whether the model is still the one that was traced."""
+
+    graph: Callable[..., Any]
+    inputs: tuple[Tensor, ...]
+    mark: Tensor
 
 
 class Potential:
@@ -327,10 +335,29 @@ class Potential:
             return looped
         key = (kind, state.shape, state.dtype, str(state.device), tuple((t.shape, t.dtype) for t in tensors))
         if key not in self._checked:
-            if key not in self._graphs or not self._agrees(self._graphs[key], looped, state, tensors):
-                self._graphs[key] = self._trace(kind, state, tensors, looped)
+            traced = self._graphs.get(key)
+            if traced is None or not self._is_unchanged(traced) or not self._agrees(traced.graph, looped, state, tensors):
+                graph = self._trace(kind, state, tensors, looped)
+                if graph is looped:
+                    return looped
+                inputs = self._of_first_chain(state, tensors)
+                self._graphs[key] = _Traced(graph, inputs, self._mark(inputs))
             self._checked.add(key)
-        return self._graphs[key]
+        return self._graphs[key].graph
+
+    def _is_unchanged(self, traced: _Traced) -> bool:
+        """Whether what the graph holds as constants (weights outside the sites, plain numbers, N) is still what the model has."""
+        return torch.equal(self._mark(traced.inputs), traced.mark)
+
+    def _mark(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Numbers in which any change of the model shows, to the last bit."""
+        row = 0.1 * torch.randn(self.size, dtype=self.dtype, generator=torch.Generator().manual_seed(0))
+        energy, gradient = self._by_handlers(row.to(self.device), self._temperature(0.5), inputs)
+        return torch.stack([energy.double(), gradient.double().sum(), gradient.double().abs().sum()])
+
+    def _of_first_chain(self, state: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        varying = self._varying(len(tensors)) if state.dim() == 2 and self.batches.per_chain else ()
+        return tuple(t[0].clone() if i in varying else t for i, t in enumerate(tensors))
 
     def _trace(self, kind: str, state: Tensor, tensors: Sequence[Tensor], looped: Callable) -> Callable:
         temperature = self._temperature(1.0)
@@ -369,7 +396,11 @@ class Potential:
         tolerance = 1e-3 if state.dtype in (torch.float32, torch.bfloat16, torch.float16) else 1e-7
         for inputs in (candidates[0], candidates[-1]):
             temperature = self._temperature(0.5)
-            ours, theirs = graph(other, temperature, *inputs), looped(other, temperature, *inputs)
+            theirs = looped(other, temperature, *inputs)
+            try:
+                ours = graph(other, temperature, *inputs)
+            except RuntimeError:
+                return False
             ours, theirs = (ours, theirs) if isinstance(ours, tuple) else ((ours,), (theirs,))
             for a, b in zip(ours, theirs, strict=True):
                 if not bool((a - b).norm() <= tolerance * b.norm() + 1e-30):
