@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,10 +36,11 @@ def trace_graph(fn: Callable[..., Any], example_inputs: Sequence[Tensor]) -> fx.
     """
     with torch.no_grad():
         module = make_fx(fn)(*example_inputs)
-    _cut_seeds(module)
+    written = _written(module.graph)
+    _cut_seeds(module, written)
     module.graph.eliminate_dead_code(_is_impure)
-    _fold_constants(module)
-    _drop_identities(module)
+    _fold_constants(module, written)
+    _drop_identities(module, written)
     module.graph.eliminate_dead_code(_is_impure)
     _call_directly(module.graph)
     module.delete_all_unused_submodules()
@@ -62,16 +64,36 @@ def _is_impure(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output") or _mutates(node)
 
 
-def _cut_seeds(module: fx.GraphModule) -> None:
+def _written(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose memory an in-place operation writes to, also through a view: their values are not theirs alone."""
+    memory: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        source = _source(node)
+        memory[node] = node if source is None else memory[source]
+    targets = {memory[arg] for node in graph.nodes if _mutates(node) for arg in node.all_input_nodes}
+    return {node for node, owner in memory.items() if owner in targets}
+
+
+def _source(node: fx.Node) -> fx.Node | None:
+    """The node whose memory this node's output shares, if any."""
+    if node.target is operator.getitem:
+        return node.args[0]
+    if isinstance(node.target, torch._ops.OpOverload):
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+            if argument.alias_info is not None and isinstance(value, fx.Node):
+                return value
+    return None
+
+
+def _cut_seeds(module: fx.GraphModule, written: set[fx.Node]) -> None:
     for node in list(module.graph.nodes):
-        if node.target is aten.ones_like.default:
+        if node.target is aten.ones_like.default and node not in written:
             value = node.meta["val"]
             _make_constant(module, node, torch.ones(value.shape, dtype=value.dtype, device=value.device))
 
 
-def _fold_constants(module: fx.GraphModule) -> None:
+def _fold_constants(module: fx.GraphModule, written: set[fx.Node]) -> None:
     """Computes the nodes that no input, random draw or in-place write reaches, once."""
-    written = {arg for node in module.graph.nodes if _mutates(node) for arg in node.all_input_nodes}
     known: dict[fx.Node, Any] = {}
     for node in list(module.graph.nodes):
         if node.op == "get_attr" and node not in written:
@@ -104,9 +126,10 @@ def _number(module: fx.GraphModule, arg: Any) -> float | None:
     return None
 
 
-def _drop_identities(module: fx.GraphModule) -> None:
+def _drop_identities(module: fx.GraphModule, written: set[fx.Node]) -> None:
     for node in list(module.graph.nodes):
-        kept = _identical(module, node)
+        reads = {node, *node.all_input_nodes, *(arg for read in node.all_input_nodes for arg in read.all_input_nodes)}
+        kept = None if reads & written else _identical(module, node)
         if kept is not None:
             node.replace_all_uses_with(kept)
             module.graph.erase_node(node)
