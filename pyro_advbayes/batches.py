@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, default_collate
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset, default_collate
 
 Batch = tuple[Tensor, ...]
 
@@ -232,6 +232,17 @@ class Loader:
         if num_data is not None:
             _check_num_data(loader, num_data, self.batch_size)
         self._iterator = None
+
+    @property
+    def tensors(self) -> Batch:
+        """The data behind the loader, where it is tensors."""
+        dataset = getattr(self.loader, "dataset", None)
+        return dataset.tensors if isinstance(dataset, TensorDataset) else ()
+
+    def describe(self) -> list[Any]:
+        """Plain values in which loaders that give other batches of the same data mostly differ."""
+        sampler = getattr(self.loader, "sampler", None)
+        return [type(self.loader).__name__, type(sampler).__name__, self.batch_size, getattr(self.loader, "drop_last", None)]
 
     def next(self) -> Batch:
         """The next item's tensors, from a new epoch where the last one is over."""

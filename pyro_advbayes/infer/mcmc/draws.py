@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pyro_advbayes.infer.mcmc.files import refuse_existing
+from pyro_advbayes.infer.mcmc.files import refuse_existing, replacing
 
 _NAMES = {
     torch.float64: "F64",
@@ -91,11 +91,9 @@ class FileDraws:
         header, self._starts, size = self._layout()
         if resume is None:
             refuse_existing(path, overwrite)
-            part = path.with_name(path.name + ".part")
-            with open(part, "wb") as new:
+            with replacing(path) as part, open(part, "wb") as new:
                 new.write(header)
                 new.truncate(size)
-            os.replace(part, path)
         else:
             with open(path, "rb") as old:
                 if old.read(len(header)) != header or path.stat().st_size != size:
@@ -127,10 +125,14 @@ class FileDraws:
                 at = self._starts[name] + (chain * self._num_samples + self.count) * size
                 os.pwrite(self._file.fileno(), row.reshape(-1).view(torch.uint8).numpy().data, at)
         self.count += 1
+        self._write_count()
 
     def flush(self) -> None:
-        """Makes the draws so far count."""
+        """Makes the draws so far safe from a crash of the machine too; one of the process never costs any."""
+        self._write_count()
         os.fsync(self._file.fileno())
+
+    def _write_count(self) -> None:
         os.pwrite(self._file.fileno(), struct.pack("<q", self.count), self._starts[_COUNT])
 
     def get(self) -> dict[str, Tensor]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{path} exists: choose another path, delete it, or say overwrite=True")
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, which takes the place of ``path`` when all is written, and is removed if that fails."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def save(path: Path, content: Mapping[str, Any]) -> None:
     """
     Writes nested dicts, lists and tuples of tensors, arrays, numbers, strings and None in the safetensors format, all or nothing:
@@ -31,11 +44,10 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_pack(content, tensors))
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, str(part), metadata={"content": plain})
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with replacing(path) as part:
+        save_file(tensors, str(part), metadata={"content": plain})
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def load(path: Path) -> Any:

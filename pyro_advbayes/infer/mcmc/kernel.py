@@ -432,7 +432,10 @@ class SGMCMCKernel(MCMCKernel):
         self._clamped_share = state["clamped"]
         self._effective = state["effective"]
         if self._anchor is not None:
-            self._anchor.anchor, self._anchor.full = state["anchor"]
+            anchor, full = state["anchor"]
+            if not torch.equal(self._anchor.anchor, anchor):
+                raise ValueError("control_variate holds other values than those that the run was started with")
+            self._anchor.full = full
         self.potential.probe_batches = tuple(state["probes"])
         self.potential.batches.load(state["batches"])
         self._initial_params = self._split(self._theta.clone())

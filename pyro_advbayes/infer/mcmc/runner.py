@@ -20,6 +20,8 @@ from pyro_advbayes.batches import is_loader
 from pyro_advbayes.infer.mcmc import files, summary
 from pyro_advbayes.infer.mcmc.draws import Field, FileDraws, MemoryDraws
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
+from pyro_advbayes.infer.mcmc.schedules import check_value
+from pyro_advbayes.infer.mcmc.step_size import AutoStepSize
 
 STATISTICS = ("energy", "step_size", "temperature", "gradient_norm", "diverging")
 _PREFIX = "sample_stats/"
@@ -88,6 +90,8 @@ class SGMCMC(AbstractMCMC):
         if draws is None and self.checkpoint is not None:
             draws = self.checkpoint.with_suffix(".draws.safetensors")
         self.draws_path = None if draws is None else Path(draws)
+        if self.draws_path is not None and self.draws_path == self.checkpoint:
+            raise ValueError(f"draws={str(draws)!r} is the path of the checkpoint too: they are two files")
         self._initial = initial_params
         self._draws: MemoryDraws | FileDraws | None = None
         self._args: tuple[Any, ...] = ()
@@ -156,7 +160,8 @@ class SGMCMC(AbstractMCMC):
         _compare(self._fingerprint(), content["fingerprint"], self.checkpoint)
         kernel.load(_to(content["kernel"], kernel.potential.device))
         energy = kernel.reference_energy()
-        if not torch.allclose(energy, content["energy"].to(energy.device), rtol=1e-3, equal_nan=True):
+        rtol = 1e-5 if energy.dtype.itemsize >= 4 else 1e-2  # the same model on another machine differs by rounding
+        if not torch.allclose(energy, content["energy"].to(energy.device), rtol=rtol, equal_nan=True):
             raise ValueError(
                 f"{self.checkpoint} is of another model: its sites {sorted(sites)} have the same names and shapes, but the energy where "
                 f"chain 0 was is {float(energy):.6g} instead of {float(content['energy']):.6g} (another prior or likelihood?)"
@@ -169,11 +174,32 @@ class SGMCMC(AbstractMCMC):
 
     def _setup(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self.kernel.initial_params = None if self._initial is None else dict(self._initial)
+        self._scheduled = self._schedule_values()
         args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         self.kernel.setup_chains(self.num_chains, self.warmup_steps, args, kwargs)
         # ArviZ runs the model on these: of a loader, its first batch
         loader = is_loader(args, dict(kwargs))
-        self._args, self._kwargs = (self.kernel.potential.batches.example if loader else args), dict(kwargs)
+        batches = self.kernel.potential.batches
+        self._args, self._kwargs = (batches.example if loader else args), dict(kwargs)
+        self._data = None
+        if self.checkpoint is not None:
+            tensors = batches.tensors if loader else self.kernel.potential.arguments.tensors
+            self._data = [_digest(value) for value in tensors] + (batches.describe() if loader else [])
+
+    def _schedule_values(self) -> dict[str, list[float]]:
+        """
+        Step size and temperature from the run's first update to its last.
+
+        :raises ValueError: if one is out of range somewhere, before hours are spent on the way there.
+        """
+        last = (self.warmup_steps + self.num_samples) * self.kernel.num_steps_per_sample - 1
+        steps = sorted({round(last * i / 1000) for i in range(1001)})
+        schedules = {"step_size": self.kernel.step_size, "temperature": self.kernel.temperature}
+        return {
+            name: [check_value(schedule(step), name, step) for step in steps]
+            for name, schedule in schedules.items()
+            if not isinstance(schedule, AutoStepSize)
+        }
 
     def _new_draws(self, resume: int | None = None) -> MemoryDraws | FileDraws:
         fields = {s.name: Field(s.shape, self.draws_dtype or s.dtype) for s in self.kernel.potential.sites}
@@ -187,29 +213,34 @@ class SGMCMC(AbstractMCMC):
     def _loop(self, params: dict[str, Tensor], done: int) -> None:
         total, kernel = self.warmup_steps + self.num_samples, self.kernel
         bar = tqdm(total=total, initial=done, disable=True if self.disable_progbar else None, mininterval=0.5)
-        with bar:
-            for i in range(done, total):
-                params = kernel.sample(params)
-                warmup = i < self.warmup_steps
-                stage, place = ("Warmup", i) if warmup else ("Sample", i - self.warmup_steps)
-                if not warmup:
-                    self._keep()
-                if self.hook_fn is not None:
-                    self.hook_fn(kernel, params, stage, place)
-                if self.checkpoint is not None and (i + 1) % self.checkpoint_every == 0:
-                    self._save_checkpoint()
-                if not bar.disable:
-                    bar.set_description(stage, refresh=False)
-                    rate = bar.format_dict["rate"]
-                    speed = {} if rate is None else {"steps/s": f"{rate * kernel.num_steps_per_sample:.0f}"}
-                    bar.set_postfix({**kernel.logging(), **speed}, refresh=False)
-                bar.update()
-        self._draws.flush()
-        if self.checkpoint is not None:
-            self._save_checkpoint()
-        self._diagnostics = kernel.diagnostics()
-        self.transforms = kernel.transforms
-        kernel.cleanup()
+        try:
+            with bar:
+                for i in range(done, total):
+                    params = kernel.sample(params)
+                    warmup = i < self.warmup_steps
+                    stage, place = ("Warmup", i) if warmup else ("Sample", i - self.warmup_steps)
+                    if not warmup:
+                        self._keep()
+                    if self.hook_fn is not None:
+                        self.hook_fn(kernel, params, stage, place)
+                    if self.checkpoint is not None and (i + 1) % self.checkpoint_every == 0:
+                        self._save_checkpoint()
+                    if not bar.disable:
+                        self._show(bar, stage)
+                    bar.update()
+            if self.checkpoint is not None:
+                self._save_checkpoint()
+        finally:  # what an interrupted run has is there to be looked at
+            self._draws.flush()
+            self._diagnostics = kernel.diagnostics()
+            self.transforms = kernel.transforms
+            kernel.cleanup()
+
+    def _show(self, bar: tqdm, stage: str) -> None:
+        bar.set_description(stage, refresh=False)
+        rate = bar.format_dict["rate"]
+        speed = {} if rate is None else {"steps/s": f"{rate * self.kernel.num_steps_per_sample:.0f}"}
+        bar.set_postfix({**self.kernel.logging(), **speed}, refresh=False)
 
     def _keep(self) -> None:
         kernel = self.kernel
@@ -246,9 +277,10 @@ class SGMCMC(AbstractMCMC):
             "sites": [[site.name, list(site.shape), str(site.dtype)] for site in potential.sites],
             "kernel": type(kernel).__name__,
             "settings": kernel.settings(),
-            "data": [] if potential.from_loader else [_digest(t) for t in potential.arguments.tensors],
+            **{name: values[::20] for name, values in self._scheduled.items()},
+            "data": self._data,
             "num_data": potential.batches.num_data,
-            "backend": [potential.backend, potential.chunk_size],
+            "backend": [kernel.backend, potential.chunk_size],
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
@@ -319,17 +351,17 @@ class SGMCMC(AbstractMCMC):
 
 
 def _digest(value: Tensor) -> list[Any]:
-    """Shape, dtype and a hash of up to 4096 evenly spaced rows."""
-    rows = value.detach().reshape(len(value), -1) if value.dim() else value.detach().reshape(1, 1)
-    every = max(1, len(rows) // 4096)
-    data = rows[::every].cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return [list(value.shape), str(value.dtype), hashlib.blake2b(data, digest_size=16).hexdigest()]
+    """Shape, dtype and a hash."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in value.detach().flatten().split(1 << 20):
+        digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
+    return [list(value.shape), str(value.dtype), digest.hexdigest()]
 
 
 def _compare(now: dict[str, Any], then: dict[str, Any], path: Path | None) -> None:
-    for key in ("model", "sites", "kernel", "settings", "data", "num_data", "backend"):
-        if now[key] != then[key]:
-            raise ValueError(f"{path} is of another run: its {key} is {then[key]}, here it is {now[key]}")
+    for key in [key for key in now if key not in ("threads", "torch")]:
+        if now[key] != then.get(key):
+            raise ValueError(f"{path} is of another run: its {key} is {_shorten(then.get(key))}, here it is {_shorten(now[key])}")
     for key in ("threads", "torch"):
         if now[key] != then[key]:
             warnings.warn(
@@ -338,9 +370,14 @@ def _compare(now: dict[str, Any], then: dict[str, Any], path: Path | None) -> No
             )
 
 
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
-        return {key: item if key in ("random", "rng", "alive") else _to(item, device) for key, item in value.items()}
+        return {key: item if key in ("random", "batches", "alive") else _to(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_to(item, device) for item in value)
     return value.to(device) if isinstance(value, Tensor) else value
