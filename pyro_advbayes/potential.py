@@ -281,6 +281,7 @@ class Potential:
         """The gradient of :meth:`energy` with respect to the state, ``[chains, size]``."""
         return self.evaluate("gradient", state, batch, temperature)
 
+    @torch.no_grad()
     def evaluate(self, kind: str, state: Tensor, batch: Batch | None = None, temperature: float = 1.0) -> Any:
         """``"energy"``, ``"gradient"``, or ``"both"`` as ``(gradient, energy)``."""
         batch = self.batches.next() if batch is None else batch

@@ -214,6 +214,7 @@ class SGMCMCKernel(MCMCKernel):
         """Whether warm-up is going on."""
         return self._samples < self._warmup_samples
 
+    @torch.no_grad()
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """
         The next sample: ``num_steps_per_sample`` updates, and more where a schedule keeps none in the hot part of its cycle.
