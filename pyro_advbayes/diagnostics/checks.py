@@ -25,7 +25,7 @@ def check_probs(probs: Tensor, ranks: tuple[int, ...] = (2, 3)) -> Tensor:
         raise ValueError(f"probs must be {' or '.join(shapes[r] for r in ranks)}, not {list(probs.shape)}{remedy}")
     if probs.numel() == 0:
         raise ValueError(f"probs must have at least one draw, input and class, not {list(probs.shape)}")
-    low, total = probs.min(), probs.sum(-1, dtype=torch.float64)
+    low, total = probs.min(), probs.sum(-1)
     off = (total - 1).abs().max()
     # Written so that NaN fails: it is smaller than nothing.
     if not (low >= 0 and off <= max(ROUNDING, 2 * torch.finfo(probs.dtype).eps)):

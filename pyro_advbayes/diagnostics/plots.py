@@ -52,9 +52,9 @@ def plot_scores(
         raise ValueError("scores must name at least one set of inputs")
     ax = ax if ax is not None else _axes()
     every = torch.cat(list(values.values()))
-    width = max(float(every.max() - every.min()), 1e-6)  # all alike: a network that is sure everywhere
-    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64) * width + every.min()
-    edges[-1] = max(edges[-1], every.max())  # rounding may have left the largest score outside
+    low, high = every.min().item(), every.max().item()
+    high = max(high, low + 1e-6)  # all alike: a network that is sure everywhere
+    edges = torch.linspace(low, high, num_bins + 1, dtype=torch.float64)
     for name, score in values.items():
         ax.hist(score, bins=edges, density=True, histtype="stepfilled", alpha=0.5, label=f"{name} (mean {score.mean():.3g})")
     ax.set(xlabel=xlabel, ylabel="density")

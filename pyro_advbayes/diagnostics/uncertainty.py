@@ -49,9 +49,7 @@ def model_variance(probs: Tensor) -> Tensor:
     :param probs: ``[draws, N, K]``.
     :return: ``[N]``, in [0, 1); 0 if and only if all draws agree.
     """
-    p = check_probs(probs, ranks=(3,))
-    # A variance does not change with the origin; from the first draw on, agreement is exactly 0.
-    return like((p - p[0]).var(0, correction=0).sum(-1), probs)
+    return like(check_probs(probs, ranks=(3,)).var(0, correction=0).sum(-1), probs)
 
 
 def expected_entropy(probs: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def test_a_file_is_replaced_only_when_asked(tmp_path):
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         save_netcdf(to_inference_data(groups()), tmp_path / "nowhere" / "posterior.nc")
 
 
