@@ -29,13 +29,12 @@ def adapt_second_moment(variables: Variables, gradient: Tensor, window: float | 
     :param window: number of steps, >= 1, or None.
     """
     V, tau = variables["V"], variables["tau"]
+    rate = 1.0 / (tau + 1.0)
     if window is None:
         mean = variables["mean"]
-        rate = 1.0 / (tau + 1.0)
         new_tau = tau + 1.0 - tau * mean * mean / V
         mean.add_(rate * (gradient - mean))
     else:
-        rate = 1.0 / tau
         new_tau = (tau + 1.0).clamp_max(window)
     V.add_(rate * (gradient * gradient - V))
     tau.copy_(new_tau)
