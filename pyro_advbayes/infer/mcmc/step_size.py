@@ -105,20 +105,26 @@ class AutoStepSize:
             self._measure(kernel, with_noise=due >= NOISE_COUNTS_FROM)
 
     def finish(self, kernel: SGMCMCKernel) -> None:
-        """Called at the end of warm-up, after which the step stays as it is."""
+        """Called at the end of warm-up, after which the step stays as it is; what was estimated since may make it smaller."""
         if self.value is None:
             self.adapt(kernel)
+        elif self.curvature is None:
+            self._measure(kernel, with_noise=True)
+        else:
+            self.value = min(self.value, self._bound(kernel, with_noise=True))
 
     def _measure(self, kernel: SGMCMCKernel, with_noise: bool) -> None:
-        rule, T = kernel.rule, kernel.temperature(kernel._steps)
-        alive = {name: value[kernel._alive] for name, value in kernel._variables.items()}
-        if kernel._steps == 0 and kernel._warmup_samples and rule.metric(alive) is not None:
+        if kernel._steps == 0 and kernel._warmup_samples and kernel.rule.metric(kernel._variables) is not None:
             self.value = FIRST_SCALED_STEP
             return
         self.curvature = largest_curvature(kernel)
+        self.value = self._bound(kernel, with_noise)
+
+    def _bound(self, kernel: SGMCMCKernel, with_noise: bool) -> float:
+        alive = {name: value[kernel._alive] for name, value in kernel._variables.items()}
         noise = kernel._noise_estimate.variance
         noise = site_means(noise, kernel.names) if with_noise else torch.zeros(len(kernel.names), device=noise.device)
-        self.value = rule.largest_step(self.curvature, noise, T, self.share, alive)
+        return kernel.rule.largest_step(self.curvature, noise, kernel.temperature(kernel._steps), self.share, alive)
 
 
 def largest_curvature(kernel: SGMCMCKernel) -> float:
