@@ -1,0 +1,143 @@
+"""A Pyro model with some of its sites given: what prediction, whatever its form, does with a draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Categorical, Independent
+
+from pyro_advbayes.structure import refuse_random_layers
+
+
+class ConditionedModel:
+    """
+    A model (or a guide) together with draws of its sites.
+
+    :param model: a callable with Pyro's primitives.
+    :param samples: site -> ``[draws, *site]``.
+    :param int num_samples: number of draws.
+    :param bool strict: refuse sites that the model does not have.
+    """
+
+    def __init__(self, model: Callable, samples: Mapping[str, Tensor], num_samples: int, strict: bool = True) -> None:
+        self.model, self.samples, self.num_samples, self.strict = model, dict(samples), num_samples, strict
+        self.categories: dict[str, int] = {}
+
+    def look(self, *args: Any, **kwargs: Any) -> Trace:
+        """
+        Runs the model on the first draw, and brings the draws into the shapes of their sites: Pyro's ``Predictive`` inserts
+        dimensions of size 1 in front, which a weight matrix must not have.
+
+        :raises ValueError: naming the site or the layer, if draws do not fit the model, or a layer is in training mode.
+        """
+        fit, categorical = _Fit({name: sample[0] for name, sample in self.samples.items()}), _DrawCategorical()
+        with refuse_random_layers(self.model), categorical, fit, poutine.mask(mask=False):
+            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+        self.categories = categorical.categories
+        if self.strict:
+            _check_sites(self.samples, fit.shapes, trace)
+        self.samples = {name: self.samples[name].reshape(-1, *shape) for name, shape in fit.shapes.items()}
+        return trace
+
+    def draw(self, index: int) -> list[Tensor]:
+        """The sites' values at one draw, in the order of :attr:`samples`."""
+        return [sample[index] for sample in self.samples.values()]
+
+    def draws(self, start: int, size: int) -> list[Tensor]:
+        """The sites' values at several draws, ``[size, *site]``."""
+        return [sample[start : start + size] for sample in self.samples.values()]
+
+    def run(self, values: Sequence[Tensor], names: Sequence[str], *args: Any, **kwargs: Any) -> list[Tensor]:
+        """
+        :param values: what :meth:`draw` gave.
+        :param names: sites, or ``"_RETURN"``.
+        :return: the values of ``names``.
+        """
+        data = dict(zip(self.samples, values, strict=True))
+        with _DrawCategorical(), poutine.mask(mask=False):
+            trace = poutine.trace(poutine.condition(self.model, data=data)).get_trace(*args, **kwargs)
+        return [trace.nodes[name]["value"] for name in names]
+
+    def check_categories(self, results: Mapping[str, Tensor]) -> None:
+        """:raises ValueError: if a categorical site had probabilities that are not numbers."""
+        for name, count in self.categories.items():
+            if name in results and bool((results[name] >= count).any()):
+                raise ValueError(f"site {name!r}: its Categorical has probabilities that are not finite; check the draws and the data")
+
+
+def _check_sites(samples: Mapping[str, Tensor], used: Mapping[str, Any], trace: Trace) -> None:
+    # A guide's auxiliary sites come along where its own predictions are passed on.
+    unknown = [
+        name for name in samples if name not in used and not name.startswith("_") and name.removesuffix("_unconstrained") not in trace.nodes
+    ]
+    if unknown or (samples and not used):
+        missing = [name for name in (*trace.stochastic_nodes, *trace.observation_nodes) if name not in used]
+        raise ValueError(
+            f"posterior_samples hold sites that the model does not have: {', '.join(map(repr, unknown or samples))}. The model's other "
+            f"sites are {', '.join(map(repr, missing)) or 'none'}: rename the samples, or leave out what does not belong"
+        )
+
+
+class _Fit(Messenger):
+    """Conditions on values after bringing them into the shapes of their sites."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+        self.shapes: dict[str, torch.Size] = {}
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        name = msg["name"]
+        if name in self.values:
+            value = self.values[name]
+            shape = value.shape if site_is_subsample(msg) else msg["fn"].shape()
+            if _without_leading_ones(value.shape) != _without_leading_ones(shape):
+                raise ValueError(
+                    f"site {name!r}: a draw in posterior_samples has shape {tuple(value.shape)}, the model's site has {tuple(shape)}"
+                )
+            self.shapes[name] = torch.Size(shape)
+            msg["value"] = value.reshape(shape)
+            msg["is_observed"] = True
+
+
+def _without_leading_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    first = next((i for i, size in enumerate(shape) if size != 1), len(shape))
+    return tuple(shape[first:])
+
+
+class _DrawCategorical(Messenger):
+    """
+    Draws categorical sites by the inverse of their distribution function, with one uniform number a row.
+
+    ``torch.multinomial`` takes an exponential number for every class, which on a CPU costs more than a small network does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.categories: dict[str, int] = {}
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        fn = msg["fn"]
+        while isinstance(fn, Independent):
+            fn = fn.base_dist
+        if msg["value"] is None and isinstance(fn, Categorical):
+            msg["value"] = draw_categorical(fn)
+            self.categories[msg["name"]] = fn._num_events
+
+
+@torch.no_grad()
+def draw_categorical(fn: Categorical) -> Tensor:
+    """
+    One draw, ``[*batch]``; the number of classes, which is none of them, where the probabilities are not numbers.
+    """
+    probs = fn.probs if "probs" in vars(fn) else fn.logits.exp()
+    total = probs.to(torch.promote_types(probs.dtype, torch.float32)).cumsum(-1)
+    uniform = torch.rand(total.shape[:-1], dtype=total.dtype, device=total.device).unsqueeze(-1)
+    return total.shape[-1] - (uniform * total[..., -1:] < total).sum(-1)
