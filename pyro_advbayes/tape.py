@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 aten = torch.ops.aten
@@ -449,7 +448,7 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
-            yield from (slot.memory for slot in tree_leaves(value) if isinstance(slot, _Slot))
+            yield from (slot.memory for slot in (value if isinstance(value, list) else [value]) if isinstance(slot, _Slot))
 
 
 def _reads_values(func: Any, args: Sequence[Any]) -> bool:

@@ -211,7 +211,7 @@ def test_a_non_tensor_return_value_matters_only_where_it_is_asked_for():
         return {"z": z}
 
     assert Predictive(model, num_samples=6)()["z"].shape == (6,)
-    with pytest.raises(TypeError, match="_RETURN.*dict"):
+    with pytest.raises(TypeError, match=r"_RETURN.*dict"):
         Predictive(model, num_samples=6, return_sites=["_RETURN"])()
 
 

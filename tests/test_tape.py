@@ -1,0 +1,229 @@
+"""A tape does what its function does, on other inputs, or says that it cannot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_advbayes.tape import NotRecordable, Replays, record
+
+TABLE = torch.arange(12.0).view(4, 3)
+
+
+def views(a, b):
+    c = a.t()[1:].detach() + b
+    first, second = c.split(1)
+    return [first.expand(2, 4), second.squeeze(0), c.data.sum()]
+
+
+def in_place(a, b):
+    total = torch.zeros(4, 3)
+    total[1] = b.mean()
+    total += a
+    row = torch.tensor([1.0, 2.0, 3.0])
+    row.mul_(a[0])
+    return [total, total[1], row, a.clone().relu_()]
+
+
+def several(a, b):
+    values, indices = a.max(dim=1)
+    norm, mean, _ = torch.native_layer_norm(a, (3,), None, None, 1e-5)
+    return [values, indices, norm, mean, torch.stack([*a.unbind(0), *a.unbind(0)])]
+
+
+def lookups(a, b):
+    order = a[:, 0].argsort()
+    return [TABLE[order], TABLE.gather(0, order.unsqueeze(1).expand(4, 3)), torch.where(a > 0, a, TABLE)]
+
+
+def layers(a, b):
+    hidden = F.linear(TABLE, a, b).tanh()
+    return [F.softmax(F.linear(hidden, a.t()), -1), (hidden @ a).exp(), hidden.mm(a).sigmoid().relu()]
+
+
+def passed_on(a, b):
+    return [a, TABLE, a.relu(), a.exp()]
+
+
+def constant_work(a, b):
+    return [a + (TABLE @ TABLE.t()).sum(), TABLE.exp()]
+
+
+FUNCTIONS = [views, in_place, several, lookups, layers, passed_on, constant_work]
+
+
+def draws(count):
+    return [torch.randn(count, 4, 3), torch.randn(count, 4)]
+
+
+def tape_of(fn):
+    return record(fn, [torch.randn(4, 3), torch.randn(4)])[0]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("fn", FUNCTIONS)
+def test_replays_equal_calls(fn, grad):
+    with torch.set_grad_enabled(grad):
+        tape = tape_of(fn)
+        for a, b in zip(*draws(3), strict=True):
+            expected = fn(a, b)
+            for values in (tape.replay(tape.prepare(), (a, b)), tape.replay_all((a, b))):
+                for ours, theirs in zip(values, expected, strict=True):
+                    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("fn", FUNCTIONS)
+def test_replays_side_by_side_equal_calls(fn, count, grad):
+    with torch.set_grad_enabled(grad):
+        tape = tape_of(fn)
+        inputs = draws(count)
+        together = tape.replay_together(tape.prepare(), inputs, count)
+        for i, pair in enumerate(zip(*inputs, strict=True)):
+            for ours, theirs in zip(together, fn(*pair), strict=True):
+                assert torch.allclose(ours[i], theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fn", FUNCTIONS)
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_replays_in_chunks_equal_calls(fn, chunk):
+    inputs = draws(50)
+    tape = tape_of(fn)
+    replays = Replays(tape, chunk)
+    for _ in range(2):  # the second time from what was kept
+        pieces = replays.run(lambda start, size: [t[start : start + size] for t in inputs], 0, 50)
+        results = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+        assert replays.chunk == chunk
+        for i in (0, 3, 49):
+            for ours, theirs in zip(results, fn(inputs[0][i], inputs[1][i]), strict=True):
+                assert torch.allclose(ours[i], theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fn", [layers, constant_work, several])
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_gradients_reach_inputs_and_captured_tensors(fn, chunk):
+    inputs = [t.double().requires_grad_() for t in draws(40)]
+    weight = torch.randn(4, 3, dtype=torch.double, requires_grad=True)
+    shared = torch.randn(3, dtype=torch.double, requires_grad=True)
+
+    def call(a, b, c):
+        return [(out * c.sum()).sum() for out in fn((a * weight).float(), b.float())]
+
+    tape, _ = record(call, [inputs[0][0], inputs[1][0], shared])
+    replays = Replays(tape, chunk)
+    pieces = replays.run(lambda start, size: [t[start : start + size] for t in inputs], 0, 40, (shared,))
+    ours = sum(torch.cat(parts).sum() for parts in zip(*pieces, strict=True))
+    theirs = sum(sum(call(a, b, shared)) for a, b in zip(*inputs, strict=True))
+    leaves = [*inputs, weight, shared]
+    for a, b in zip(*(torch.autograd.grad(v, leaves, allow_unused=True) for v in (ours, theirs)), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_random_operations_stay_random_and_follow_the_seed():
+    def noisy(a):
+        z = torch.empty(3).normal_()
+        return [a + z, torch.rand(2) * a.sum(), torch.multinomial(a.softmax(0), 50, replacement=True)]
+
+    tape, _ = record(noisy, [torch.zeros(3)])
+    inputs = torch.randn(6, 3)
+    for a in inputs:
+        torch.manual_seed(5)
+        expected = noisy(a)
+        torch.manual_seed(5)
+        for ours, theirs in zip(tape.replay_all([a]), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    together = tape.replay_together(tape.prepare(), [torch.zeros(200, 3)], 200)
+    assert len(together[0].unique()) == 600
+    assert tape.random == [True, True, True]
+    assert record(lambda a: [a * 2], [torch.zeros(3)])[0].random == [False]
+
+
+class Watch(TorchDispatchMode):
+    """Notes what is called, and the largest number of its results that were alive together."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.alive, self.most = [], weakref.WeakSet(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.calls.append(func)
+        self.alive.add(result)
+        self.most = max(self.most, len(self.alive))
+        return result
+
+
+def test_what_no_input_reaches_is_computed_once():
+    tape, _ = record(constant_work, [torch.randn(4, 3), torch.randn(4)])
+    values, inputs = tape.prepare(), [torch.randn(4, 3), torch.randn(4)]
+    with Watch() as watch:
+        tape.replay(values, inputs)
+    assert watch.calls == [torch.ops.aten.add.Tensor]
+
+
+def test_captured_tensors_are_read_when_the_tape_is_replayed():
+    weight = torch.ones(3)
+    tape, _ = record(lambda a: [a * weight.exp()], [torch.ones(3)])
+    weight.zero_()
+    assert torch.equal(tape.replay(tape.prepare(), [torch.ones(3)])[0], torch.ones(3))
+
+
+def test_activations_die_as_in_a_plain_call():
+    def deep(a):
+        for _ in range(50):
+            a = (a * 1.5).sin()
+        return [a]
+
+    with Watch() as plain:
+        deep(torch.zeros(3))
+    with Watch() as recording:
+        tape, _ = record(deep, [torch.zeros(3)])
+    values = tape.prepare()
+    with Watch() as replay:
+        tape.replay(values, [torch.zeros(3)])
+    assert max(recording.most, replay.most) <= plain.most + 1
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda a: [a * a.sum().item()],
+        lambda a: [a if a.sum() > 0 else -a],
+        lambda a: [a[a > 0].sum()],
+        lambda a: [torch.zeros(len(a.unique()))],
+        lambda a: [a.nonzero()],
+        lambda a: [a + torch.rand(()).item()],
+        lambda a: [a + TABLE.add_(0.0).sum()],
+        lambda a: [a.mul_(2.0)],
+    ],
+    ids=["item", "branch", "mask", "unique", "nonzero", "random number", "writes into a captured tensor", "writes into an input"],
+)
+def test_what_cannot_be_replayed_is_refused(fn):
+    with pytest.raises(NotRecordable):
+        record(fn, [torch.randn(3)])
+
+
+def test_python_numbers_may_come_from_tensors_that_stay_the_same():
+    def fn(a):
+        return [a * TABLE.sum().item() + len(TABLE.unique()) + TABLE[TABLE > 3].sum()]
+
+    tape, _ = record(fn, [torch.randn(3)])
+    a = torch.randn(3)
+    assert torch.equal(tape.replay(tape.prepare(), [a])[0], fn(a)[0])
+
+
+def test_recording_does_not_import_the_compiler():
+    program = (
+        "import sys, torch\nfrom pyro_advbayes.tape import record\n"
+        "record(lambda a: [torch.nn.functional.linear(a, a).relu()], [torch.ones(2, 2)])\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
