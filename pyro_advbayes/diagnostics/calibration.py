@@ -66,7 +66,7 @@ def reliability(probs: Tensor, labels: Tensor, num_bins: int = 15) -> Reliabilit
     """
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1, got {num_bins}")
-    mean = predictive_mean(probs)
+    mean = predictive_mean(probs).detach()
     confidence, prediction = mean.max(-1)
     right = (prediction == check_labels(labels, mean)).double()
     edges = torch.arange(num_bins + 1, dtype=torch.float64, device=mean.device) / num_bins

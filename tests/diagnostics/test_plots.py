@@ -27,7 +27,8 @@ def legend(ax) -> list[str]:
 
 
 def test_a_reliability_diagram_shows_the_bins_it_is_given():
-    bins = reliability(*predictions(2.0))
+    probs, labels = predictions(2.0)
+    bins = reliability(probs.requires_grad_(), labels)
     ax = plot_reliability(bins, "SGLD")
     diagonal, line = ax.lines
     assert np.allclose(diagonal.get_xdata(), diagonal.get_ydata())
