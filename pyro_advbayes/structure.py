@@ -180,8 +180,8 @@ def _explain(error: Exception, seen: list[_Witness], rows: tuple[int, int], leng
     :raises ValueError: naming the plate, site or arguments.
     """
     first, second = seen
-    if first.own:
-        raise _scaled_twice(*first.own[0]) from error
+    for plate, batch, size in first.own + second.own:
+        raise _scaled_twice(plate, batch, size) from error
     for name, sizes in first.latents.items():
         for plate, size in sizes.items():
             if (size, second.latents.get(name, {}).get(plate)) == rows:
