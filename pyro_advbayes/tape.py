@@ -288,32 +288,36 @@ class Replays:
         :param stop: the one after the last.
         :param shared: the tape's other inputs, the same for all draws.
         """
-        constants: dict[int, list[Any]] = {}
+        constants = self.tape.prepare()
         while start < stop:
             size = min(self.chunk, stop - start)
             piece = None
             if size > 1:
                 piece = self._together(constants, draws(start, size), size, (stop - start) // size, shared)
+                if piece is None:
+                    self.chunk = size = 1
             if piece is None:
-                self.chunk = size = 1
-                if 1 not in constants:
-                    constants[1] = self.tape.prepare()
                 draw = [tensor[0] for tensor in draws(start, 1)]
-                piece = [value.unsqueeze(0) for value in self.tape.replay(constants[1], (*draw, *shared))]
+                piece = [value.unsqueeze(0) for value in self.tape.replay(constants, (*draw, *shared))]
             yield piece
             start += size
 
     def _together(
-        self, constants: dict[int, list[Any]], draws: list[Tensor], size: int, calls: int, shared: Sequence[Tensor]
+        self, constants: list[Any], draws: list[Tensor], size: int, calls: int, shared: Sequence[Tensor]
     ) -> Sequence[Tensor] | None:
         """
         One chunk; None if it cannot be batched, or not within the memory there is.
 
         The Python of ``vmap`` costs as much as a small network, so that where more chunks follow, what it does is recorded, too.
         """
+        places = [i for i, value in enumerate(constants) if value is not None]
+        inputs = (*draws, *shared, *(constants[i] for i in places))
 
         def together(*tensors: Tensor) -> Sequence[Tensor]:
-            return self.tape.replay_together(self.tape.prepare(), tensors[: len(draws)], size, tensors[len(draws) :])
+            values, ends = list(constants), (len(draws), len(draws) + len(shared))
+            for i, value in zip(places, tensors[ends[1] :], strict=True):
+                values[i] = value
+            return self.tape.replay_together(values, tensors[: ends[0]], size, tensors[ends[0] : ends[1]])
 
         key = size, torch.is_grad_enabled()
         try:
@@ -321,12 +325,10 @@ class Replays:
                 warnings.filterwarnings("ignore", "There is a performance drop")  # one loop in place of another
                 warnings.filterwarnings("ignore", "An output with one or more elements was resized")  # by torch.binomial
                 if key in self._batched:
-                    if size not in constants:
-                        constants[size] = self._batched[key].prepare()
-                    return self._batched[key].replay(constants[size], (*draws, *shared))
+                    return self._batched[key].replay(self._batched[key].prepare(), inputs)
                 if calls < RECORDED_CALLS:
-                    return together(*draws, *shared)
-                self._batched[key], piece = record(together, (*draws, *shared))
+                    return together(*inputs)
+                self._batched[key], piece = record(together, inputs)
                 return piece
         except Exception:
             return None
@@ -422,8 +424,11 @@ def _rows_last(operations: Sequence[_Operation], changing: set[int], ends: set[i
     product for all replays where the rows are the same, and leaves the many rows next to each other in memory.
     """
     transposed = {o.outputs[0]: o.inputs[0] for o in operations if o.function is aten.t.default}
+    written = set().union(*(operation.writes for operation in operations))
     result = []
     for operation in operations:
+        if operation.function is aten.view.default and operation.inputs[0].memory not in written:
+            operation = operation._replace(function=aten.reshape.default)  # what was in order one by one need not be so here
         function = {aten.addmm.default: _addmm, aten.mm.default: _mm}.get(operation.function)
         *others, weight = operation.args or [None]
         if function is not None and weight in transposed and weight.memory in changing and not operation.kwargs:
