@@ -1,12 +1,33 @@
 """Bayesian deep learning that holds up under attack, in Pyro."""
 
+from pyro_advbayes import datasets, diagnostics, nn
 from pyro_advbayes.handlers import minibatch
+from pyro_advbayes.infer.arviz import to_arviz
+from pyro_advbayes.infer.mcmc import schedules
+from pyro_advbayes.infer.mcmc.draws import read_draws
 from pyro_advbayes.infer.mcmc.runner import SGMCMC
 from pyro_advbayes.infer.mcmc.sgadald import SGAdaLD
 from pyro_advbayes.infer.mcmc.sghmc import SGHMC
 from pyro_advbayes.infer.mcmc.sgld import SGLD
+from pyro_advbayes.infer.predictive import Predictive
+from pyro_advbayes.initialization import init_to_fan_in
 from pyro_advbayes.potential import Potential
 
 __version__ = "0.1.0"
 
-__all__ = ["SGHMC", "SGLD", "SGMCMC", "Potential", "SGAdaLD", "minibatch"]
+__all__ = [
+    "SGHMC",
+    "SGLD",
+    "SGMCMC",
+    "Potential",
+    "Predictive",
+    "SGAdaLD",
+    "datasets",
+    "diagnostics",
+    "init_to_fan_in",
+    "minibatch",
+    "nn",
+    "read_draws",
+    "schedules",
+    "to_arviz",
+]
