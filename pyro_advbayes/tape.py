@@ -273,10 +273,11 @@ class Replays:
 
     :param Tape tape: its first inputs are what a draw consists of.
     :param int chunk: how many draws are computed together, >= 1; becomes 1 if an operation cannot be batched.
+    :param bool lasting: whether there will be many more runs than one.
     """
 
-    def __init__(self, tape: Tape, chunk: int) -> None:
-        self.tape, self.chunk = tape, chunk
+    def __init__(self, tape: Tape, chunk: int, lasting: bool = False) -> None:
+        self.tape, self.chunk, self.lasting = tape, chunk, lasting
         self._batched: dict[tuple[int, bool], Tape] = {}
 
     def run(self, draws: Callable[[int, int], list[Tensor]], start: int, stop: int, shared: Sequence[Tensor] = ()) -> Iterator[Any]:
@@ -326,7 +327,7 @@ class Replays:
                 warnings.filterwarnings("ignore", "An output with one or more elements was resized")  # by torch.binomial
                 if key in self._batched:
                     return self._batched[key].replay(self._batched[key].prepare(), inputs)
-                if calls < RECORDED_CALLS:
+                if calls < RECORDED_CALLS and not self.lasting:
                     return together(*inputs)
                 self._batched[key], piece = record(together, inputs)
                 return piece

@@ -186,28 +186,37 @@ def _alone(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def record_draws(
-    model: ConditionedModel, run: Callable, probes: list[Sequence[Tensor]], state: RandomState, leaves: Sequence[Tensor] = ()
+    model: ConditionedModel,
+    run: Callable,
+    probes: list[Sequence[Tensor]],
+    state: RandomState,
+    leaves: Sequence[Tensor] = (),
+    shared: Sequence[Tensor] = (),
+    others: Sequence[Tensor] = (),
 ) -> Tape | None:
     """
     Records what a model does with a draw, and compares the recording with Pyro's handlers on another draw.
 
-    :param run: function of a draw's values to what is wanted of it, through Pyro's handlers.
+    :param run: function of a draw's values (and ``shared``) to what is wanted of it, through Pyro's handlers.
     :param probes: what ``run`` returned for the first draw; what it returns for others is appended.
     :param state: the state of the random generators before the first draw.
     :param leaves: tensors whose gradients must agree, too.
+    :param shared: further inputs of ``run``.
+    :param others: other values of ``shared``, to record with.
     :return: the recording; None if there is none to trust.
     """
+    index = [min(i, model.num_samples - 1) for i in range(3)]
     try:
         with pyro.validation_enabled(False):
-            tape, second = record(run, model.draw(1))
+            tape, second = record(run, (*model.draw(index[1]), *others))
         probes.append(second)
         with state.again():
-            agrees = agree(tape.replay_all(model.draw(0)), probes[0], leaves)
+            agrees = agree(tape.replay_all((*model.draw(0), *shared)), probes[0], leaves)
         if not agrees:  # the first call may have drawn more: a guide makes its prototype, a model its parameters
             state = RandomState()
-            probes.append(run(*model.draw(2)))
+            probes.append(run(*model.draw(index[2]), *shared))
             with state.again():
-                agrees = agree(tape.replay_all(model.draw(2)), probes[2], leaves)
+                agrees = agree(tape.replay_all((*model.draw(index[2]), *shared)), probes[2], leaves)
     except Exception:  # whatever a model's Python does under a recorder: the handlers still run it, and raise what is its own
         return None
     return tape if agrees else None

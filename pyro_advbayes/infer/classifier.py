@@ -1,0 +1,218 @@
+"""A posterior as one network: :class:`PosteriorClassifier`."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_advbayes.infer.conditioned import ConditionedModel
+from pyro_advbayes.infer.predictive import Predictive, RandomState, agree, default_chunk, predict, record_draws
+from pyro_advbayes.tape import Replays
+
+# For how many shapes of inputs (batches, and the last, shorter one) a recording is kept.
+SHAPES = 8
+
+
+class PosteriorClassifier(nn.Module):
+    r"""
+    A Bayesian classifier as a network from inputs to the logarithm of the mean predicted probability,
+
+    .. math:: \log \bar p(k \mid x) = \log \frac{1}{S} \sum_{s=1}^{S} \mathrm{softmax}_k f(x, \theta_s),
+
+    over a fixed set of draws :math:`\theta_s`, so that its gradient is exact for these draws. Logarithms of probabilities are
+    logits of those probabilities: whatever takes a network (an attack, a metric, an explanation) takes a posterior. ::
+
+        network = PosteriorClassifier(model, mcmc.get_samples())
+        loss = torch.nn.functional.cross_entropy(network(x), y)
+
+    Nothing but the inputs is kept for the backward pass, which computes the draws again, chunk by chunk; memory is that of one
+    chunk, however many draws there are. Gradients reach the inputs and the parameters of ``model``, if it is a module. A second
+    derivative (``create_graph=True``) is right, too, but holds all draws in memory.
+
+    The model is recorded once for each shape of inputs; an attribute of it that is no tensor must not change afterwards. Call
+    ``.eval()`` on models with BatchNorm or Dropout; ``.train()`` leaves the model as it is. The draws are buffers: they follow
+    ``.to()`` and ``.double()``, and are in the ``state_dict``.
+
+    :param model: a Pyro model of ``x``.
+    :param dict posterior_samples: site -> ``[draws, *site]``.
+    :param guide: a guide, in place of ``posterior_samples``: called without arguments, at once, for ``num_samples`` draws.
+    :param int num_samples: how many draws a guide makes.
+    :param int chunk_size: how many draws are computed side by side; by default as for :class:`Predictive`.
+    :param str return_site: where the logits ``[N, K]`` are: the model's return value, or the name of a site.
+    :raises ValueError: if draws do not fit the model, or logits are random given the draws or not ``[N, K]`` with K >= 2.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        posterior_samples: Mapping[str, Tensor] | None = None,
+        guide: Callable | None = None,
+        num_samples: int | None = None,
+        chunk_size: int | None = None,
+        return_site: str = "_RETURN",
+    ) -> None:
+        if not posterior_samples and guide is None:
+            raise ValueError("PosteriorClassifier needs posterior_samples, or a guide and num_samples")
+        arguments = Predictive(model, posterior_samples, guide, num_samples, (return_site,), chunk_size=chunk_size)
+        super().__init__()
+        if guide is not None:
+            posterior_samples = _draw(guide, arguments.num_samples)
+        self.model, self.num_samples, self.chunk_size, self.return_site = model, arguments.num_samples, chunk_size, return_site
+        self.sites = tuple(posterior_samples)
+        for i, sample in enumerate(posterior_samples.values()):
+            self.register_buffer(f"draws{i}", sample.detach().contiguous())
+        self._recorded: OrderedDict[Hashable, _Logits] = OrderedDict()
+
+    @property
+    def posterior_samples(self) -> dict[str, Tensor]:
+        """The draws: site -> ``[draws, *site]``."""
+        return {site: getattr(self, f"draws{i}") for i, site in enumerate(self.sites)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        :param x: inputs ``[N, ...]``.
+        :return: log mean probabilities ``[N, K]``.
+        """
+        leaves = [p for p in self.model.parameters() if p.requires_grad] if isinstance(self.model, nn.Module) else []
+        attached = torch.is_grad_enabled() and bool(x.requires_grad or leaves)
+        logits = self._logits(x, attached, leaves)
+        return _LogMeanProbability.apply(logits, x, *leaves) if attached else logits.log_mean_probability(x)
+
+    def train(self, mode: bool = True) -> PosteriorClassifier:
+        """``eval()`` reaches the model; ``train()`` does not, since what a posterior predicts must not depend on chance."""
+        if not mode:
+            return super().train(False)
+        self.training = True
+        return self
+
+    def _logits(self, x: Tensor, attached: bool, leaves: list[Tensor]) -> _Logits:
+        modules = list(self.model.modules()) if isinstance(self.model, nn.Module) else []
+        tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        key = (x.shape, x.dtype, x.device, attached, tuple(m.training for m in modules), tuple(map(id, tensors)))
+        if key not in self._recorded:
+            model = ConditionedModel(self.model, self.posterior_samples, self.num_samples)
+            with torch.set_grad_enabled(attached):
+                self._recorded[key] = _Logits(model, self.return_site, self.chunk_size, x, leaves, tensors)
+        self._recorded.move_to_end(key)
+        if len(self._recorded) > SHAPES:
+            self._recorded.popitem(last=False)
+        return self._recorded[key]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PosteriorClassifier:
+        self._recorded.clear()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_recorded": OrderedDict()}
+
+
+def _draw(guide: Callable, num_samples: int) -> dict[str, Tensor]:
+    """Draws of a guide's sites, without those that serve only to draw others."""
+    try:
+        with torch.no_grad():
+            draws = predict(ConditionedModel(guide, {}, num_samples), None)
+            nodes = poutine.trace(guide).get_trace().nodes
+    except TypeError as error:
+        raise ValueError(
+            "the guide cannot be called without arguments: draw with Predictive(guide, num_samples=...)(...) and pass the result as "
+            "posterior_samples"
+        ) from error
+    return {name: value for name, value in draws.items() if not nodes[name]["infer"].get("is_auxiliary")}
+
+
+class _Logits:
+    """A model's logits for every draw, at inputs of one shape."""
+
+    def __init__(
+        self, model: ConditionedModel, site: str, chunk_size: int | None, x: Tensor, leaves: list[Tensor], held: list[Tensor]
+    ) -> None:
+        self.model, self.site = model, site
+        self._held = held  # so that no other tensor gets the id of one of these
+        state, x = RandomState(), x.detach().requires_grad_(x.requires_grad)
+        trace = model.look(x)
+        if site not in trace.nodes:
+            raise ValueError(f"return_site={site!r}: the model has no such site")
+        first = trace.nodes[site]["value"]
+        _check_logits(first, x, site)
+        # Recorded at other inputs than it is checked at, since a number taken from the inputs would stay what it was.
+        leaves = [x, *leaves] if x.requires_grad else leaves
+        tape = record_draws(model, self._run, [[first]], state, leaves if torch.is_grad_enabled() else [], (x,), (x.flip(0),))
+        if tape.random[0] if tape else not agree([first], self._run(*model.draw(0), x)):
+            names = [name for name in trace.stochastic_nodes if name not in model.samples]
+            raise ValueError(
+                f"the logits are random although draws are given: they depend on a site without draws (one of {names}), or on random "
+                "numbers beside the sites"
+            )
+        chunk = 1 if tape is None else default_chunk(tape, first.device) if chunk_size is None else chunk_size
+        self.replays = None if tape is None else Replays(tape, chunk, lasting=True)
+
+    def _run(self, *values: Tensor) -> list[Tensor]:
+        return self.model.run(values[:-1], [self.site], values[-1])
+
+    def chunks(self, x: Tensor) -> Iterator[Tensor]:
+        """Log-probabilities ``[chunk, N, K]`` of all draws; nothing that one chunk holds is needed for another."""
+        start, stop = 0, self.model.num_samples
+        while start < stop:
+            if self.replays is None:
+                logits = self._run(*self.model.draw(start), x)[0].unsqueeze(0)
+            else:
+                (logits,) = next(self.replays.run(self.model.draws, start, min(start + self.replays.chunk, stop), (x,)))
+            start += len(logits)
+            yield logits.log_softmax(-1)
+
+    def log_mean_probability(self, x: Tensor) -> Tensor:
+        """``[N, K]``, attached to ``x`` where gradients are enabled."""
+        total = None
+        for log_probs in self.chunks(x):
+            part = log_probs.logsumexp(0)
+            total = part if total is None else torch.logaddexp(total, part)
+        return total - math.log(self.model.num_samples)
+
+
+class _LogMeanProbability(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: _Logits, x: Tensor, *leaves: Tensor) -> Tensor:
+        result = logits.log_mean_probability(x)
+        ctx.logits = logits
+        ctx.save_for_backward(result, x, *leaves)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        result, *inputs = ctx.saved_tensors
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        sums: list[Tensor | None] = [None] * len(inputs)
+        if torch.is_grad_enabled():  # for a second derivative
+            _accumulate(sums, inputs, wanted, ctx.logits.log_mean_probability(inputs[0]), gradient, create_graph=True)
+            return None, *sums
+        with torch.enable_grad():
+            inputs[0] = inputs[0].detach().requires_grad_(0 in wanted)
+            for log_probs in ctx.logits.chunks(inputs[0]):
+                # the share of a draw in the mean; where all draws say that a class is impossible, none
+                share = (log_probs.detach() - result.clamp_min(torch.finfo(result.dtype).min)).exp()
+                _accumulate(sums, inputs, wanted, log_probs, gradient * share / ctx.logits.model.num_samples)
+        return None, *sums
+
+
+def _accumulate(
+    sums: list[Tensor | None], inputs: list[Tensor], wanted: list[int], values: Tensor, weights: Tensor, create_graph: bool = False
+) -> None:
+    """Adds the gradients of ``values``, weighted, to ``sums``."""
+    gradients = torch.autograd.grad(values, [inputs[i] for i in wanted], weights, create_graph=create_graph, allow_unused=True)
+    for i, value in zip(wanted, gradients, strict=True):
+        if value is not None:
+            sums[i] = value if sums[i] is None else sums[i] + value
+
+
+def _check_logits(logits: Any, x: Tensor, site: str) -> None:
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() != 2 or len(logits) != len(x):
+        raise ValueError(f"{site!r} must hold logits [N, K], one row for each of the {len(x)} inputs; it is {shape}")
+    if logits.shape[1] < 2:
+        raise ValueError(f"{site!r} holds one number for each input: give one logit a class; of two classes, [0, logit]")
