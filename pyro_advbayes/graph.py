@@ -105,7 +105,10 @@ def _fold_constants(module: fx.GraphModule, written: set[fx.Node]) -> None:
     for node in list(known):
         read_on = any(user not in known for user in node.users)
         if node.op == "call_function" and isinstance(known[node], Tensor) and read_on:
-            _make_constant(module, node, _shrink(known[node].detach()))
+            value = known[node].detach()
+            # other operations than elementwise ones may read memory without a look at the strides (MKL-DNN's LSTM does)
+            elementwise = all(torch.Tag.pointwise in _tags(user) for user in node.users)
+            _make_constant(module, node, _shrink(value) if elementwise else value)
 
 
 def _shrink(value: Tensor) -> Tensor:
