@@ -33,9 +33,7 @@ def mnist(root: str | Path | None = None, split: str = "train", *, scale: Scale 
     return _idx_set("MNIST", root, split, scale, flatten)
 
 
-def fashion_mnist(
-    root: str | Path | None = None, split: str = "train", *, scale: Scale = (0.0, 1.0), flatten: bool = False
-) -> Examples:
+def fashion_mnist(root: str | Path | None = None, split: str = "train", *, scale: Scale = (0.0, 1.0), flatten: bool = False) -> Examples:
     """Fashion-MNIST: 60 000 + 10 000 pieces of clothing, ``[N, 1, 28, 28]``, from the files that torchvision downloads.
 
     :param split: ``"train"`` or ``"test"``. The other arguments, and the errors: see the top of this module.
@@ -79,9 +77,7 @@ def cifar10_grey(root: str | Path | None = None, *, scale: Scale = (0.0, 1.0), f
     return _grey_npz("cifar10bw28.npz", "labels", 10, root, remedy, scale, flatten)
 
 
-def cifar10(
-    root: str | Path | None = None, split: str = "train", *, scale: Scale = (0.0, 1.0), flatten: bool = False
-) -> Examples:
+def cifar10(root: str | Path | None = None, split: str = "train", *, scale: Scale = (0.0, 1.0), flatten: bool = False) -> Examples:
     """CIFAR-10 from JPEG copies: 50 000 + 10 000 colour images, ``[N, 3, 32, 32]``.
 
     JPEG is lossy: pixels are close to the official ones, not equal, so numbers are not strictly comparable with those
