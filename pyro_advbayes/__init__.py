@@ -3,6 +3,7 @@
 from pyro_advbayes import datasets, diagnostics, nn
 from pyro_advbayes.handlers import minibatch
 from pyro_advbayes.infer.arviz import to_arviz
+from pyro_advbayes.infer.classifier import PosteriorClassifier
 from pyro_advbayes.infer.mcmc import schedules
 from pyro_advbayes.infer.mcmc.draws import read_draws
 from pyro_advbayes.infer.mcmc.runner import SGMCMC
@@ -19,6 +20,7 @@ __all__ = [
     "SGHMC",
     "SGLD",
     "SGMCMC",
+    "PosteriorClassifier",
     "Potential",
     "Predictive",
     "SGAdaLD",
