@@ -276,7 +276,8 @@ class Loader:
         """Generators that the loader or its samplers have to themselves."""
         batch_sampler = getattr(self.loader, "batch_sampler", None)
         parts = (self.loader, getattr(self.loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-        return [g for part in parts for g in getattr(part, "__dict__", {}).values() if isinstance(g, torch.Generator)]
+        found = [g for part in parts for g in getattr(part, "__dict__", {}).values() if isinstance(g, torch.Generator)]
+        return list({id(generator): generator for generator in found}.values())
 
     def _own_states(self) -> list[Tensor]:
         return [generator.get_state() for generator in self._own_generators()]
