@@ -302,7 +302,7 @@ def test_a_refusal_disturbs_no_statistics_and_eval_mode_is_fine(layer):
 def test_a_model_that_draws_beside_its_sites_is_refused(refused, start):
     kernel = sgld(on_features(lambda x: F.dropout(x)), batch_size=10)
     mcmc = functools.partial(ab.SGMCMC, initial_params=None if start is None else {"w": torch.full((2, 3), start)})
-    with pytest.raises(ValueError, match="no fixed log-density.*dropout in training mode"):
+    with pytest.raises(ValueError, match=r"no fixed log-density.*dropout in training mode"):
         mcmc(kernel, 3, 2, 2).run(X, Y)
 
 
@@ -713,10 +713,9 @@ def test_lost_chains_are_in_the_progress_bar(monkeypatch):
 
     class Bar:
         disable = False
-        format_dict = {"rate": 7.0}
 
         def __init__(self, **options):
-            self.total = options["total"]
+            self.format_dict = {"rate": 7.0}
 
         def __enter__(self):
             return self
