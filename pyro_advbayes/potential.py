@@ -195,7 +195,8 @@ class Potential:
     def constrain(self, state: Tensor) -> dict[str, Tensor]:
         """Values by site ``[chains, *shape]``, in the model's own space and dtypes."""
         with torch.no_grad():
-            values = {site.name: site.transform(u) for site, u in zip(self.sites, self.split(state).values(), strict=True)}
+            parts = self.split(state.detach()).values()
+            values = {site.name: site.transform(part) for site, part in zip(self.sites, parts, strict=True)}
             return {site.name: values[site.name].to(site.dtype) for site in self.sites}
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -297,6 +298,8 @@ class Potential:
             row = row.detach().requires_grad_()
             energy = self._log_density(row, self._temperature(temperature), *tensors)
             (gradient,) = torch.autograd.grad(energy, row, create_graph=True)
+            if not gradient.requires_grad:  # U is linear
+                return torch.zeros_like(direction)
             (product,) = torch.autograd.grad(gradient @ direction, row, allow_unused=True)
         return torch.zeros_like(direction) if product is None else product.detach()
 
