@@ -19,10 +19,11 @@ class ControlVariate:
     .. math:: \nabla U(\hat\theta) - \nabla \hat U(\hat\theta),
 
     the full-data gradient at the anchor less the same minibatch's. Its mean is 0, and where :math:`\theta` is near the anchor it takes
-    most of the minibatch noise away.
+    most of the minibatch noise away. The temperature weighs the Jacobian of a constrained site alike in both gradients, and cancels.
 
     :param potential: the potential.
     :param anchor: :math:`\hat\theta`, values by site in the model's own space.
+    :raises ValueError: if a site is missing, or a loader leaves rows out.
     """
 
     def __init__(self, potential: Potential, anchor: Mapping[str, Tensor]) -> None:
@@ -31,24 +32,27 @@ class ControlVariate:
         total, seen = torch.zeros_like(self.anchor), 0
         for batch, rows in potential.batches.epoch():
             # each batch's gradient stands for the whole data set: weigh it by its share of the rows
-            total += rows * self._at_anchor(batch)
+            total += rows * potential.shared_gradient(self.anchor, batch)
             seen += rows
+        expected = potential.batches.num_data
+        if expected not in (None, seen):
+            raise ValueError(
+                f"control_variate: one run through the loader gave {seen} rows where the data set has {expected}, so that the "
+                "gradient at the anchor would not be that of all data: give a loader that runs through every row once (drop_last=False)"
+            )
         self.full = total / seen
 
-    def _at_anchor(self, batch: Batch, temperature: float = 1.0) -> Tensor:
-        return self.potential.shared_gradient(self.anchor, batch, temperature)
-
     def correction(self, rows: Any, tensors: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-        """A function of ``(temperature, *tensors)`` for one chunk of chains."""
+        """A function of the tensors of one chunk of chains."""
         anchor = self.anchor if isinstance(rows, int) else self.anchor.expand(rows.stop - rows.start, -1)
         gradient = self.potential.function("gradient", anchor, tensors)
-        full = self.full
+        full, one = self.full, torch.ones((), dtype=self.anchor.dtype, device=self.anchor.device)
 
-        def correct(temperature: Tensor, *tensors: Tensor) -> Tensor:
-            return full - gradient(anchor, temperature, *tensors)
+        def correct(*tensors: Tensor) -> Tensor:
+            return full - gradient(anchor, one, *tensors)
 
         return correct
 
-    def evaluate(self, theta: Tensor, batch: Batch, temperature: float) -> Tensor:
+    def evaluate(self, theta: Tensor, batch: Batch) -> Tensor:
         """The correction for all chains, ``[chains, size]``."""
-        return self.full - self.potential.gradient(self.anchor.expand_as(theta), batch, temperature)
+        return self.full - self.potential.gradient(self.anchor.expand_as(theta), batch)

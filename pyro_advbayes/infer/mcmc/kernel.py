@@ -322,7 +322,7 @@ class SGMCMCKernel(MCMCKernel):
             else:
                 gradient = evaluate(theta, temperature, *tensors)
             if anchored is not None:
-                gradient = gradient + anchored(temperature, *tensors)
+                gradient = gradient + anchored(*tensors)
             new = rule.step(theta, gradient, noise, step_size, temperature, variables, adapting)
             # one number that is finite if all of them are
             return *report, new.sum() + report[0].sum() if report else new.sum()
@@ -353,7 +353,7 @@ class SGMCMCKernel(MCMCKernel):
         """A fresh stochastic gradient where the chains are, ``[chains, size]``."""
         batch, T = self.potential.batches.next(), check_value(self.temperature(self._steps), "temperature", self._steps)
         gradient = self.potential.gradient(self._theta, batch, T)
-        return gradient if self._anchor is None else gradient + self._anchor.evaluate(self._theta, batch, T)
+        return gradient if self._anchor is None else gradient + self._anchor.evaluate(self._theta, batch)
 
     def _scalar(self, value: float) -> Tensor:
         if value not in self._scalars:

@@ -67,16 +67,29 @@ def test_near_the_anchor_it_is_unbiased_and_has_less_noise(data):
     assert (draws.var(0) < 0.2 * plain.var(0)).all()
 
 
-def test_the_update_uses_the_anchored_gradient(data):
-    """At temperature 0 and at the anchor an update is a step along the full gradient, whatever the minibatch."""
-    kernel = kernel_on(data, temperature=0.0)
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_at_the_anchor_an_update_follows_the_full_gradient_of_its_temperature(data, temperature):
+    """Whatever the minibatch; the temperature weighs the Jacobian of a constrained site, in the minibatch and in the full gradient."""
+    kernel = kernel_on(data, temperature=temperature)
     kernel._theta.copy_(kernel._anchor.anchor.expand_as(kernel._theta))
     start = kernel._theta.clone()
+    exact = ab.Potential(model, data).gradient(start[:1], temperature=temperature)
+    assert torch.allclose(kernel.gradient(), exact.expand(4, -1), rtol=1e-9)
+    torch.manual_seed(3)
     kernel._update("gradient")
-    assert torch.allclose(kernel._theta, start - 1e-4 * kernel._anchor.full, rtol=1e-9, atol=1e-12)
+    torch.manual_seed(3)
+    noise = (2.0 * 1e-4 * temperature) ** 0.5 * torch.randn_like(start)
+    assert torch.allclose(kernel._theta, start - 1e-4 * exact + noise, rtol=1e-9, atol=1e-12)
 
 
 def test_an_anchor_without_a_site_is_refused_by_name(data):
     kernel = ab.SGLD(model, batch_size=B, control_variate={"w": ANCHOR["w"]})
     with pytest.raises(ValueError, match="'s' is missing"):
         kernel.setup_chains(1, 0, data, {})
+
+
+def test_a_loader_that_leaves_rows_out_is_refused(data):
+    loader = DataLoader(TensorDataset(*data), B, drop_last=True)
+    kernel = ab.SGLD(model, step_size=1e-4, control_variate=ANCHOR)
+    with pytest.raises(ValueError, match=r"gave 64 rows where the data set has 70.*drop_last=False"):
+        kernel.setup_chains(1, 0, (loader,), {})
