@@ -64,7 +64,7 @@ def load(path: Path) -> Any:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         return _unpack(json.loads(metadata["content"]), tensors)
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, StopIteration, TypeError, ValueError) as error:
         raise ValueError(f"{path} is truncated, or no file of this package: {error}") from error
 
 

@@ -1,0 +1,214 @@
+"""Draws in memory and in a file that can be read while it grows, after its writer was killed, and without loading it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import pyro_advbayes as ab
+from pyro_advbayes.infer.mcmc.draws import Field, FileDraws, MemoryDraws, read_draws
+from tests.small_models import data, mixed, regression
+
+FIELDS = {
+    "w": Field(torch.Size([2, 3]), torch.float32),
+    "b": Field(torch.Size([]), torch.float64),
+    "half": Field(torch.Size([5]), torch.bfloat16),
+    "flag": Field(torch.Size([]), torch.bool),
+}
+
+
+def values(i, chains=2):
+    generator = torch.Generator().manual_seed(i)
+    flags = torch.rand(chains, generator=generator) > 0.5
+    return {
+        "w": torch.randn(chains, 2, 3, generator=generator),
+        "b": torch.randn(chains, generator=generator, dtype=torch.float64),
+        "half": torch.randn(chains, 5, generator=generator),
+        "flag": flags,
+    }
+
+
+def expected(count, chains=2):
+    return {name: torch.stack([values(i, chains)[name].to(field.dtype) for i in range(count)], dim=1) for name, field in FIELDS.items()}
+
+
+def same(a, b):
+    return set(a) == set(b) and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_draws_come_back_as_they_were_kept(tmp_path, kind):
+    draws = MemoryDraws(FIELDS, 2, 7) if kind == "memory" else FileDraws(tmp_path / "draws", FIELDS, 2, 7)
+    for i in range(7):
+        draws.append(values(i))
+        if i == 3:
+            assert same(draws.get(), expected(4)), "a run can be looked at while it goes on"
+    assert same(draws.get(), expected(7)) and draws.count == 7
+
+
+def test_any_reader_of_safetensors_can_read_the_file(tmp_path):
+    draws = FileDraws(tmp_path / "draws", FIELDS, 2, 7)
+    draws.append(values(0))
+    with safe_open(tmp_path / "draws", framework="np") as file:
+        assert tuple(file.get_tensor("draws written")) == (1,) and file.get_tensor("b").shape == (2, 7)
+        torch.testing.assert_close(torch.from_numpy(file.get_tensor("w")[:, 0]), values(0)["w"])
+
+
+def test_what_was_written_before_a_kill_can_be_read(tmp_path):
+    """Without a flush, and in the middle of a draw."""
+    pid = os.fork()
+    if pid == 0:
+        draws = FileDraws(tmp_path / "draws", FIELDS, 2, 1000)
+        for i in range(5):
+            draws.append(values(i))
+        draws._write_count = lambda: os.kill(os.getpid(), 9)
+        draws.append(values(5))
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == 9
+    assert same(read_draws(tmp_path / "draws"), expected(5))
+
+
+def test_a_file_goes_on_after_the_draws_that_count(tmp_path):
+    draws = FileDraws(tmp_path / "draws", FIELDS, 2, 7)
+    for i in range(5):
+        draws.append(values(100 + i) if i > 2 else values(i))
+    draws = FileDraws(tmp_path / "draws", FIELDS, 2, 7, resume=3)
+    assert same(read_draws(tmp_path / "draws"), expected(3))
+    for i in range(3, 7):
+        draws.append(values(i))
+    assert same(draws.get(), expected(7))
+
+
+@pytest.mark.parametrize(
+    "chains,samples,fields", [(3, 7, FIELDS), (2, 8, FIELDS), (2, 7, {**FIELDS, "b": FIELDS["w"]}), (2, 7, {"b": FIELDS["b"]})]
+)
+def test_a_file_of_other_draws_is_not_gone_on_with(tmp_path, chains, samples, fields):
+    path = tmp_path / "draws"
+    FileDraws(path, FIELDS, 2, 7).append(values(0))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="draws does not hold the draws of this run, or is truncated"):
+        FileDraws(path, fields, chains, samples, resume=1)
+    assert path.read_bytes() == before
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    path = tmp_path / "draws"
+    FileDraws(path, FIELDS, 2, 7).append(values(0))
+    whole = path.read_bytes()
+    for length in (0, 7, 8, 100, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 10)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="draws is truncated, or no file of draws"):
+            read_draws(path)
+        with pytest.raises(ValueError, match="or is truncated"):
+            FileDraws(path, FIELDS, 2, 7, resume=1)
+        assert path.read_bytes() == whole[:length]
+
+
+def test_no_file_of_draws_is_refused_by_name(tmp_path):
+    (tmp_path / "noise").write_bytes(random.Random(0).randbytes(1000))
+    with pytest.raises(ValueError, match="noise is truncated, or no file of draws"):
+        read_draws(tmp_path / "noise")
+    with pytest.raises(FileNotFoundError, match="missing: there is no such file"):
+        read_draws(tmp_path / "missing")
+
+
+def test_an_existing_file_is_replaced_only_when_asked_and_who_reads_it_is_not_disturbed(tmp_path):
+    path = tmp_path / "draws"
+    FileDraws(path, FIELDS, 2, 2).append(values(0))
+    old, before = read_draws(path), path.read_bytes()
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        FileDraws(path, FIELDS, 2, 2)
+    assert path.read_bytes() == before
+    FileDraws(path, FIELDS, 2, 2, overwrite=True).append(values(1))
+    assert same(old, expected(1)) and torch.equal(read_draws(path)["w"][:, 0], values(1)["w"])
+    assert [each.name for each in tmp_path.iterdir()] == ["draws"]
+
+
+def test_draws_in_a_file_are_mapped_not_loaded(tmp_path):
+    FileDraws(tmp_path / "draws", FIELDS, 2, 7).append(values(0))
+    mapped = read_draws(tmp_path / "draws")["w"]
+    with open("/proc/self/maps") as maps:
+        places = [line.split()[0].split("-") for line in maps if line.rstrip().endswith("/draws")]
+    assert any(int(start, 16) <= mapped.data_ptr() < int(stop, 16) for start, stop in places)
+
+
+def test_a_pickled_file_of_draws_reads_the_same_file(tmp_path):
+    draws = FileDraws(tmp_path / "draws", FIELDS, 2, 7)
+    draws.append(values(0))
+    assert same(pickle.loads(pickle.dumps(draws)).get(), expected(1))
+
+
+# ---------------------------------------------------------------------------------------------------------- through the runner
+
+
+def run(model=regression, samples=6, **options):
+    torch.manual_seed(0)
+    mcmc = ab.SGMCMC(ab.SGLD(model, 1e-3, batch_size=10, backend="handlers"), samples, 3, 2, disable_progbar=True, **options)
+    mcmc.run(*data())
+    return mcmc
+
+
+@pytest.mark.parametrize("model", [regression, mixed])
+def test_a_file_holds_what_memory_holds(tmp_path, model):
+    memory, file = run(model), run(model, draws=tmp_path / "draws")
+    assert same(memory.get_samples(group_by_chain=True), file.get_samples(group_by_chain=True))
+    assert same(memory.sample_stats(), file.sample_stats())
+    read = read_draws(tmp_path / "draws")
+    assert same({name: value for name, value in read.items() if "/" not in name}, memory.get_samples(group_by_chain=True))
+    assert {name for name in read if "/" in name} == {f"sample_stats/{name}" for name in memory.sample_stats()}
+
+
+@pytest.mark.parametrize("where", ["memory", "file"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_draws_in_half_precision_take_half_the_room_and_come_back_in_the_models_dtype(tmp_path, dtype, where):
+    options = {} if where == "memory" else {"draws": tmp_path / "draws"}
+    full, half = run(mixed), run(mixed, draws_dtype=dtype, **options)
+    for name, value in full.get_samples().items():
+        assert half.get_samples()[name].dtype == value.dtype
+        torch.testing.assert_close(half.get_samples()[name], value.to(dtype).to(value.dtype), rtol=0, atol=0)
+    kept = half._draws.get()
+    assert kept["w"].dtype == dtype and kept["sample_stats/energy"].dtype == torch.float64
+
+
+MEMORY = """
+import resource, sys
+import pyro, pyro.distributions as dist, torch
+import pyro_advbayes as ab
+
+def model():
+    pyro.sample("w", dist.Normal(torch.zeros(4000), 1.0).to_event(1))
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+seen = {}
+def hook(kernel, params, stage, i):
+    if stage == "Sample" and i + 1 in (1000, 10_000):
+        seen[i + 1] = peak()
+
+mcmc = ab.SGMCMC(ab.SGLD(model, 0.1), 10_000, 0, hook_fn=hook, disable_progbar=True, draws=sys.argv[1])
+mcmc.run()
+samples = mcmc.get_samples()["w"]
+assert samples.shape == (10_000, 4000) and float(samples[::1000].var()) > 0.9
+print(seen[10_000] - seen[1000], peak() - seen[1000])
+"""
+
+
+def test_ten_thousand_draws_take_no_more_memory_than_one_thousand(tmp_path):
+    """In memory they would take 137 MiB more; a tenth of that is left for what an allocator does."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path / "draws")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+    )
+    assert done.returncode == 0, done.stderr
+    running, reading = map(float, done.stdout.split())
+    assert running < 14 and reading < 14, f"MiB more while running and when reading: {running:.1f}, {reading:.1f}"
