@@ -175,7 +175,6 @@ class Tape:
     What a function of tensors did, operation by operation; :func:`record` makes it.
 
     :ivar elements: how many numbers a replay makes.
-    :ivar convolves: whether the weights of a convolution change from replay to replay.
     :ivar random: for each output, whether random numbers reach it.
     """
 
@@ -202,9 +201,6 @@ class Tape:
         self._once = _plan(once, {*self._ends, *(slot.index for operation in self._each for slot in operation.inputs)})
         self._steps: dict[tuple[bool, bool], list[_Step]] = {}
         self.elements = sum(s.numel for o in self._each for s in o.outputs if s is not None and s.whole)
-        self.convolves = any(
-            operation.function is aten.convolution.default and operation.args[1].memory in recorder.changing for operation in self._each
-        )
 
     @property
     def _ends(self) -> set[int]:

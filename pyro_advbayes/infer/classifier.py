@@ -43,7 +43,7 @@ class PosteriorClassifier(nn.Module):
     :param dict posterior_samples: site -> ``[draws, *site]``.
     :param guide: a guide, in place of ``posterior_samples``: called without arguments, at once, for ``num_samples`` draws.
     :param int num_samples: how many draws a guide makes.
-    :param int chunk_size: how many draws are computed side by side; by default as for :class:`Predictive`.
+    :param int chunk_size: how many draws are computed side by side; by default half as many as in :class:`Predictive`.
     :param str return_site: where the logits ``[N, K]`` are: the model's return value, or the name of a site.
     :raises ValueError: if draws do not fit the model, or logits are random given the draws or not ``[N, K]`` with K >= 2.
     """
@@ -149,7 +149,7 @@ class _Logits:
                 f"the logits are random although draws are given: they depend on a site without draws (one of {names}), or on random "
                 "numbers beside the sites"
             )
-        chunk = 1 if tape is None else default_chunk(tape, first.device) if chunk_size is None else chunk_size
+        chunk = 1 if tape is None else default_chunk(tape, passes=2) if chunk_size is None else chunk_size
         self.replays = None if tape is None else Replays(tape, chunk, lasting=True)
 
     def _run(self, *values: Tensor) -> list[Tensor]:
@@ -187,27 +187,29 @@ class _LogMeanProbability(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         result, *inputs = ctx.saved_tensors
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        sums: list[Tensor | None] = [None] * len(inputs)
         if torch.is_grad_enabled():  # for a second derivative
-            _accumulate(sums, inputs, wanted, ctx.logits.log_mean_probability(inputs[0]), gradient, create_graph=True)
-            return None, *sums
-        with torch.enable_grad():
+            whole = ctx.logits.log_mean_probability(inputs[0])
+            sums = torch.autograd.grad(whole, [inputs[i] for i in wanted], gradient, create_graph=True, allow_unused=True)
+        else:
             inputs[0] = inputs[0].detach().requires_grad_(0 in wanted)
-            for log_probs in ctx.logits.chunks(inputs[0]):
-                # the share of a draw in the mean; where all draws say that a class is impossible, none
-                share = (log_probs.detach() - result.clamp_min(torch.finfo(result.dtype).min)).exp()
-                _accumulate(sums, inputs, wanted, log_probs, gradient * share / ctx.logits.model.num_samples)
-        return None, *sums
+            sums = _gradients(ctx.logits, inputs[0], [inputs[i] for i in wanted], result, gradient)
+        found = dict(zip(wanted, sums, strict=True))
+        return None, *(found.get(i) for i in range(len(inputs)))
 
 
-def _accumulate(
-    sums: list[Tensor | None], inputs: list[Tensor], wanted: list[int], values: Tensor, weights: Tensor, create_graph: bool = False
-) -> None:
-    """Adds the gradients of ``values``, weighted, to ``sums``."""
-    gradients = torch.autograd.grad(values, [inputs[i] for i in wanted], weights, create_graph=create_graph, allow_unused=True)
-    for i, value in zip(wanted, gradients, strict=True):
-        if value is not None:
-            sums[i] = value if sums[i] is None else sums[i] + value
+@torch.enable_grad()
+def _gradients(logits: _Logits, x: Tensor, wanted: list[Tensor], result: Tensor, gradient: Tensor) -> list[Tensor]:
+    """Gradients with respect to ``wanted``, the sum over chunks of which no two are in memory together."""
+    sums = [torch.zeros_like(tensor) for tensor in wanted]
+    for log_probs in logits.chunks(x):
+        with torch.no_grad():
+            # the share of a draw in the mean; where all draws say that a class is impossible, none
+            share = (log_probs - result.clamp_min(torch.finfo(result.dtype).min)).exp_().mul_(gradient / logits.model.num_samples)
+        for total, part in zip(sums, torch.autograd.grad(log_probs, wanted, share, allow_unused=True), strict=True):
+            if part is not None:
+                total += part
+        del log_probs
+    return sums
 
 
 def _check_logits(logits: Any, x: Tensor, site: str) -> None:

@@ -18,7 +18,10 @@ from torch.utils._pytree import tree_leaves
 from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.tape import Replays, Tape, record
 
-# How many numbers the draws that are computed together make. More fall out of the cache, fewer leave the time to Python.
+# How many numbers the draws that are computed together make: fewer leave the time to Python, more take memory without being
+# faster, and convolutions become slower. One CPU core, ms a draw: 784-100-100-10 at 100 inputs one by one 0.93, together 0.38
+# (2^19 numbers), 0.29 (2^21), 0.27 (2^23); two 3x3 convolutions of 64 channels at 100 16x16 images, which make 2^23 numbers a
+# draw, one by one 25, sixteen together 65.
 TOGETHER = 2**21
 
 
@@ -47,7 +50,7 @@ class Predictive(pyro.infer.Predictive):
         ``posterior_samples``, and every site if there is a guide.
     :param bool parallel: as in Pyro, where it needs a model that batches; the results are the same here.
     :param int chunk_size: how many draws are computed side by side, >= 1; 1 means one after the other. The default is a fixed
-        rule: as many as make 2²¹ numbers together, but one on a CPU where the weights of a convolution are drawn.
+        rule: as many as make 2²¹ numbers together, at least one.
     :raises ValueError: at the first call, if a sample's site or shape is not the model's, or if the model is in training mode
         where that would disturb it.
     """
@@ -170,7 +173,7 @@ def _pieces(
         for index in range(len(probes), model.num_samples):
             yield _alone(run(*model.draw(index)))
     else:
-        replays = Replays(tape, default_chunk(tape, probes[0][0].device) if chunk_size is None else chunk_size)
+        replays = Replays(tape, default_chunk(tape) if chunk_size is None else chunk_size)
         yield from replays.run(model.draws, len(probes), model.num_samples)
         chunk = replays.chunk
     if chunk == 1 and chunk_size is not None and chunk_size > 1:
@@ -273,11 +276,13 @@ def _gradients(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tenso
     return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)]
 
 
-def default_chunk(tape: Tape, device: torch.device) -> int:
-    """How many draws are computed side by side; a fixed rule, so that results never depend on a stopwatch."""
-    if tape.convolves and device.type == "cpu":
-        return 1
-    return max(1, TOGETHER // max(1, tape.elements))
+def default_chunk(tape: Tape, passes: int = 1) -> int:
+    """
+    How many draws are computed side by side; a fixed rule, so that results never depend on a stopwatch.
+
+    :param passes: how often the numbers of a draw are in memory; twice, where gradients are computed.
+    """
+    return max(1, TOGETHER // (passes * max(1, tape.elements)))
 
 
 def _gather(pieces: Iterator[Sequence[Tensor]], count: int, names: Sequence[str]) -> list[Tensor]:

@@ -151,7 +151,7 @@ def largest_saved(count, chunk_size=None):
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 10])
 def test_memory_of_a_backward_pass_does_not_grow_with_the_number_of_draws(chunk_size):
-    few = largest_saved(3 * (chunk_size or 303), chunk_size)
+    few = largest_saved(3 * (chunk_size or 151), chunk_size)
     assert 0 < largest_saved(1000, chunk_size) <= 1.05 * few
 
 
