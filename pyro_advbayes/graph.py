@@ -15,9 +15,12 @@ aten = torch.ops.aten
 # An aten overload costs about 2 microseconds more a call than the public function of the same name and arguments: half the time
 # of a small network's step. Only operations whose two signatures agree are listed.
 _FUNCTIONS = ("mm", "bmm", "addmm", "baddbmm", "add", "sub", "mul", "div", "neg", "pow", "exp", "log", "log1p", "sqrt", "relu",
-              "tanh", "sigmoid", "cat", "where", "logsumexp", "sum", "gather", "index_select", "unsqueeze", "squeeze",
-              "transpose", "permute", "t")  # fmt: skip
+              "tanh", "sigmoid", "cat", "where", "logsumexp", "sum", "gather", "scatter_add", "index_select", "unsqueeze", "squeeze",
+              "transpose", "permute", "t", "split_with_sizes")  # fmt: skip
 _METHODS = ("view", "expand")
+
+# Operations that change nothing but a shape: without effect where the shape stays the same, as vmap leaves many.
+_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
 
 
 def trace_graph(fn: Callable[..., Any], example_inputs: Sequence[Tensor]) -> fx.GraphModule:
@@ -28,7 +31,7 @@ def trace_graph(fn: Callable[..., Any], example_inputs: Sequence[Tensor]) -> fx.
     Four passes make the replay cheap, and none of them changes a bit of the result. The seed of a backward pass,
     ``ones_like(loss)``, becomes a constant, so that a forward value which nobody reads is dead; dead nodes are removed; nodes
     that depend on no input are computed once and kept; operations that change nothing (``x - 0``, ``x ** 1``, a transposition
-    undone) are dropped: with them the gradient of a Normal prior costs as much as weight decay written by hand.
+    undone, a view of the same shape) are dropped: with them the gradient of a Normal prior costs as much as weight decay written by hand.
 
     :param fn: function of tensors to a tensor, or to a tuple or dict of tensors; random operations stay random.
     :param example_inputs: one tensor per argument.
@@ -148,6 +151,13 @@ def _identical(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """A node with the same value to the bit, made from fewer operations; None if there is none."""
     if node.target is aten.t.default and node.args[0].target is aten.t.default:
         return node.args[0].args[0]  # the shape is that of the node, whichever it is
+    if node.target is aten.transpose.int and node.args[0].target is aten.transpose.int:
+        same_dims = _dims(node) == _dims(node.args[0])
+        return node.args[0].args[0] if same_dims else None
+    if node.target in _RESHAPES:
+        return node.args[0] if _alike(node.args[0], node) else None
+    if node.target is aten.mul.Scalar:
+        return node.args[0] if node.args[1] == 1 and _alike(node.args[0], node) else None
     if node.target in (aten.sub.Tensor, aten.pow.Tensor_Scalar) and not node.kwargs:
         neutral = 0.0 if node.target is aten.sub.Tensor else 1.0
         same = isinstance(node.args[0], fx.Node) and _alike(node.args[0], node)
@@ -167,6 +177,11 @@ def _identical(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         product.meta["val"] = node.meta["val"]
         return product
     return None
+
+
+def _dims(transposition: fx.Node) -> set[int]:
+    rank = transposition.meta["val"].dim()
+    return {dim % rank for dim in transposition.args[1:]}
 
 
 def _attribute(module: torch.nn.Module, path: str) -> Any:

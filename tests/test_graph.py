@@ -281,8 +281,9 @@ def test_random_operations_stay_random():
         (lambda w: w * 2.0 * torch.tensor(3.0), 1),
         (lambda w: w + (torch.tensor([2.0, 3.0, 4.0]).log() * 5).exp(), 1),
         (lambda w: grad(lambda v: (v - 0.0).square().sum() * 0.5)(w), 1),
+        (lambda w: w.view(3).expand(3).mul(1).view(1, 3).transpose(0, -1).transpose(-2, 1), 1),
     ],
-    ids=["nothing changes", "transposed twice", "two factors", "constants", "half a square"],
+    ids=["nothing changes", "transposed twice", "two factors", "constants", "half a square", "the shape that it has"],
 )
 def test_what_changes_nothing_or_depends_on_no_input_is_not_computed(fn, count):
     graph = trace_graph(fn, (torch.ones(3),))
