@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from pyro_advbayes.operations import Operation, Slot, Step, in_lanes, in_place, perform, plan, rows_last
 
 aten = torch.ops.aten
 
@@ -43,39 +46,7 @@ def record(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tup
     return Tape(recorder, outputs), outputs
 
 
-class _Slot(NamedTuple):
-    """A place among a tape's values."""
-
-    index: int
-    memory: int  # the same for all views of one tensor
-    numel: int
-    dim: int
-    dtype: torch.dtype
-
-    @property
-    def whole(self) -> bool:
-        """Not a view of another tensor."""
-        return self.index == self.memory
-
-
-class _Operation(NamedTuple):
-    function: Callable[..., Any]
-    args: tuple[Any, ...]  # slots in place of tensors
-    kwargs: dict[str, Any]
-    inputs: list[_Slot]
-    outputs: list[_Slot | None]
-    several: bool
-    writes: frozenset[int]
-    random: bool
-
-    @property
-    def made(self) -> set[int]:
-        """Memory that holds something new afterwards."""
-        return {slot.memory for slot in self.outputs if slot is not None} | self.writes
-
-    @property
-    def memory(self) -> set[int]:
-        return {slot.memory for slot in self.inputs} | self.made
+_NOTHING: frozenset[int] = frozenset()
 
 
 class _Recorder(TorchDispatchMode):
@@ -83,8 +54,8 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self.operations: list[_Operation] = []
-        self.constants: dict[_Slot, Tensor] = {}
+        self.operations: list[Operation] = []
+        self.constants: dict[Slot, Tensor] = {}
         self.random: set[int] = set()  # memory that random numbers reach
         self.size = 0
         self._slots = WeakTensorKeyDictionary()  # weak, so that activations die as early as without a recorder
@@ -98,47 +69,49 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors: list[Tensor] = []
-        named_args = tuple([self._name(arg, tensors) for arg in args])
-        named_kwargs = {name: self._name(arg, tensors) for name, arg in kwargs.items()}
-        inputs = [self._slots[tensor] for tensor in tensors]
-        read = {slot.memory for slot in inputs}
-        writes = frozenset(_written(func, named_args, named_kwargs)) if func._schema.is_mutable else frozenset()
-        changing = bool(read & self.changing)
-        if changing and _reads_values(func, args):
+        random, reads_values, mutable = _traits(func)
+        read: list[tuple[Tensor, Slot]] = []
+        named_args = tuple([self._name(arg, read) for arg in args])
+        named_kwargs = {name: self._name(arg, read) for name, arg in kwargs.items()} if kwargs else {}
+        inputs = [slot for _, slot in read]
+        memory = {slot.memory for slot in inputs}
+        changing = not memory.isdisjoint(self.changing)
+        if changing and reads_values and not _gathers(func, args):
             raise NotRecordable(f"{func} makes a Python number or a shape of values that change")
-        if writes & self._outer:
+        writes = frozenset(_written(func, named_args, named_kwargs)) if mutable else _NOTHING
+        if not writes.isdisjoint(self._outer):
             raise NotRecordable(f"{func} writes into a tensor that is older than the call")
 
         if func is aten.lift_fresh.default:  # torch.tensor([...]) may be written to: every replay gets its own
             func = aten.clone.default
         result = func(*args, **kwargs)
         several = isinstance(result, (tuple, list))
-        outputs = [self._output(value, tensors) for value in (result if several else (result,))]
-        random = torch.Tag.nondeterministic_seeded in func.tags
-        operation = _Operation(func, named_args, named_kwargs, inputs, outputs, several, writes, random)
-        if random or read & self.random:
-            self.random |= operation.made
-        if random or changing:
-            self.changing |= operation.made
+        outputs = [self._output(value, read) for value in (result if several else (result,))]
+        operation = Operation(func, named_args, named_kwargs, inputs, outputs, several, writes, random)
         self.operations.append(operation)
+        if random or changing:
+            made = operation.made
+            self.changing |= made
+            if random or not memory.isdisjoint(self.random):
+                self.random |= made
         return result
 
-    def _name(self, arg: Any, tensors: list[Tensor]) -> Any:
-        """An argument with slots in place of tensors, which are noted in ``tensors``."""
+    def _name(self, arg: Any, read: list[tuple[Tensor, Slot]]) -> Any:
+        """An argument with slots in place of tensors, which are noted in ``read``."""
         if isinstance(arg, Tensor):
-            tensors.append(arg)
-            return self.slot(arg)
+            slot = self.slot(arg)
+            read.append((arg, slot))
+            return slot
         if isinstance(arg, (tuple, list)):
-            return [self._name(part, tensors) for part in arg]
+            return [self._name(part, read) for part in arg]
         return arg
 
-    def slot(self, tensor: Tensor) -> _Slot:
+    def slot(self, tensor: Tensor) -> Slot:
         """A tensor's place; a tensor not seen before becomes a constant."""
         known = self._slots.get(tensor)
         return self._constant(tensor) if known is None else known
 
-    def _constant(self, tensor: Tensor) -> _Slot:
+    def _constant(self, tensor: Tensor) -> Slot:
         for known, slot in self._slots.items():
             if _memory(known) == _memory(tensor):
                 if _geometry(known) == _geometry(tensor):  # the same view in another Python object
@@ -151,20 +124,20 @@ class _Recorder(TorchDispatchMode):
         self._outer.add(slot.memory)
         return slot
 
-    def _output(self, value: Any, tensors: list[Tensor]) -> _Slot | None:
+    def _output(self, value: Any, read: list[tuple[Tensor, Slot]]) -> Slot | None:
         if not isinstance(value, Tensor):
             return None
-        known = self._slots.get(value)
-        if known is not None:  # written in place
-            return known
+        for tensor, slot in read:
+            if tensor is value:  # written in place
+                return slot
         memory = _memory(value)
-        for tensor in tensors:
+        for tensor, slot in read:
             if _memory(tensor) == memory:
-                return self._new_slot(value, self._slots[tensor].memory)
+                return self._new_slot(value, slot.memory)
         return self._new_slot(value)
 
-    def _new_slot(self, tensor: Tensor, memory: int | None = None) -> _Slot:
-        slot = _Slot(self.size, self.size if memory is None else memory, tensor.numel(), tensor.dim(), tensor.dtype)
+    def _new_slot(self, tensor: Tensor, memory: int | None = None) -> Slot:
+        slot = Slot(self.size, self.size if memory is None else memory, tensor.numel(), tensor.dim(), tensor.dtype)
         self.size += 1
         self._slots[tensor] = slot
         return slot
@@ -194,12 +167,12 @@ class Tape:
                 live.append(operation)
                 needed |= operation.memory
         held = recorder.changing.union(*(operation.writes for operation in live))
-        self._each: list[_Operation] = []
-        once: list[_Operation] = []
+        self._each: list[Operation] = []
+        once: list[Operation] = []
         for operation in reversed(live):
             (once if not operation.random and held.isdisjoint(operation.memory) else self._each).append(operation)
-        self._once = _plan(once, {*self._ends, *(slot.index for operation in self._each for slot in operation.inputs)})
-        self._steps: dict[tuple[bool, bool], list[_Step]] = {}
+        self._once = plan(once, {*self._ends, *(slot.index for operation in self._each for slot in operation.inputs)})
+        self._steps: dict[tuple[bool, bool], list[Step]] = {}
         self.elements = sum(s.numel for o in self._each for s in o.outputs if s is not None and s.whole)
 
     @property
@@ -209,7 +182,7 @@ class Tape:
     def prepare(self) -> list[Any]:
         """The values that stay the same from replay to replay, as they are now."""
         values = list(self._constants)
-        _perform(self._once, values)
+        perform(self._once, values)
         return values
 
     def replay(self, values: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -241,25 +214,25 @@ class Tape:
 
     def replay_all(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Every operation that was recorded, needed or not: from one state of the random generators, what ``fn`` returns."""
-        return self._run(_plan(self._operations, self._ends), self._constants, inputs)
+        return self._run(plan(self._operations, self._ends), self._constants, inputs)
 
-    def _plan_for(self, together: bool) -> list[_Step]:
+    def _plan_for(self, together: bool) -> list[Step]:
         key = together, torch.is_grad_enabled()
         if key not in self._steps:
             operations = self._each
             if together:
-                operations = _in_lanes(operations, self._changing, len(self._constants))
-                operations = _rows_last(operations, self._changing, self._ends)
+                operations = in_lanes(operations, self._changing, len(self._constants))
+                operations = rows_last(operations, self._changing, self._ends)
             if not torch.is_grad_enabled():
-                operations = _in_place(operations, {slot.memory for slot in self._outputs})
-            self._steps[key] = _plan(operations, self._ends)
+                operations = in_place(operations, {slot.memory for slot in self._outputs})
+            self._steps[key] = plan(operations, self._ends)
         return self._steps[key]
 
-    def _run(self, steps: list[_Step], values: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _run(self, steps: list[Step], values: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         values = list(values)
         for index, tensor in zip(self._inputs, inputs, strict=True):
             values[index] = tensor
-        _perform(steps, values)
+        perform(steps, values)
         return tuple(values[slot.index] for slot in self._outputs)
 
 
@@ -331,132 +304,24 @@ class Replays:
             return None
 
 
-_Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[int | None], bool, list[int]]
-
-
-def _plan(operations: Sequence[_Operation], keep: set[int]) -> list[_Step]:
-    """The operations with the places that are read for the last time, so that memory is given back as early as in Python."""
-    steps: list[_Step] = []
-    keep = set(keep)
-    for operation in reversed(operations):
-        outputs = [None if slot is None else slot.index for slot in operation.outputs]
-        last = {slot.index for slot in (*operation.inputs, *operation.outputs) if slot is not None} - keep
-        keep |= last
-        steps.append((operation.function, operation.args, operation.kwargs, outputs, operation.several, list(last)))
-    return steps[::-1]
-
-
-def _perform(steps: list[_Step], values: list[Any]) -> None:
-    for function, args, kwargs, outputs, several, last in steps:
-        result = function(*_fill(args, values), **{name: _fill(arg, values) for name, arg in kwargs.items()})
-        if several:
-            for index, value in zip(outputs, result, strict=True):
-                if index is not None:
-                    values[index] = value
-        elif outputs[0] is not None:
-            values[outputs[0]] = result
-        for index in last:
-            values[index] = None
-
-
-def _fill(arg: Any, values: list[Any]) -> Any:
-    if type(arg) is _Slot:
-        return values[arg.index]
-    if type(arg) in (tuple, list):
-        return [_fill(part, values) for part in arg]
-    return arg
-
-
-_IN_PLACE = {
-    aten.relu.default: aten.relu_.default,
-    aten.tanh.default: aten.tanh_.default,
-    aten.sigmoid.default: aten.sigmoid_.default,
-    aten.exp.default: aten.exp_.default,
-}
-
-
-def _in_place(operations: Sequence[_Operation], kept: set[int]) -> list[_Operation]:
-    """
-    Lets an activation write over its argument where nobody reads that again: new memory costs more than the activation, since
-    the system hands it out page by page.
-    """
-    made: set[int] = set()
-    for operation in operations:
-        made |= operation.made
-    result: list[_Operation] = []
-    later = set(kept)
-    for operation in reversed(operations):
-        function = _IN_PLACE.get(operation.function)
-        if function is not None:
-            (argument,), (value,) = operation.inputs, operation.outputs
-            if argument.memory in made - later and argument.whole and argument.dtype == value.dtype:
-                operation = operation._replace(function=function)
-        later |= operation.memory
-        result.append(operation)
-    return result[::-1]
-
-
-def _in_lanes(operations: Sequence[_Operation], changing: set[int], lane: int) -> list[_Operation]:
-    """Gives every replay memory of its own where it will write what no other replay does: noise into an empty tensor, say."""
-    slot = _Slot(lane, lane, 0, 1, torch.float32)
-    result = []
-    for operation in operations:
-        made = {out.memory for out in operation.outputs if out is not None and out.whole}
-        if not operation.random and made & changing and changing.isdisjoint(i.memory for i in operation.inputs):
-            args = (slot, operation.function, operation.args, operation.kwargs)
-            operation = operation._replace(function=_own, args=args, kwargs={}, inputs=[*operation.inputs, slot])
-        result.append(operation)
-    return result
-
-
-def _own(lane: Tensor, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    value = function(*args, **kwargs)
-    own = lane.new_empty(value.shape, dtype=value.dtype, device=value.device)
-    return own if function is aten.empty.memory_format else own.copy_(value)
-
-
-def _rows_last(operations: Sequence[_Operation], changing: set[int], ends: set[int]) -> list[_Operation]:
-    """
-    Brings linear layers whose weights change into the form that is fast side by side: ``[out, in] @ [in, rows]`` is one
-    product for all replays where the rows are the same, and leaves the many rows next to each other in memory.
-    """
-    transposed = {o.outputs[0]: o.inputs[0] for o in operations if o.function is aten.t.default}
-    written = set().union(*(operation.writes for operation in operations))
-    result = []
-    for operation in operations:
-        if operation.function is aten.view.default and operation.inputs[0].memory not in written:
-            operation = operation._replace(function=aten.reshape.default)  # what was in order one by one need not be so here
-        function = {aten.addmm.default: _addmm, aten.mm.default: _mm}.get(operation.function)
-        *others, weight = operation.args or [None]
-        if function is not None and weight in transposed and weight.memory in changing and not operation.kwargs:
-            if function is _mm or others[0].dim == 1:
-                weight = transposed[weight]
-                inputs = [*operation.inputs[:-1], weight]
-                operation = operation._replace(function=function, args=(*others, weight), inputs=inputs)
-        result.append(operation)
-    read = ends.union(slot.index for operation in result for slot in operation.inputs)
-    return [o for o in result if o.function is not aten.t.default or o.outputs[0].index in read]
-
-
-def _addmm(bias: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    return torch.mm(weight, rows.t()).add_(bias.unsqueeze(1)).t()
-
-
-def _mm(rows: Tensor, weight: Tensor) -> Tensor:
-    return torch.mm(weight, rows.t()).t()
-
-
 def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[int]:
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
-            yield from (slot.memory for slot in (value if isinstance(value, list) else [value]) if isinstance(slot, _Slot))
+            yield from (slot.memory for slot in (value if isinstance(value, list) else [value]) if isinstance(slot, Slot))
 
 
-def _reads_values(func: Any, args: Sequence[Any]) -> bool:
-    if func is aten.index.Tensor:  # a gather, unless it is asked with a mask
-        return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+@functools.cache
+def _traits(func: Any) -> tuple[bool, bool, bool]:
+    """Whether an operation draws random numbers, makes Python numbers or shapes of values, and writes into arguments."""
+    tags = func.tags
+    reads_values = torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
+    return torch.Tag.nondeterministic_seeded in tags, reads_values, func._schema.is_mutable
+
+
+def _gathers(func: Any, args: Sequence[Any]) -> bool:
+    """Whether an indexing picks rows by number, so that the shape of its result does not depend on values; a mask's does."""
+    return func is aten.index.Tensor and not any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
 
 
 def _memory(tensor: Tensor) -> int:

@@ -79,6 +79,7 @@ class PosteriorClassifier(nn.Module):
         :param x: inputs ``[N, ...]``.
         :return: log mean probabilities ``[N, K]``.
         """
+        x = x.contiguous()  # a recording holds for one layout
         leaves = [p for p in self.model.parameters() if p.requires_grad] if isinstance(self.model, nn.Module) else []
         attached = torch.is_grad_enabled() and bool(x.requires_grad or leaves)
         logits = self._logits(x, attached, leaves)
@@ -94,7 +95,8 @@ class PosteriorClassifier(nn.Module):
     def _logits(self, x: Tensor, attached: bool, leaves: list[Tensor]) -> _Logits:
         modules = list(self.model.modules()) if isinstance(self.model, nn.Module) else []
         tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        key = (x.shape, x.dtype, x.device, attached, tuple(m.training for m in modules), tuple(map(id, tensors)))
+        kind = x.shape, x.dtype, x.device, torch.is_autocast_enabled(x.device.type)
+        key = (kind, attached, tuple(m.training for m in modules), tuple(map(id, tensors)))
         if key not in self._recorded:
             model = ConditionedModel(self.model, self.posterior_samples, self.num_samples)
             with torch.set_grad_enabled(attached):

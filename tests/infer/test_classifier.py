@@ -203,6 +203,18 @@ def test_train_leaves_the_model_in_eval_mode():
     assert torch.equal(model.norm.running_mean, torch.zeros(4))
 
 
+def test_layout_and_autocast_of_a_later_call_do_not_matter():
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 3))
+    classifier = PosteriorClassifier(Classifier(bayesianize(net)), draws_of(net, 20, torch.float), chunk_size=6)
+    x = torch.randn(5, 2, 4, 4)
+    expected = classifier(x)
+    assert torch.allclose(classifier(x.to(memory_format=torch.channels_last)), expected, atol=1e-6)
+    assert torch.allclose(classifier(x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)), expected, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(classifier(x), expected)
+    assert torch.equal(classifier(x), expected)
+
+
 def test_nothing_is_attached_without_gradients():
     classifier = posterior(dtype=torch.float)[2]
     x = torch.randn(5, 4)

@@ -1,0 +1,168 @@
+"""Recorded operations, and how a list of them is rearranged and performed; :mod:`pyro_advbayes.tape` records them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+class Slot(NamedTuple):
+    """A place among a tape's values."""
+
+    index: int
+    memory: int  # the same for all views of one tensor
+    numel: int
+    dim: int
+    dtype: torch.dtype
+
+    @property
+    def whole(self) -> bool:
+        """Not a view of another tensor."""
+        return self.index == self.memory
+
+
+class Operation(NamedTuple):
+    """One call of an aten operation."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]  # slots in place of tensors
+    kwargs: dict[str, Any]
+    inputs: list[Slot]
+    outputs: list[Slot | None]  # None for what is no tensor
+    several: bool  # whether it returns a tuple or list
+    writes: frozenset[int]  # memory of arguments that it writes into
+    random: bool
+
+    @property
+    def made(self) -> set[int]:
+        """Memory that holds something new afterwards."""
+        return {slot.memory for slot in self.outputs if slot is not None} | self.writes
+
+    @property
+    def memory(self) -> set[int]:
+        """All memory that it reads or makes."""
+        return {slot.memory for slot in self.inputs} | self.made
+
+
+Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[int | None], bool, list[int]]
+
+
+def plan(operations: Sequence[Operation], keep: set[int]) -> list[Step]:
+    """The operations with the places that are read for the last time, so that memory is given back as early as in Python."""
+    steps: list[Step] = []
+    keep = set(keep)
+    for operation in reversed(operations):
+        outputs = [None if slot is None else slot.index for slot in operation.outputs]
+        last = {slot.index for slot in (*operation.inputs, *operation.outputs) if slot is not None} - keep
+        keep |= last
+        steps.append((operation.function, operation.args, operation.kwargs, outputs, operation.several, list(last)))
+    return steps[::-1]
+
+
+def perform(steps: list[Step], values: list[Any]) -> None:
+    """
+    :param steps: what :func:`plan` returned.
+    :param values: a tensor for every slot that is read before it is made, in the place of its index; what is made is put there.
+    """
+    for function, args, kwargs, outputs, several, last in steps:
+        result = function(*_fill(args, values), **{name: _fill(arg, values) for name, arg in kwargs.items()})
+        if several:
+            for index, value in zip(outputs, result, strict=True):
+                if index is not None:
+                    values[index] = value
+        elif outputs[0] is not None:
+            values[outputs[0]] = result
+        for index in last:
+            values[index] = None
+
+
+def _fill(arg: Any, values: list[Any]) -> Any:
+    if type(arg) is Slot:
+        return values[arg.index]
+    if type(arg) in (tuple, list):
+        return [_fill(part, values) for part in arg]
+    return arg
+
+
+_IN_PLACE = {
+    aten.relu.default: aten.relu_.default,
+    aten.tanh.default: aten.tanh_.default,
+    aten.sigmoid.default: aten.sigmoid_.default,
+    aten.exp.default: aten.exp_.default,
+}
+
+
+def in_place(operations: Sequence[Operation], kept: set[int]) -> list[Operation]:
+    """
+    Lets an activation write over its argument where nobody reads that again: new memory costs more than the activation, since
+    the system hands it out page by page.
+    """
+    made: set[int] = set()
+    for operation in operations:
+        made |= operation.made
+    result: list[Operation] = []
+    later = set(kept)
+    for operation in reversed(operations):
+        function = _IN_PLACE.get(operation.function)
+        if function is not None:
+            (argument,), (value,) = operation.inputs, operation.outputs
+            if argument.memory in made - later and argument.whole and argument.dtype == value.dtype:
+                operation = operation._replace(function=function)
+        later |= operation.memory
+        result.append(operation)
+    return result[::-1]
+
+
+def in_lanes(operations: Sequence[Operation], changing: set[int], lane: int) -> list[Operation]:
+    """Gives every replay memory of its own where it will write what no other replay does: noise into an empty tensor, say."""
+    slot = Slot(lane, lane, 0, 1, torch.float32)
+    result = []
+    for operation in operations:
+        made = {out.memory for out in operation.outputs if out is not None and out.whole}
+        if not operation.random and made & changing and changing.isdisjoint(i.memory for i in operation.inputs):
+            args = (slot, operation.function, operation.args, operation.kwargs)
+            operation = operation._replace(function=_own, args=args, kwargs={}, inputs=[*operation.inputs, slot])
+        result.append(operation)
+    return result
+
+
+def _own(lane: Tensor, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    value = function(*args, **kwargs)
+    own = lane.new_empty(value.shape, dtype=value.dtype, device=value.device)
+    return own if function is aten.empty.memory_format else own.copy_(value)
+
+
+def rows_last(operations: Sequence[Operation], changing: set[int], ends: set[int]) -> list[Operation]:
+    """
+    Brings linear layers whose weights change into the form that is fast side by side: ``[out, in] @ [in, rows]`` is one
+    product for all replays where the rows are the same, and leaves the many rows next to each other in memory.
+    """
+    transposed = {o.outputs[0]: o.inputs[0] for o in operations if o.function is aten.t.default}
+    written = set().union(*(operation.writes for operation in operations))
+    result = []
+    for operation in operations:
+        if operation.function is aten.view.default and operation.inputs[0].memory not in written:
+            operation = operation._replace(function=aten.reshape.default)  # what was in order one by one need not be so here
+        function = {aten.addmm.default: _addmm, aten.mm.default: _mm}.get(operation.function)
+        *others, weight = operation.args or [None]
+        if function is not None and weight in transposed and weight.memory in changing and not operation.kwargs:
+            if function is _mm or others[0].dim == 1:
+                weight = transposed[weight]
+                inputs = [*operation.inputs[:-1], weight]
+                operation = operation._replace(function=function, args=(*others, weight), inputs=inputs)
+        result.append(operation)
+    read = ends.union(slot.index for operation in result for slot in operation.inputs)
+    return [o for o in result if o.function is not aten.t.default or o.outputs[0].index in read]
+
+
+def _addmm(bias: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(weight, rows.t()).add_(bias.unsqueeze(1)).t()
+
+
+def _mm(rows: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(weight, rows.t()).t()
