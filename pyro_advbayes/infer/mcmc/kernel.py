@@ -107,8 +107,14 @@ class SGMCMCKernel(MCMCKernel):
         """
         self.setup_chains(None, warmup_steps, args, kwargs)
 
-    def setup_chains(self, num_chains: int | None, warmup_steps: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """:meth:`setup` for many chains: parameters then have a leading dimension ``[chains]``; None means one without it."""
+    def setup_chains(
+        self, num_chains: int | None, warmup_steps: int, args: Sequence[Any], kwargs: Mapping[str, Any], find_start: bool = True
+    ) -> None:
+        """
+        :meth:`setup` for many chains: parameters then have a leading dimension ``[chains]``; None means one without it.
+
+        :param find_start: False where :meth:`load` says next where the chains are.
+        """
         given = self._initial_params
         self._clear()
         self._single, self.num_chains = num_chains is None, num_chains or 1
@@ -128,7 +134,10 @@ class SGMCMCKernel(MCMCKernel):
         )
         self.transforms = self.potential.transforms
         self.names = [(site.name, slice(site.start, site.start + site.numel)) for site in self.potential.sites]
-        theta = self.potential.init() if given is None else self._joined(given)
+        if not find_start:
+            theta = torch.zeros(self.num_chains, self.potential.size, dtype=self.potential.dtype, device=self.potential.device)
+        else:
+            theta = self.potential.init() if given is None else self._joined(given)
         if theta.shape != (self.num_chains, self.potential.size):
             raise ValueError(f"initial_params hold {len(theta)} chains: {self.num_chains} are needed")
         if given is not None:
@@ -410,6 +419,7 @@ class SGMCMCKernel(MCMCKernel):
             "alive": self._alive,
             "divergences": self._divergences,
             "counts": [self._steps, self._samples],
+            "info": self._info,
             "noise": [self._noise_estimate.count, self._noise_estimate.variance],
             "auto": None if auto is None else [auto.value, auto.curvature, auto.measured],
             "clamped": self._clamped_share,
@@ -427,6 +437,7 @@ class SGMCMCKernel(MCMCKernel):
         self._alive, self._divergences = state["alive"], state["divergences"]
         self._some_lost = not bool(self._alive.all())
         self._steps, self._samples = state["counts"]
+        self._info = dict(state["info"])
         self._noise_estimate.count, self._noise_estimate.variance = state["noise"]
         if state["auto"] is not None:
             self.step_size.value, self.step_size.curvature, self.step_size.measured = state["auto"]

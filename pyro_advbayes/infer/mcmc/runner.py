@@ -155,8 +155,7 @@ class SGMCMC(AbstractMCMC):
     def _resume_from(self, content: dict[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         kernel = self.kernel
         sites = {site: shape for site, shape, *_ in content["fingerprint"]["sites"]}
-        self._initial = None
-        self._setup(args, kwargs)
+        self._setup(args, kwargs, find_start=False)
         _compare(self._fingerprint(), content["fingerprint"], self.checkpoint)
         kernel.load(_to(content["kernel"], kernel.potential.device))
         energy = kernel.reference_energy()
@@ -172,11 +171,11 @@ class SGMCMC(AbstractMCMC):
         self._draws = self._new_draws(resume=max(0, done - self.warmup_steps))
         self._loop(kernel.initial_params, done)
 
-    def _setup(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _setup(self, args: Sequence[Any], kwargs: Mapping[str, Any], find_start: bool = True) -> None:
         self.kernel.initial_params = None if self._initial is None else dict(self._initial)
         self._scheduled = self._schedule_values()
         args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
-        self.kernel.setup_chains(self.num_chains, self.warmup_steps, args, kwargs)
+        self.kernel.setup_chains(self.num_chains, self.warmup_steps, args, kwargs, find_start)
         # ArviZ runs the model on these: of a loader, its first batch
         loader = is_loader(args, dict(kwargs))
         batches = self.kernel.potential.batches
