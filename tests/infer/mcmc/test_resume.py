@@ -1,0 +1,478 @@
+"""A chain killed with SIGKILL and resumed gives the samples, bit for bit, of one that was never killed; nothing else is resumed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_advbayes as ab
+from pyro_advbayes.infer.mcmc.draws import read_draws
+from pyro_advbayes.infer.mcmc.schedules import Cyclical
+from tests.small_models import data, logistic, regression, subsampling, weights
+
+X, Y = data()
+WARMUP, SAMPLES, EVERY = 9, 11, 4
+IN_WARMUP, IN_SAMPLING = 6, 15  # samples after which the process is killed; the checkpoint before it is two or three samples old
+
+
+def rows():
+    return X, Y
+
+
+def loader(generator=False, shuffle=True, batch_size=25, labels=Y):
+    options = {"generator": torch.Generator().manual_seed(9)} if generator else {}
+    return (DataLoader(TensorDataset(X, labels), batch_size, shuffle=shuffle, **options),)
+
+
+def runner(kernel, seed=3, chains=2, **options):
+    pyro.set_rng_seed(seed)
+    return ab.SGMCMC(kernel, SAMPLES, WARMUP, chains, disable_progbar=True, **options)
+
+
+def killed(kernel, arguments, checkpoint, at, **options):
+    """Runs in a process of its own, which kills itself after so many samples."""
+
+    def hook(kernel, params, stage, i):
+        if kernel._samples == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            runner(kernel, checkpoint=checkpoint, checkpoint_every=EVERY, hook_fn=hook, **options).run(*arguments)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+
+
+def resumed(checkpoint, kernel, arguments):
+    """In another process all random generators stand elsewhere."""
+    pyro.set_rng_seed(12345)
+    torch.randn(7)
+    return ab.SGMCMC.resume(checkpoint, kernel, *arguments, disable_progbar=True)
+
+
+def assert_same(one, other):
+    for get in (lambda mcmc: mcmc.get_samples(group_by_chain=True), lambda mcmc: mcmc.sample_stats()):
+        a, b = get(one), get(other)
+        assert set(a) == set(b)
+        for name in a:
+            assert a[name].dtype == b[name].dtype and torch.equal(a[name].nan_to_num(-1.0), b[name].nan_to_num(-1.0)), name
+    for name, value in one.kernel.diagnostics().items():
+        assert value == other.kernel.diagnostics()[name], name
+
+
+def check(tmp_path, make, arguments, at, **options):
+    checkpoint = tmp_path / "run.checkpoint"
+    kernel = make()
+    whole = runner(kernel, **options)
+    whole.run(*arguments())
+    killed(kernel, arguments(), checkpoint, at, **options)
+    again = make()
+    again._graphs = kernel._graphs  # traced once for all three runs
+    mcmc = resumed(checkpoint, again, arguments())
+    assert_same(whole, mcmc)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"run.checkpoint", "run.draws.safetensors"}, "something is left over"
+    return mcmc
+
+
+@pytest.mark.parametrize("at", [IN_WARMUP, IN_SAMPLING])
+@pytest.mark.parametrize("backend", ["handlers", "graph"])
+@pytest.mark.parametrize(
+    "model,arguments,options",
+    [
+        (regression, rows, {"batch_size": 7}),
+        (subsampling, rows, {}),
+        (logistic, loader, {}),
+        (logistic, functools.partial(loader, generator=True), {}),
+    ],
+    ids=["tensors", "subsampling plate", "loader", "loader with a generator"],
+)
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, model, arguments, options, backend, at):
+    check(tmp_path, lambda: ab.SGLD(model, 1e-3, num_steps_per_sample=2, backend=backend, **options), arguments, at)
+
+
+ANCHOR = {"w": torch.tensor([1.0, 0.1, -0.1]), "b": torch.tensor(0.2)}
+KERNELS = {
+    "automatic step": lambda **options: ab.SGLD(logistic, **options),
+    "SGAdaLD": lambda **options: ab.SGAdaLD(logistic, **options),
+    "SGAdaLD with a window": lambda **options: ab.SGAdaLD(logistic, averaging_window=20, clamp=True, **options),
+    "SGHMC": lambda **options: ab.SGHMC(logistic, **options),
+    "adaptive SGHMC, noise taken off": lambda **options: ab.SGHMC(logistic, adaptive=True, noise_correction=True, **options),
+    "control variate": lambda **options: ab.SGLD(logistic, 1e-3, control_variate=ANCHOR, **options),
+    "cycles": lambda **options: ab.SGLD(logistic, Cyclical(1e-3, 6), temperature=lambda step: 1.0 / (1 + step), **options),
+    "one chain a call": lambda **options: ab.SGLD(logistic, 1e-3, chunk_size=1, **options),
+}
+
+
+@pytest.mark.parametrize("at", [IN_WARMUP, IN_SAMPLING])
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernels_own_variables_go_on(tmp_path, name, at):
+    check(tmp_path, lambda: KERNELS[name](batch_size=7, backend="handlers"), rows, at)
+
+
+@pytest.mark.parametrize("at", [IN_WARMUP, IN_SAMPLING])
+def test_an_anchor_and_a_loader_with_its_own_generator_go_on(tmp_path, at):
+    make = lambda: ab.SGLD(logistic, 1e-3, control_variate=ANCHOR, backend="handlers")  # noqa: E731
+    check(tmp_path, make, functools.partial(loader, generator=True, batch_size=4), at)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_draws_in_half_precision_go_on(tmp_path, dtype):
+    mcmc = check(tmp_path, lambda: ab.SGLD(logistic, 1e-3, batch_size=7, backend="handlers"), rows, IN_SAMPLING, draws_dtype=dtype)
+    assert mcmc.draws_dtype == dtype
+
+
+def test_a_model_whose_graph_was_given_up_goes_on(tmp_path):
+    def counts(x, y):
+        w, classes = weights(), len(torch.unique(y))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, float(classes)), obs=y)
+
+    with pytest.warns(UserWarning, match="falls back to 'handlers'"):
+        check(tmp_path, lambda: ab.SGLD(counts, 1e-3, batch_size=3), rows, IN_SAMPLING)
+
+
+def test_a_lost_chain_stays_lost(tmp_path):
+    def cliff():
+        w = pyro.sample("w", dist.Normal(torch.full((2,), 5.0), 1.0).to_event(1))
+        pyro.factor("edge", 1e-3 * (1.5 - w[0]).sqrt())
+
+    start = {"w": torch.tensor([[0.9, 0.0], [-1e4, 0.0]])}
+    make = lambda: ab.SGLD(cliff, 0.05, backend="handlers")  # noqa: E731
+    mcmc = check(tmp_path, make, lambda: (), IN_SAMPLING, initial_params=start)
+    assert mcmc.diagnostics()["divergences"]["chain 0"] and not mcmc.diagnostics()["divergences"]["chain 1"]
+
+
+def test_a_killed_runs_draws_can_be_read_and_those_after_the_checkpoint_are_drawn_again(tmp_path):
+    make = lambda: ab.SGLD(logistic, 1e-3, batch_size=7, backend="handlers")  # noqa: E731
+    whole, checkpoint = runner(make()), tmp_path / "run.checkpoint"
+    whole.run(X, Y)
+    killed(make(), (X, Y), checkpoint, IN_SAMPLING)
+    left = read_draws(tmp_path / "run.draws.safetensors")["w"]
+    assert left.shape == (2, IN_SAMPLING - WARMUP, 3)
+    assert torch.equal(left, whole.get_samples(group_by_chain=True)["w"][:, : left.shape[1]])
+    seen = []
+    pyro.set_rng_seed(1)
+    hook = lambda kernel, params, stage, i: seen.append((stage, i))  # noqa: E731
+    ab.SGMCMC.resume(checkpoint, make(), X, Y, hook_fn=hook, disable_progbar=True)
+    first = IN_SAMPLING // EVERY * EVERY - WARMUP
+    assert seen == [("Sample", i) for i in range(first, SAMPLES)]
+
+
+def test_a_run_killed_twice_goes_on_twice(tmp_path):
+    make = lambda: ab.SGAdaLD(logistic, batch_size=7, backend="handlers")  # noqa: E731
+    whole, checkpoint = runner(make()), tmp_path / "run.checkpoint"
+    whole.run(X, Y)
+    killed(make(), (X, Y), checkpoint, IN_WARMUP)
+
+    def stop(kernel, params, stage, i):
+        if kernel._samples == IN_SAMPLING:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ab.SGMCMC.resume(checkpoint, make(), X, Y, hook_fn=stop, disable_progbar=True)
+    assert_same(whole, resumed(checkpoint, make(), (X, Y)))
+
+
+def test_a_finished_run_is_read_back(tmp_path):
+    make = lambda: ab.SGLD(logistic, 1e-3, batch_size=7, backend="handlers")  # noqa: E731
+    whole = runner(make(), checkpoint=tmp_path / "run.checkpoint")
+    whole.run(X, Y)
+    assert_same(whole, resumed(tmp_path / "run.checkpoint", make(), (X, Y)))
+
+
+def test_checkpoint_and_draws_may_move_together(tmp_path):
+    make = lambda: ab.SGLD(logistic, 1e-3, batch_size=7, backend="handlers")  # noqa: E731
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    whole = runner(make(), checkpoint=before / "run.checkpoint", draws=before / "samples")
+    whole.run(X, Y)
+    expected = whole.get_samples()["w"].clone()
+    shutil.move(before, after)
+    assert torch.equal(resumed(after / "run.checkpoint", make(), (X, Y)).get_samples()["w"], expected)
+
+
+FRESH = """
+import os, signal, sys
+import pyro
+import pyro_advbayes as ab
+from tests.small_models import data, logistic
+
+def hook(kernel, params, stage, i):
+    if kernel._samples == 15:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+pyro.set_rng_seed(3)
+kernel = ab.SGLD(logistic, 1e-3, batch_size=7, backend=sys.argv[2])
+options = dict(checkpoint=sys.argv[1], checkpoint_every=4, hook_fn=hook, disable_progbar=True)
+ab.SGMCMC(kernel, 11, 9, 2, **options).run(*data())
+"""
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_that_was_killed_in_another_interpreter_goes_on_bit_for_bit(tmp_path, recwarn):
+    make = lambda: ab.SGLD(logistic, 1e-3, batch_size=7, backend="compile")  # noqa: E731
+    checkpoint = tmp_path / "run.checkpoint"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-c", FRESH, str(checkpoint), "compile"], env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    whole = runner(make())
+    whole.run(X, Y)
+    assert_same(whole, resumed(checkpoint, make(), (X, Y)))
+    assert whole.kernel.potential.backend == "compile" and not [w for w in recwarn if "falls back" in str(w.message)]
+
+
+# --------------------------------------------------------------------------------------------------- what is not the same run
+
+
+def sgld(model=logistic, step_size=1e-3, batch_size=7, backend="handlers", **options):
+    return ab.SGLD(model, step_size, batch_size=batch_size, backend=backend, **options)
+
+
+def other_site(x, y):
+    logits = x @ weights() + pyro.sample("bias", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Bernoulli(logits=logits), obs=y)
+
+
+def renamed(model):
+    model.__qualname__ = logistic.__qualname__
+    return model
+
+
+def with_prior(scale):
+    def model(x, y):
+        logits = x @ weights() + pyro.sample("b", dist.Normal(0.0, scale))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Bernoulli(logits=logits), obs=y)
+
+    return renamed(model)
+
+
+def with_likelihood(x, y):
+    logits = x @ weights() + pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(logits, 1.0), obs=y)
+
+
+def nudged(tensor):
+    tensor = tensor.clone()
+    tensor.view(-1)[-1] += 1e-6
+    return tensor
+
+
+def flipped(tensor):
+    tensor = tensor.clone()
+    tensor[33] = 1 - tensor[33]
+    return tensor
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The files of a run, and a function that wants them refused and left as they are."""
+
+    def finished(make, arguments):
+        checkpoint = tmp_path / "run.checkpoint"
+        mcmc = runner(make(), checkpoint=checkpoint)
+        mcmc.run(*arguments)
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        assert len(before) == 2
+
+        def refused(kernel, arguments, says, error=ValueError):
+            with pytest.raises(error) as caught:
+                ab.SGMCMC.resume(checkpoint, kernel, *arguments, disable_progbar=True)
+            message = str(caught.value)
+            assert "\n" not in message and all(part in message for part in says), message
+            assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before, "a file was written to"
+
+        return refused
+
+    return finished
+
+
+@pytest.mark.parametrize(
+    "make,says",
+    [
+        (lambda: sgld(regression), ["run.checkpoint is of another run", "model", "regression"]),
+        (lambda: sgld(renamed(other_site)), ["another run", "sites", "'bias'"]),
+        (lambda: sgld(with_prior(2.0)), ["another model", "['b', 'w']", "energy", "prior or likelihood"]),
+        (lambda: sgld(with_prior(1.001)), ["another model", "energy"]),
+        (lambda: sgld(renamed(with_likelihood)), ["another model", "energy"]),
+        (lambda: ab.SGHMC(logistic, 1e-3, batch_size=7, backend="handlers"), ["another run", "kernel", "SGHMC"]),
+        (lambda: sgld(step_size=1.1e-3), ["another run", "step_size"]),
+        (lambda: sgld(step_size="auto"), ["another run", "settings", "AutoStepSize"]),
+        (lambda: sgld(temperature=0.5), ["another run", "temperature"]),
+        (lambda: sgld(batch_size=8), ["another run", "batch_size"]),
+        (lambda: sgld(num_steps_per_sample=2), ["another run", "num_steps_per_sample"]),
+        (lambda: sgld(control_variate=ANCHOR), ["another run", "control_variate"]),
+        (lambda: sgld(backend="graph"), ["another run", "backend", "'graph'"]),
+        (lambda: sgld(chunk_size=1), ["another run", "backend", "1]"]),
+    ],
+)
+def test_another_model_kernel_or_setting_is_refused(finished, make, says):
+    finished(sgld, (X, Y))(make(), (X, Y), says)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(nudged(X), Y), (X, flipped(Y)), (X[:-1], Y[:-1]), (X.flip(0), Y.flip(0)), (X, Y.double())],
+    ids=["one number", "one label", "fewer rows", "another order", "another dtype"],
+)
+def test_other_data_is_refused(finished, arguments):
+    finished(sgld, (X, Y))(sgld(), arguments, ["run.checkpoint is of another run", "data"])
+
+
+def test_one_value_among_many_is_other_data(finished):
+    x = torch.arange(20_000.0).reshape(-1, 1) / 20_000.0
+
+    def model(x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(w, 1.0), obs=x[:, 0])
+
+    other = x.clone()
+    other[12_347] += 1e-3
+    finished(lambda: sgld(model, 1e-6), (x,))(sgld(model, 1e-6), (other,), ["another run", "data"])
+
+
+@pytest.mark.parametrize("step_size", [lambda step: 2e-3 / (1 + step), lambda step: 1e-3 / (1 + 1.01 * step)])
+def test_another_function_of_the_same_name_is_another_schedule(finished, step_size):
+    refused = finished(lambda: sgld(step_size=lambda step: 1e-3 / (1 + step)), (X, Y))
+    refused(sgld(step_size=step_size), (X, Y), ["another run", "step_size"])
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{"friction": 0.1}, {"adaptive": True}, {"noise_correction": True}, {"averaging_window": 5}],
+    ids=lambda rule: next(iter(rule)),
+)
+def test_another_rule_is_refused(finished, rule):
+    make = functools.partial(ab.SGHMC, logistic, 1e-3, batch_size=7, backend="handlers")
+    finished(make, (X, Y))(make(**rule), (X, Y), ["another run", "settings", next(iter(rule))])
+
+
+def test_another_anchor_is_refused(finished):
+    other = {**ANCHOR, "b": torch.tensor(0.3)}
+    refused = finished(lambda: sgld(control_variate=ANCHOR), (X, Y))
+    refused(sgld(control_variate=other), (X, Y), ["control_variate", "other values"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [loader(batch_size=20), loader(shuffle=False), loader(labels=flipped(Y)), (X, Y)],
+    ids=["batch size", "order", "labels", "tensors"],
+)
+def test_another_loader_is_refused(finished, arguments):
+    finished(lambda: sgld(batch_size=None), loader())(sgld(batch_size=None), arguments, ["run.checkpoint is of another run", "data"])
+
+
+def test_another_plain_argument_is_refused(finished):
+    def model(x, y, strength):
+        w = weights() * strength
+        with pyro.plate("rows", len(x)):
+            pyro.sample("obs", dist.Bernoulli(logits=x @ w), obs=y)
+
+    finished(lambda: sgld(model), (X, Y, 1.0))(sgld(model), (X, Y, 1.1), ["another model", "energy"])
+
+
+def test_other_threads_are_worth_a_warning(tmp_path, monkeypatch):
+    runner(sgld(), checkpoint=tmp_path / "run.checkpoint").run(X, Y)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    with pytest.warns(UserWarning, match="written with threads=.*here it is 64: results may differ in the last bits"):
+        resumed(tmp_path / "run.checkpoint", sgld(), (X, Y))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def scramble(path):
+    path.write_bytes(random.Random(0).randbytes(len(path.read_bytes())))
+
+
+@pytest.mark.parametrize("spoil", [truncate, scramble])
+def test_a_spoilt_checkpoint_is_refused_and_left_as_it_is(tmp_path, spoil):
+    checkpoint = tmp_path / "run.checkpoint"
+    runner(sgld(), checkpoint=checkpoint).run(X, Y)
+    spoil(checkpoint)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"run\.checkpoint is truncated, or no file of this package"):
+        resumed(checkpoint, sgld(), (X, Y))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("spoil,error", [(truncate, ValueError), (scramble, ValueError), (Path.unlink, FileNotFoundError)])
+def test_spoilt_or_missing_draws_are_refused_and_the_checkpoint_stays(tmp_path, spoil, error):
+    checkpoint, draws = tmp_path / "run.checkpoint", tmp_path / "run.draws.safetensors"
+    runner(sgld(), checkpoint=checkpoint).run(X, Y)
+    spoil(draws)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(error, match=r"run\.draws\.safetensors"):
+        resumed(checkpoint, sgld(), (X, Y))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_draws_are_no_checkpoint_and_a_missing_one_is_missed_by_name(tmp_path):
+    runner(sgld(), checkpoint=tmp_path / "run.checkpoint").run(X, Y)
+    with pytest.raises(ValueError, match=r"draws\.safetensors is truncated, or no file of this package"):
+        resumed(tmp_path / "run.draws.safetensors", sgld(), (X, Y))
+    with pytest.raises(FileNotFoundError, match="nowhere: there is no such file"):
+        resumed(tmp_path / "nowhere", sgld(), (X, Y))
+
+
+# ------------------------------------------------------------------------------------------------------- files that are there
+
+
+@pytest.mark.parametrize("there", ["run.checkpoint", "run.draws.safetensors", "samples"])
+def test_an_existing_file_is_not_overwritten_without_being_asked(tmp_path, monkeypatch, there):
+    path = tmp_path / there
+    path.write_bytes(b"precious")
+    options = {"checkpoint": tmp_path / "run.checkpoint"} if there != "samples" else {"draws": path}
+    with monkeypatch.context() as patch:
+        patch.setattr(ab.SGLD, "setup_chains", lambda *_: pytest.fail("the model was looked at first"))
+        with pytest.raises(FileExistsError, match=f"{there} exists: .*overwrite=True"):
+            runner(sgld(), **options).run(X, Y)
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [(there, b"precious")]
+    runner(sgld(), overwrite=True, **options).run(X, Y)
+    assert path.read_bytes() != b"precious" and not list(tmp_path.glob("*.part"))
+
+
+def test_a_run_that_is_refused_leaves_existing_files_alone(tmp_path):
+    for name in ("run.checkpoint", "run.draws.safetensors"):
+        (tmp_path / name).write_bytes(b"precious")
+    with pytest.raises(ValueError, match="batch_size=0"):
+        runner(sgld(batch_size=0), checkpoint=tmp_path / "run.checkpoint", overwrite=True).run(X, Y)
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"precious"}
+
+
+def test_a_folder_that_is_not_there_is_missed_before_sampling(tmp_path):
+    for options in ({"checkpoint": tmp_path / "no" / "run"}, {"draws": tmp_path / "no" / "samples"}):
+        with pytest.raises(FileNotFoundError, match=r"the folder .*no does not exist"):
+            runner(sgld(), **options).run(X, Y)
+
+
+def test_checkpoint_and_draws_are_two_files(tmp_path):
+    with pytest.raises(ValueError, match="is the path of the checkpoint too"):
+        runner(sgld(), checkpoint=tmp_path / "run", draws=tmp_path / "run")
+
+
+def test_a_checkpoint_changes_no_sample(tmp_path):
+    plain = runner(sgld())
+    plain.run(X, Y)
+    saved = runner(sgld(), checkpoint=tmp_path / "run.checkpoint", checkpoint_every=1)
+    saved.run(X, Y)
+    assert_same(plain, saved)
