@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "tutorials").glob("[0-9]*.ipynb"))
+
+
+def execute(path: Path):
+    """Runs a notebook on the checkout's own code, installed or not."""
+    notebook = nbformat.read(path, as_version=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        return NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+
+
+def streams(notebook) -> str:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+
+
+def test_the_first_posterior_is_as_told():
+    path = ROOT / "tutorials" / "01-first-posterior.ipynb"
+    shown, printed = streams(nbformat.read(path, as_version=4)), streams(execute(path))
+    number = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"  # numbers depend on the versions of the libraries, words do not
+    assert re.sub(number, "#", printed) == re.sub(number, "#", shown)
+    assert float(re.search(r"R-hat:.* largest (\S+)", printed).group(1)) < 1.1
+    assert float(re.search(r"ESS:.* smallest (\S+)", printed).group(1)) > 100
+    point, posterior = (float(value) for value in re.findall(r"AUROC (\S+)", printed))
+    assert posterior > point > 0.9
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_outputs_are_small_and_free_of_warnings(path):
+    assert path.stat().st_size < 300_000
+    for cell in nbformat.read(path, as_version=4).cells:
+        assert not [output for output in cell.get("outputs", []) if output.get("name") == "stderr"]
+        assert "execution" not in cell.metadata
