@@ -245,7 +245,8 @@ class SGMCMC(AbstractMCMC):
         kernel = self.kernel
         values = kernel.potential.constrain(kernel._theta)
         for name in STATISTICS:
-            value = torch.as_tensor(kernel.info[name])
+            value = kernel.info[name]
+            value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
             values[_PREFIX + name] = value.expand(self.num_chains) if value.dim() == 0 else value
         self._draws.append(values)
 
