@@ -54,8 +54,7 @@ def run_two(monkeypatch, how, kernel, **options):
 # ------------------------------------------------------------------------------------------------------------ Pyro's MCMC
 
 
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("backend", ["handlers", "graph"])
+@pytest.mark.parametrize("name,backend", [(name, "handlers") for name in KERNELS] + [("SGLD", "graph"), ("SGAdaLD", "graph")])
 def test_pyros_mcmc_runs_every_kernel_and_gives_values_in_the_models_space(name, backend):
     kernel = KERNELS[name](regression, step_size=1e-3, batch_size=10, backend=backend)
     samples = run(MCMC, kernel).get_samples()
