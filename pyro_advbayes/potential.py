@@ -218,24 +218,25 @@ class Potential:
 
         :raises ValueError: if 100 tries find none.
         """
-        rows: list[Tensor] = []
         args, kwargs = self.arguments.replace(self._example_tensors())
-        inputs = self._inputs(self._chain_batch(self.probe_batches[0], 0))
-        for _ in range(100 * self.num_chains):
-            with torch.no_grad(), poutine.block():
-                trace = poutine.trace(InitMessenger(self.init_strategy)(self.model)).get_trace(*args, **kwargs)
-            values = {site.name: trace.nodes[site.name]["value"].detach().unsqueeze(0) for site in self.sites}
-            row = self.unconstrain(values)
-            if self._is_start(row[0], inputs):
-                if not rows:
-                    self._check_fixed(row[0])
-                rows.append(row)
-                if len(rows) == self.num_chains:
-                    return torch.cat(rows)
+        state, wanting = torch.empty(self.num_chains, self.size, dtype=self.dtype, device=self.device), list(range(self.num_chains))
+        for _ in range(100):
+            for chain in wanting:
+                state[chain] = self._draw_start(args, kwargs)
+            if len(wanting) == self.num_chains:
+                self._check_fixed(state[0])
+            wanting = (~self._finite_at(state)).nonzero().flatten().tolist()
+            if not wanting:
+                return state
         raise ValueError(
             "no start with a finite energy and gradient was found in 100 tries: check priors and data, or give "
             "initial_params or another init_strategy (pyro.infer.autoguide.initialization)"
         )
+
+    def _draw_start(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        with torch.no_grad(), poutine.block():
+            trace = poutine.trace(InitMessenger(self.init_strategy)(self.model)).get_trace(*args, **kwargs)
+        return self.unconstrain({site.name: trace.nodes[site.name]["value"].detach().unsqueeze(0) for site in self.sites})[0]
 
     def check_start(self, state: Tensor) -> None:
         """
@@ -243,13 +244,13 @@ class Potential:
         :raises ValueError: if energy or gradient is not finite there, or differs from one evaluation to the next.
         """
         self._check_fixed(state[0])
-        for chain, row in enumerate(state):
-            if not self._is_start(row, self._inputs(self._chain_batch(self.probe_batches[0], chain))):
-                raise ValueError(f"initial_params: energy or gradient is not finite where chain {chain} would start")
+        for chain in (~self._finite_at(state)).nonzero().flatten().tolist():
+            raise ValueError(f"initial_params: energy or gradient is not finite where chain {chain} would start")
 
-    def _is_start(self, row: Tensor, inputs: Sequence[Tensor]) -> bool:
-        energy, gradient = self._by_handlers(row, self._temperature(1.0), inputs)
-        return bool(energy.isfinite()) and bool(gradient.isfinite().all())
+    def _finite_at(self, state: Tensor) -> Tensor:
+        """Whether energy and gradient are finite, ``[chains]``: evaluated as in the run, which a thousand chains need."""
+        gradient, energy = self.evaluate("both", state, self.probe_batches[0])
+        return energy.isfinite() & gradient.isfinite().all(-1)
 
     def _check_fixed(self, row: Tensor) -> None:
         """:raises ValueError: if two evaluations differ, near a row: at 0 a network's random numbers may not show."""
@@ -389,7 +390,9 @@ class Potential:
         return looped
 
     def _agrees(self, graph: Callable, looped: Callable, state: Tensor, tensors: Sequence[Tensor]) -> bool:
-        """Compares with the handlers on a second state, and on a second batch where there is one of this shape."""
+        """
+        Compares with the handlers on a second state, and on a second batch where there is one of this shape; of many chains, on three.
+        """
         noise = torch.linspace(-0.05, 0.05, state.shape[-1], dtype=state.dtype, device=state.device)
         other = state.detach() + noise
         candidates = [tensors]
@@ -398,13 +401,17 @@ class Potential:
                 if [t.shape for t in inputs] == [t.shape for t in tensors]:
                     candidates.append(inputs)
         tolerance = 1e-3 if state.dtype in (torch.float32, torch.bfloat16, torch.float16) else 1e-7
+        varying = self._varying(len(tensors)) if state.dim() == 2 and self.batches.per_chain else ()
+        rows = slice(None) if state.dim() == 1 else sorted({0, len(state) // 2, len(state) - 1})
         for inputs in (candidates[0], candidates[-1]):
             temperature = self._temperature(0.5)
-            theirs = looped(other, temperature, *inputs)
+            theirs = looped(other[rows], temperature, *(t[rows] if i in varying else t for i, t in enumerate(inputs)))
             try:
                 ours = graph(other, temperature, *inputs)
             except RuntimeError:
                 return False
+            if state.dim() == 2:
+                ours = tuple(part[rows] for part in ours) if isinstance(ours, tuple) else ours[rows]
             ours, theirs = (ours, theirs) if isinstance(ours, tuple) else ((ours,), (theirs,))
             for a, b in zip(ours, theirs, strict=True):
                 if not bool((a - b).norm() <= tolerance * b.norm() + 1e-30):

@@ -91,8 +91,8 @@ class SGHMC(SGMCMCKernel):
         \theta \leftarrow \theta + v,
 
     with :math:`a` = ``friction``, the share of momentum lost per step, :math:`T` = ``temperature`` and :math:`h` = ``step_size``; or, with
-    ``adaptive=True``, scale-adapted (Springenberg et al., 2016): :math:`h = e^2 V^{-1/2}`, :math:`e` = ``step_size``, where :math:`V` is the
-    running mean of the squared gradient, adapted in warm-up and frozen after it. The second argument of Normal is a variance.
+    ``adaptive=True``, scale-adapted (Springenberg et al., 2016): :math:`h = e^2 V^{-1/2}`, :math:`e` = ``step_size``, where :math:`V` is
+    the running mean of the squared gradient, adapted in warm-up and frozen after it. The second argument of Normal is a variance.
 
     :math:`\hat B` is an estimate of the variance of the minibatch gradient at one :math:`\theta`. The published :math:`e^4` in its place is
     right only where momentum is forgotten at every step: with momentum it takes off the signal too. So :math:`\hat B = 0` unless
