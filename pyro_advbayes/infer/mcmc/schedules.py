@@ -60,6 +60,8 @@ class Cyclical:
     def __post_init__(self) -> None:
         if self.period < 2 or not 0.0 <= self.explore < 1.0:
             raise ValueError(f"{self}: period must be at least 2 updates and explore in [0, 1)")
+        if not self.keeps(self.period - 1):
+            raise ValueError(f"{self} leaves no update of a cycle to take a sample from: lower explore, or lengthen period")
 
     def __call__(self, step: int) -> float:
         return 0.5 * self.initial * (math.cos(math.pi * (step % self.period) / self.period) + 1.0)

@@ -34,7 +34,7 @@ def test_a_cycle_is_half_a_cosine_from_the_initial_value_to_zero():
     assert schedule(0) == schedule(10) == 0.2 and 0 < schedule(9) < 0.01
 
 
-@pytest.mark.parametrize("explore,kept", [(0.0, range(10)), (0.5, range(5, 10)), (0.75, range(8, 10)), (0.99, [])])
+@pytest.mark.parametrize("explore,kept", [(0.0, range(10)), (0.5, range(5, 10)), (0.75, range(8, 10)), (0.9, [9])])
 def test_samples_are_kept_in_the_cold_part_of_a_cycle(explore, kept):
     schedule = Cyclical(0.2, 10, explore)
     assert [step for step in range(10) if schedule.keeps(step)] == list(kept)
@@ -48,9 +48,14 @@ def test_every_schedule_has_a_say_in_what_is_kept():
 
 
 @pytest.mark.parametrize("options", [{"period": 1}, {"period": 10, "explore": 1.0}, {"period": 10, "explore": -0.1}])
-def test_a_cycle_that_keeps_nothing_is_refused(options):
+def test_a_cycle_out_of_range_is_refused(options):
     with pytest.raises(ValueError, match="period must be at least 2 updates and explore in"):
         Cyclical(0.1, **options)
+
+
+def test_a_cycle_that_keeps_nothing_is_refused():
+    with pytest.raises(ValueError, match="leaves no update of a cycle to take a sample from: lower explore"):
+        Cyclical(0.1, period=10, explore=0.95)
 
 
 def test_zero_is_a_temperature_but_no_step():
