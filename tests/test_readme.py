@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pyro_advbayes as ab
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_code_blocks_run_one_after_the_other(tmp_path, monkeypatch):
+    """As they are printed, with fewer samples; on less data."""
+    monkeypatch.chdir(tmp_path)
+    digits = ab.datasets.digits
+    monkeypatch.setattr(ab.datasets, "digits", lambda *args, **kwargs: ab.datasets.Examples(*(t[:300] for t in digits(*args, **kwargs))))
+    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
+    assert len(blocks) >= 5
+    names: dict = {}
+    for i, block in enumerate(blocks):
+        block = re.sub(r"(num_samples|warmup_steps)=\d{2,}", r"\1=10", block)
+        block = re.sub(r"num_steps_per_sample=\d+", "num_steps_per_sample=5", block)
+        exec(compile(block, f"README.md, block {i}", "exec"), names)
+    assert names["probs"].shape == (40, 300, 10)
+    assert names["images"].grad.abs().max() > 0
+    assert set(names["found"]["T_eff"]) == {"net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"}
+    assert names["mcmc"].get_samples(group_by_chain=True)["net.2.bias"].shape == (2, 10, 10)
+
+
+def test_every_public_name_has_a_line():
+    internal = {"init_to_fan_in", "read_draws"}  # shown in an example; for readers of files
+    for name in set(ab.__all__) - internal:
+        assert re.search(rf"^\| `ab\.{name}\b", README, flags=re.M), name
+
+
+def test_links_and_commands_exist():
+    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    for command in re.findall(r"`?make (quickstart|test|bench|lint)\b", README):
+        assert command in targets
+    for heading in re.findall(r"\]\(#([^)]+)\)", README):
+        assert heading in {title.lower().replace(" ", "-") for title in re.findall(r"^## (.*)", README, flags=re.M)}
+
+
+def test_what_is_planned_is_not_there_yet():
+    planned = README.split("## Planned")[1].split("##")[0]
+    for name in ("BAL", "AutoAdversarialNormal", "AutoImplicit", "attacks"):
+        assert not hasattr(ab, name), f"{name} is there: move it out of Planned"
+    assert "Not built yet" in planned
