@@ -5,7 +5,7 @@ of a parameter among draws from its posterior is uniform.
 A simulation is one of 1500 columns of one model (logistic regression on 20 rows, slope and intercept), each with data of its own, and its
 15 draws are the last states of 15 chains, so that they are independent. Every test therefore compares 3000 ranks of 16 values with the
 uniform law, by a chi-squared test at the level 1e-3. What that can see is in ``test_the_test_sees_...``: posteriors whose standard
-deviation is wrong by 10 % either way, or whose mean is off by 0.15 standard deviations, are rejected with a probability of over 90 %.
+deviation is wrong by 15 % either way, or whose mean is off by 0.15 standard deviations, are rejected with a probability of over 90 %.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def test_ranks_are_uniform(name, batch_size):
     assert found > LEVEL, f"{name}: p = {found:.2g}"
 
 
-@pytest.mark.parametrize(("scale", "shift"), [(0.9, 0.0), (1.1, 0.0), (1.0, 0.15)])
+@pytest.mark.parametrize(("scale", "shift"), [(0.85, 0.0), (1.15, 0.0), (1.0, 0.15)])
 def test_the_test_sees_what_it_says_it_sees(scale, shift):
     """By simulation, with draws that are exact but for the error: at least 90 of 100 data sets like the above are rejected."""
     rejected = 0

@@ -101,7 +101,7 @@ def test_a_small_network_agrees_with_nuts_in_function_space():
     x = torch.linspace(-2, 2, 16).unsqueeze(-1)
     y = torch.sin(2 * x).squeeze(-1) + 0.3 * torch.randn(16)
     model, points = Curve(), torch.linspace(-3, 3, 7).unsqueeze(-1)
-    nuts = MCMC(NUTS(model, max_tree_depth=6), num_samples=500, warmup_steps=200, disable_progbar=True)
+    nuts = MCMC(NUTS(model, max_tree_depth=4), num_samples=250, warmup_steps=100, disable_progbar=True)
     nuts.run(x, y)
     assert_same_functions(model, nuts, ab.SGHMC(model, num_steps_per_sample=40), (x, y), points, warmup=60)
 
