@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from pyro_advbayes import SGLD, SGMCMC
+from pyro_advbayes import SGLD, SGMCMC, PosteriorClassifier
 from tests.benchmarks.rows_prediction import draws_of
 from tests.benchmarks.workloads import BATCH, LARGE, ROWS, SMALL, Network, data, mlp_of
 
@@ -64,10 +64,8 @@ def _run(network: Network, draws: int, device: torch.device, path: Path) -> int:
 
 def classifier(draws: int, device: torch.device) -> dict[str, Any]:
     """What an attack library does with a classifier, in the least: a loss of its logits, and the gradient for its inputs."""
-    from pyro_advbayes import PosteriorClassifier
-
     network = mlp_of(784, 100, 100, 10)
-    x, y = (t[:256] for t in data(network.inputs, network.classes, ROWS, device))
+    x, y = (t[:2048] for t in data(network.inputs, network.classes, ROWS, device))
     small = PosteriorClassifier(network.model().to(device), draws_of(network, 2, device))
     _backward(small, x[:2].clone(), y[:2])
     large = PosteriorClassifier(network.model().to(device), draws_of(network, draws, device))

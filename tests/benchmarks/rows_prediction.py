@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Categorical
 
-from pyro_advbayes.infer.predictive import Predictive
+from pyro_advbayes import Predictive
 from tests.benchmarks.measure import Contender, Result, Stopwatch, Target
 from tests.benchmarks.rows_sampling import Against, compare
 from tests.benchmarks.workloads import LARGE, SMALL, Network, data
