@@ -58,7 +58,7 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "full": Scale(1500, 300, 100, {"SGLD": 100, "SGAdaLD": 100, "SGHMC": 25}),
+    "full": Scale(1000, 250, 80, {"SGLD": 100, "SGAdaLD": 100, "SGHMC": 25}),
     "small": Scale(100, 20, 20, {"SGLD": 10, "SGAdaLD": 10, "SGHMC": 5}),
 }
 
@@ -86,7 +86,7 @@ def load() -> Task:
 
 def new_model() -> torch.nn.Module:
     """64-50-8 with ReLU; the prior's width leaves the logits of a random network a standard deviation of about 3."""
-    return mlp((64, HIDDEN, LEARNT), prior=ab.nn.FanIn(scale=2.0))
+    return mlp((64, HIDDEN, LEARNT), prior=ab.nn.FanIn(scale=2.0, bias_scale=0.3))
 
 
 def predict(predictive: ab.Predictive, task: Task) -> tuple[Tensor, Tensor]:
@@ -275,7 +275,7 @@ def settings(args: argparse.Namespace, scale: Scale, task: Task) -> dict[str, An
         "scale": args.scale,
         "seed": args.seed,
         "network": [64, HIDDEN, LEARNT],
-        "prior": "FanIn(scale=2.0)",
+        "prior": "FanIn(scale=2.0, bias_scale=0.3)",
         "num_chains": NUM_CHAINS,
         "batch_size": BATCH_SIZE,
         "num_samples": scale.num_samples,
