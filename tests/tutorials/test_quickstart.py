@@ -76,6 +76,7 @@ def test_the_table_shows_the_numbers_of_the_json_and_no_progress_bar(first):
     assert "it/s" not in done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")  # 80 draws of chains that have not mixed
 def test_arviz_reads_the_posterior(first):
     idata = arviz.from_netcdf(first[0] / "posterior.nc")
     samples = quickstart.SCALES["small"].num_samples
