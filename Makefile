@@ -10,6 +10,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 
 # Two test processes share the cores; one thread each keeps them, and the numbers, apart.
+# Tests that fork have a process to themselves.
 test: export OMP_NUM_THREADS = 1
 
 .PHONY: quickstart test bench lint
@@ -18,7 +19,8 @@ quickstart: $(INSTALLED)
 	$(VENV)/bin/python tutorials/quickstart.py
 
 test: lint
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --durations=15
+	$(VENV)/bin/python -m pytest -m forks
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --durations=15 -m "not forks"
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python tests/benchmarks/run.py

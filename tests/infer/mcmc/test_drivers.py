@@ -62,7 +62,7 @@ def test_pyros_mcmc_runs_every_kernel_and_gives_values_in_the_models_space(name,
     assert (samples["scale"] > 0).all() and not any(value.requires_grad for value in samples.values())
 
 
-@pytest.mark.parametrize("how", ["sequential", "fork"])
+@pytest.mark.parametrize("how", ["sequential", pytest.param("fork", marks=pytest.mark.forks)])
 def test_two_chains_in_pyros_mcmc_are_two_chains(monkeypatch, how):
     mcmc = run_two(monkeypatch, how, sgld(regression))
     grouped = mcmc.get_samples(group_by_chain=True)
@@ -73,7 +73,7 @@ def test_two_chains_in_pyros_mcmc_are_two_chains(monkeypatch, how):
     assert mcmc.diagnostics()["divergences"] == {"chain 0": [], "chain 1": []}
 
 
-@pytest.mark.parametrize("how", ["fork", "spawn"])
+@pytest.mark.parametrize("how", [pytest.param("fork", marks=pytest.mark.forks), "spawn"])
 def test_chain_k_of_a_process_pool_is_the_chain_of_seed_plus_k(monkeypatch, how):
     pyro.set_rng_seed(5)
     parallel = run_two(monkeypatch, how, sgld(regression)).get_samples(group_by_chain=True)

@@ -22,6 +22,8 @@ from pyro_advbayes.infer.mcmc.draws import read_draws
 from pyro_advbayes.infer.mcmc.schedules import Cyclical
 from tests.small_models import data, logistic, regression, subsampling, weights
 
+pytestmark = pytest.mark.forks  # see pyproject.toml
+
 X, Y = data()
 WARMUP, SAMPLES, EVERY = 9, 11, 4
 IN_WARMUP, IN_SAMPLING = 6, 15  # samples after which the process is killed; the checkpoint before it is two or three samples old
