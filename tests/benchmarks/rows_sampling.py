@@ -125,7 +125,7 @@ def side_by_side(watch: Stopwatch) -> list[Result]:
     """For information: from which size on chains one after the other (``chunk_size=1``) beat chains side by side, on graphs."""
     results = []
     for chains in (5, 20):
-        for network in (SMALL, *map(width, (20, 50, 100, 200))):
+        for network in (SMALL, *map(width, (50, 100, 150, 200, 300))):
             makers = {
                 "side by side": partial(ours, network, chains, "graph", watch.device, rows=1000, steps=5, chunk_size=chains),
                 "one by one": partial(ours, network, chains, "graph", watch.device, rows=1000, steps=5, chunk_size=1),

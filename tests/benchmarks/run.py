@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 import warnings
@@ -55,7 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: PyTorch sees no CUDA device here")
     watch = Stopwatch(device, options.quick)
-    report = {"machine": machine(device), "quick": options.quick, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "rows": {}}
+    report = {
+        "machine": machine(device),
+        "quick": options.quick,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "load": [_load()],
+        "rows": {},
+    }
     results: dict[str, list[Result]] = {}
     for name in options.only:
         print(f"{name}: {' '.join(ROWS[name].__doc__.split())}", flush=True)
@@ -65,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(_text(result), flush=True)
         seconds = round(time.perf_counter() - start, 1)
         report["rows"][name] = {"what": ROWS[name].__doc__, "seconds": seconds, "results": [r.as_json() for r in results[name]]}
+    report["load"].append(_load())
     print(_table(results))
     if options.quick:
         print("\nA quick run shows that everything runs; its numbers mean nothing.")
@@ -75,6 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=1) + "\n")
         print(f"\nwritten to {out}")
+
+
+def _load() -> float:
+    """Processes that ran or waited in the last minute: before the start, more than 0.5 says that the machine is not ours alone."""
+    return round(os.getloadavg()[0], 2)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
