@@ -166,11 +166,10 @@ class Tape:
             if not needed.isdisjoint(operation.made):
                 live.append(operation)
                 needed |= operation.memory
-        held = recorder.changing.union(*(operation.writes for operation in live))
         self._each: list[Operation] = []
         once: list[Operation] = []
         for operation in reversed(live):
-            (once if not operation.random and held.isdisjoint(operation.memory) else self._each).append(operation)
+            (once if not operation.random and recorder.changing.isdisjoint(operation.memory) else self._each).append(operation)
         self._once = plan(once, {*self._ends, *(slot.index for operation in self._each for slot in operation.inputs)})
         self._steps: dict[tuple[bool, bool], list[Step]] = {}
         self.elements = sum(s.numel for o in self._each for s in o.outputs if s is not None and s.whole)

@@ -49,11 +49,23 @@ def passed_on(a, b):
     return [a, TABLE, a.relu(), a.exp()]
 
 
+def read_again(a, b):
+    hidden, wide = a * 2, (b.sum() * 0.1).expand(5)
+    return [hidden.relu() + hidden, wide.exp() + wide.sum(), (a * 3).t().sigmoid(), b.sum().view(1).expand(2).tanh()]
+
+
+def fixed_writes(a, b):
+    total = torch.zeros(4, 3)
+    total += TABLE
+    total[0] = 7.0
+    return [total * a, total]
+
+
 def constant_work(a, b):
     return [a + (TABLE @ TABLE.t()).sum(), TABLE.exp()]
 
 
-FUNCTIONS = [views, in_place, several, lookups, layers, passed_on, constant_work]
+FUNCTIONS = [views, in_place, several, lookups, layers, passed_on, read_again, fixed_writes, constant_work]
 
 
 def draws(count):
