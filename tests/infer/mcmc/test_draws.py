@@ -183,7 +183,7 @@ import pyro, pyro.distributions as dist, torch
 import pyro_advbayes as ab
 
 def model():
-    pyro.sample("w", dist.Normal(torch.zeros(4000), 1.0).to_event(1))
+    pyro.sample("w", dist.Normal(torch.zeros(1500), 1.0).to_event(1))
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -196,13 +196,13 @@ def hook(kernel, params, stage, i):
 mcmc = ab.SGMCMC(ab.SGLD(model, 0.1), 10_000, 0, hook_fn=hook, disable_progbar=True, draws=sys.argv[1])
 mcmc.run()
 samples = mcmc.get_samples()["w"]
-assert samples.shape == (10_000, 4000) and float(samples[::1000].var()) > 0.9
+assert samples.shape == (10_000, 1500) and float(samples[::1000].var()) > 0.9
 print(seen[10_000] - seen[1000], peak() - seen[1000])
 """
 
 
 def test_ten_thousand_draws_take_no_more_memory_than_one_thousand(tmp_path):
-    """In memory they would take 137 MiB more; a tenth of that is left for what an allocator does."""
+    """In memory they would take 51 MiB more; a tenth of that is left for what an allocator does."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path / "draws")],
         capture_output=True,
@@ -211,4 +211,4 @@ def test_ten_thousand_draws_take_no_more_memory_than_one_thousand(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     running, reading = map(float, done.stdout.split())
-    assert running < 14 and reading < 14, f"MiB more while running and when reading: {running:.1f}, {reading:.1f}"
+    assert running < 5 and reading < 5, f"MiB more while running and when reading: {running:.1f}, {reading:.1f}"
