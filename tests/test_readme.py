@@ -10,10 +10,11 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_code_blocks_run_one_after_the_other(tmp_path, monkeypatch):
-    """As they are printed, with fewer samples; on less data."""
+    """As they are printed, with fewer samples, less data and a rougher look at curvature."""
     monkeypatch.chdir(tmp_path)
     digits = ab.datasets.digits
     monkeypatch.setattr(ab.datasets, "digits", lambda *args, **kwargs: ab.datasets.Examples(*(t[:300] for t in digits(*args, **kwargs))))
+    monkeypatch.setattr("pyro_advbayes.infer.mcmc.step_size.POWER_ITERATIONS", 2)
     blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
     assert len(blocks) >= 5
     names: dict = {}

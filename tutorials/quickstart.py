@@ -45,7 +45,6 @@ NUM_CHAINS = 4
 BATCH_SIZE = 100
 LEARNT = 8  # the classes 0 to 7; 8 and 9 are strangers
 HIDDEN = 50
-FOLLOWED = 200  # test images whose predictions are followed along the chains
 
 
 class Scale(NamedTuple):
@@ -55,11 +54,12 @@ class Scale(NamedTuple):
     num_samples: int
     warmup: int  # in samples
     updates: dict[str, int]  # per sample, by method
+    followed: int  # test images whose predictions are followed along the chains
 
 
 SCALES = {
-    "full": Scale(1000, 250, 80, {"SGLD": 100, "SGAdaLD": 100, "SGHMC": 25}),
-    "small": Scale(100, 20, 20, {"SGLD": 10, "SGAdaLD": 10, "SGHMC": 5}),
+    "full": Scale(1000, 200, 60, {"SGLD": 100, "SGAdaLD": 100, "SGHMC": 25}, 200),
+    "small": Scale(100, 20, 20, {"SGLD": 10, "SGAdaLD": 10, "SGHMC": 5}, 20),
 }
 
 
@@ -176,8 +176,8 @@ def run(task: Task, scale: Scale, seed: int, out: Path) -> tuple[dict[str, Any],
         mcmc, energies = sample(method, model, task, scale)
         seconds = time.perf_counter() - start
         inside, outside = predict(ab.Predictive(model, mcmc.get_samples(), return_sites=["_RETURN"]), task)
-        of_true_class = inside[:, torch.arange(FOLLOWED), task.y_test[:FOLLOWED]]
-        found = mixing(of_true_class.reshape(NUM_CHAINS, -1, FOLLOWED).double().numpy())
+        of_true_class = inside[:, torch.arange(scale.followed), task.y_test[: scale.followed]]
+        found = mixing(of_true_class.reshape(NUM_CHAINS, -1, scale.followed).double().numpy())
         diagnostics = mcmc.kernel.diagnostics()
         results[method] = {
             **quality(inside, outside, task),
@@ -233,7 +233,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def notes(results: dict[str, Any], task: Task) -> str:
+def notes(results: dict[str, Any], task: Task, scale: Scale) -> str:
     """What the table's numbers are, and how far to trust them."""
     accuracy = results["MAP"]["accuracy"]
     error = (accuracy * (1 - accuracy) / len(task.y_test)) ** 0.5
@@ -242,7 +242,7 @@ def notes(results: dict[str, Any], task: Task) -> str:
         f"Accuracy, NLL (nats) and ECE (15 bins): {len(task.y_test)} test images of the digits 0 to 7; accuracy is good to {error:.4f}\n"
         f"(one standard error). AUROC: predictive entropy tells them from {len(task.x_out)} images of the digits 8 and 9, never seen.\n"
         "R-hat (rank-normalised, split) and ESS (bulk) are those of the predicted probability of the true class, all chains\n"
-        f"together: the worst and the median of {FOLLOWED} test images. ESS/s counts the seconds of warm-up and sampling.\n"
+        f"together: the worst and the median of {scale.followed} test images. ESS/s counts the seconds of warm-up and sampling.\n"
         f"Minibatch noise was predicted to raise the temperature from 1 to at most {hottest:.2f} (mean over a site)."
     )
 
@@ -284,6 +284,7 @@ def settings(args: argparse.Namespace, scale: Scale, task: Task) -> dict[str, An
         "num_train": len(task.y),
         "num_test": len(task.y_test),
         "num_out": len(task.x_out),
+        "num_followed": scale.followed,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -307,7 +308,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     start = time.perf_counter()
     scale, task = SCALES[args.scale], load()
     results, shown = run(task, scale, args.seed, args.out)
-    print(f"\n{table(results)}\n\n{notes(results, task)}")
+    print(f"\n{table(results)}\n\n{notes(results, task, scale)}")
     picture(results, shown, task, scale, args.out / "quickstart.png")
     content = {"settings": settings(args, scale, task), "results": results}
     (args.out / "quickstart.json").write_text(json.dumps(content, indent=2) + "\n")

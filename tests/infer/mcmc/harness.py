@@ -146,15 +146,18 @@ class FreshRows:
             yield (self.mean + torch.randn(self.shape, dtype=self.spread.dtype) @ self.spread.T,)
 
 
-def run(kernel: Any, *args: Any, warmup: int, samples: int, chains: int = 1, start: float | None = None) -> Tensor:
-    """Draws of site ``"x"`` ``[chains, samples, *shape]`` in float64. With ``start`` all chains set out from there."""
+def run(kernel: Any, *args: Any, warmup: int, samples: int, every: int = 1, chains: int = 1, start: float | None = None) -> Tensor:
+    """
+    Draws of site ``"x"`` ``[chains, samples, *shape]`` in float64, ``every`` updates apart; warm-up is counted alike. With ``start``
+    all chains set out from there. (The kernel's own ``num_steps_per_sample`` would trace a second graph, which takes longer.)
+    """
     initial = None
     if start is not None:
         kernel.setup_chains(chains, warmup, args, {})
         initial = {name: torch.full_like(value, start) for name, value in kernel.initial_params.items()}
-    mcmc = ab.SGMCMC(kernel, samples, warmup, chains, initial_params=initial, disable_progbar=True)
+    mcmc = ab.SGMCMC(kernel, samples * every, warmup * every, chains, initial_params=initial, disable_progbar=True)
     mcmc.run(*args)
-    return mcmc.get_samples(group_by_chain=True)["x"].double()
+    return mcmc.get_samples(group_by_chain=True)["x"][:, every - 1 :: every].double()
 
 
 # ------------------------------------------------------------------------------------------------ the laws that chains should have

@@ -35,10 +35,8 @@ def test_sgadald_has_the_target_variance_where_its_correction_is_valid(temperatu
     share = numbers(0.1, 0.25, 0.5, 0.75)
     V, precision = 25.0 * share**2, 1.25 * share / temperature  # so that hλ = 0.1
     problem = white(precision, V - precision * temperature)
-    kernel = ab.SGAdaLD(
-        problem.model, step_size=(0.4 * temperature) ** 0.5, temperature=temperature, num_steps_per_sample=20, **problem.options
-    )
-    draws = run(kernel, *problem.args, warmup=40, samples=60)[:, 5:]
+    kernel = ab.SGAdaLD(problem.model, step_size=(0.4 * temperature) ** 0.5, temperature=temperature, **problem.options)
+    draws = run(kernel, *problem.args, warmup=40, samples=60, every=20)[:, 5:]
 
     adapted = kernel.state()["variables"]["V"].double().reshape(-1, 4)
     assert ((adapted.mean(0) / V - 1.0).abs() < 0.02).all(), adapted.mean(0) / V
@@ -56,10 +54,8 @@ def test_sgadald_under_correlated_noise_has_the_predicted_ratio_in_each_eigendir
     V = 2.0 * precision[0, 0]
     step_size = float(0.35 / V.sqrt()) ** 0.5
     problem = white(precision, precision, replicas=2000)
-    kernel = ab.SGAdaLD(
-        problem.model, step_size, num_steps_per_sample=50, averaging_window=500, noise_correction=corrected, **problem.options
-    )
-    draws = run(kernel, *problem.args, warmup=30, samples=30)[:, 4:]
+    kernel = ab.SGAdaLD(problem.model, step_size, averaging_window=500, noise_correction=corrected, **problem.options)
+    draws = run(kernel, *problem.args, warmup=30, samples=30, every=50)[:, 4:]
 
     eigenvalues, directions = torch.linalg.eigh(precision)
     h, V = step_size**2 / V.sqrt(), V if corrected else 0.0
@@ -74,8 +70,8 @@ def test_sgadald_under_correlated_noise_has_the_predicted_ratio_in_each_eigendir
 def test_clamped_sgadald_samples_at_the_temperature_that_it_reports(temperature, step_size, seen):
     """The minibatch noise alone is hotter than T; ``seen`` is METHODS' ratio for λ = 1000 and a noise variance of 19 000."""
     problem = white(numbers(1000.0), numbers(19_000.0))
-    kernel = ab.SGAdaLD(problem.model, step_size, temperature, clamp=True, num_steps_per_sample=50, **problem.options)
-    draws = run(kernel, *problem.args, warmup=20, samples=40)[:, 5:]
+    kernel = ab.SGAdaLD(problem.model, step_size, temperature, clamp=True, **problem.options)
+    draws = run(kernel, *problem.args, warmup=20, samples=40, every=50)[:, 5:]
 
     ratio, error = estimate(squares(draws) * 1000.0 / temperature)
     reported = kernel.diagnostics()
@@ -102,8 +98,8 @@ def test_unclamped_sgadald_refuses_at_the_end_of_warm_up_and_names_site_and_reme
 def test_constant_friction_gives_every_weight_its_own_temperature():
     """The paper's form: T C e / √V, since what is taken off is there in the gradient; at C = 1000 METHODS predicts 0.37."""
     problem = white(numbers(1000.0, 4000.0), numbers(19_000.0, 19_000.0))
-    kernel = ab.SGAdaLD(problem.model, 0.05, friction=1000.0, num_steps_per_sample=50, **problem.options)
-    draws = run(kernel, *problem.args, warmup=20, samples=40)[:, 5:]
+    kernel = ab.SGAdaLD(problem.model, 0.05, friction=1000.0, **problem.options)
+    draws = run(kernel, *problem.args, warmup=20, samples=40, every=50)[:, 5:]
 
     temperatures = 1000.0 * 0.05 * kernel.state()["variables"]["V"].double().reshape(-1, 2).rsqrt().mean(0)
     assert_mean(squares(draws) * numbers(1000.0, 4000.0), temperatures, "variance over the target's")
@@ -128,10 +124,9 @@ def test_sghmc_with_an_estimate_of_the_noise_has_the_target_variance(adaptive):
         friction=FRICTION,
         adaptive=adaptive,
         noise_correction=True,
-        num_steps_per_sample=20,
         **problem.options,
     )
-    draws = run(kernel, *problem.args, warmup=40, samples=60)[:, 5:]
+    draws = run(kernel, *problem.args, warmup=40, samples=60, every=20)[:, 5:]
 
     estimated = kernel.state()["variables"]["noise"].double().reshape(-1, 2)
     assert_mean(estimated, noise, "estimated variance of the minibatch gradient")
@@ -150,8 +145,8 @@ def test_reported_temperature_is_the_sampled_one(name):
     noise = numbers(0.5 * 2.0 * case.friction * temperature / rate)
     step_size = float(rate * (noise + temperature).sqrt()) ** 0.5 if case.scaled else rate
     problem = white(numbers(1.0), noise, replicas=2000)
-    kernel = case.kernel(problem.model, step_size, temperature, num_steps_per_sample=20, **problem.options)
-    draws = run(kernel, *problem.args, warmup=30, samples=50)[:, 5:]
+    kernel = case.kernel(problem.model, step_size, temperature, **problem.options)
+    draws = run(kernel, *problem.args, warmup=30, samples=50, every=20)[:, 5:]
 
     rates = case.rates(kernel, step_size).reshape(-1, 1)
     bend = 1.0 if case.corrected else 1.0 - rates / (2.0 * (2.0 - case.friction))

@@ -42,8 +42,8 @@ def test_law_on_gaussians_is_the_closed_form(name, temperature):
     targets = TARGETS | (ALONG_AXES if case.scaled else {})
     precision = torch.block_diag(*targets.values())
     step_size = case.step_size(0.8, temperature, precision)
-    kernel = case.kernel(gaussian(precision, 1.0, replicas), step_size=step_size, temperature=temperature, num_steps_per_sample=40)
-    draws = run(kernel, warmup=20, samples=30, start=4.0)[:, 14:]
+    kernel = case.kernel(gaussian(precision, 1.0, replicas), step_size=step_size, temperature=temperature)
+    draws = run(kernel, warmup=20, samples=30, start=4.0, every=40)[:, 14:]
 
     rates = case.rates(kernel, step_size).reshape(1, replicas, -1)
     start = 0
@@ -63,8 +63,8 @@ def test_variance_under_minibatches_is_as_predicted_however_data_arrive(name, mo
     step_size = float(rate * (precision[1] * temperature + noise[1]).sqrt()) ** 0.5 if case.scaled else rate
     problem = noisy_gaussian(mode, torch.diag(precision), torch.diag(noise), num_data, batch_size, replicas)
     # draws 21 updates apart have forgotten each other, and come from every place in an epoch
-    kernel = case.kernel(problem.model, step_size, temperature, num_steps_per_sample=21, **problem.options)
-    draws = run(kernel, *problem.args, warmup=10, samples=44, chains=chains)[:, 4:]
+    kernel = case.kernel(problem.model, step_size, temperature, **problem.options)
+    draws = run(kernel, *problem.args, warmup=10, samples=44, chains=chains, every=21)[:, 4:]
 
     rates = case.rates(kernel, step_size)
     injected = injected_variance(case, kernel, rates, temperature)
@@ -123,8 +123,8 @@ def test_bias_of_the_variance_halves_with_the_step_size_and_quarters_for_scaled_
     options = {"averaging_window": 300} if case.scaled else {}  # a V that does not depend on the step
     seen, errors, expected = [], [], []
     for step_size in (first, 0.5 * first):
-        kernel = case.kernel(gaussian(precision, 1.0, replicas), step_size, num_steps_per_sample=10, **options)
-        draws = run(kernel, warmup=30, samples=100)[:, 10:]
+        kernel = case.kernel(gaussian(precision, 1.0, replicas), step_size, **options)
+        draws = run(kernel, warmup=30, samples=100, every=10)[:, 10:]
         variance, error = estimate((draws - 1.0).square().mean(1).flatten())
         rates = case.rates(kernel, step_size).reshape(replicas, 1)
         seen.append(float(variance) - 1.0)
@@ -153,11 +153,11 @@ def test_constrained_sites_have_the_tempered_law_in_their_own_space(name):
     options = {"averaging_window": 300} if case.scaled else {}
     moments = {site: [] for site in laws}
     for step_size in (step, step * 0.5 ** (0.5 if case.scaled else 1.0)):
-        kernel = case.kernel(model, step_size, temperature, num_steps_per_sample=15, **options)
-        mcmc = ab.SGMCMC(kernel, num_samples=40, warmup_steps=30, disable_progbar=True)
+        kernel = case.kernel(model, step_size, temperature, **options)
+        mcmc = ab.SGMCMC(kernel, num_samples=600, warmup_steps=450, disable_progbar=True)
         mcmc.run()
         for site, draws in mcmc.get_samples().items():
-            s = draws[8:].double()
+            s = draws[120::15].double()
             moments[site].append(estimate(torch.stack([s.log(), s, s.square()], -1).mean(0)))
     for site, ((mean, error), (mean_of_half, error_of_half)) in moments.items():
         expected = tempered_moments(laws[site].log_prob, temperature)
