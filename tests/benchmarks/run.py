@@ -63,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "load": [_load()],
         "rows": {},
     }
+    out = options.out
+    if out is None and not options.quick and set(options.only) == set(ROWS):
+        out = Path(__file__).parent / "results" / f"{device.type}.json"
     results: dict[str, list[Result]] = {}
     for name in options.only:
         print(f"{name}: {' '.join(ROWS[name].__doc__.split())}", flush=True)
@@ -72,16 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(_text(result), flush=True)
         seconds = round(time.perf_counter() - start, 1)
         report["rows"][name] = {"what": ROWS[name].__doc__, "seconds": seconds, "results": [r.as_json() for r in results[name]]}
-    report["load"].append(_load())
+        report["load"].append(_load())
+        if out is not None:  # after every row: a run takes long, and may be stopped
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(report, indent=1) + "\n")
     print(_table(results))
     if options.quick:
         print("\nA quick run shows that everything runs; its numbers mean nothing.")
-    out = options.out
-    if out is None and not options.quick and set(options.only) == set(ROWS):
-        out = Path(__file__).parent / "results" / f"{device.type}.json"
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n")
         print(f"\nwritten to {out}")
 
 
