@@ -79,11 +79,24 @@ class PosteriorClassifier(nn.Module):
         :param x: inputs ``[N, ...]``.
         :return: log mean probabilities ``[N, K]``.
         """
-        x = x.contiguous()  # a recording holds for one layout
-        leaves = [p for p in self.model.parameters() if p.requires_grad] if isinstance(self.model, nn.Module) else []
-        attached = torch.is_grad_enabled() and bool(x.requires_grad or leaves)
+        x, leaves, attached = self._prepared(x)
         logits = self._logits(x, attached, leaves)
         return _LogMeanProbability.apply(logits, x, *leaves) if attached else logits.log_mean_probability(x)
+
+    def log_probs(self, x: Tensor) -> Iterator[Tensor]:
+        """
+        The draws' own predictions, of which the classifier's is the mean.
+
+        :param x: inputs ``[N, ...]``.
+        :return: log-probabilities ``[chunk, N, K]``, of all :attr:`num_samples` draws in order, chunk by chunk. Each chunk is attached to
+            ``x`` (where gradients are enabled) by itself: who is done with one before asking for the next holds one in memory.
+        """
+        return (logits.log_softmax(-1) for logits in self.logits(x))
+
+    def logits(self, x: Tensor) -> Iterator[Tensor]:
+        """The draws' logits as the model gives them, ``[chunk, N, K]``; otherwise like :meth:`log_probs`."""
+        x, leaves, attached = self._prepared(x)
+        yield from self._logits(x, attached, leaves).chunks(x)
 
     def train(self, mode: bool = True) -> PosteriorClassifier:
         """``eval()`` reaches the model; ``train()`` does not, since what a posterior predicts must not depend on chance."""
@@ -92,6 +105,11 @@ class PosteriorClassifier(nn.Module):
         self.training = True
         return self
 
+    def _prepared(self, x: Tensor) -> tuple[Tensor, list[Tensor], bool]:
+        """The inputs in the layout that a recording holds for; parameters of the model; whether gradients reach either."""
+        leaves = [p for p in self.model.parameters() if p.requires_grad] if isinstance(self.model, nn.Module) else []
+        return x.contiguous(), leaves, torch.is_grad_enabled() and bool(x.requires_grad or leaves)
+
     def _logits(self, x: Tensor, attached: bool, leaves: list[Tensor]) -> _Logits:
         modules = list(self.model.modules()) if isinstance(self.model, nn.Module) else []
         tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
@@ -99,7 +117,7 @@ class PosteriorClassifier(nn.Module):
         key = (kind, attached, tuple(m.training for m in modules), tuple(map(id, tensors)))
         if key not in self._recorded:
             model = ConditionedModel(self.model, self.posterior_samples, self.num_samples)
-            with torch.set_grad_enabled(attached):
+            with torch.set_grad_enabled(attached), RandomState().again():  # no prediction takes random numbers from its caller
                 self._recorded[key] = _Logits(model, self.return_site, self.chunk_size, x, leaves, tensors)
         self._recorded.move_to_end(key)
         if len(self._recorded) > SHAPES:
@@ -158,7 +176,7 @@ class _Logits:
         return self.model.run(values[:-1], [self.site], values[-1])
 
     def chunks(self, x: Tensor) -> Iterator[Tensor]:
-        """Log-probabilities ``[chunk, N, K]`` of all draws; nothing that one chunk holds is needed for another."""
+        """Logits ``[chunk, N, K]`` of all draws; nothing that one chunk holds is needed for another."""
         start, stop = 0, self.model.num_samples
         while start < stop:
             if self.replays is None:
@@ -166,13 +184,13 @@ class _Logits:
             else:
                 (logits,) = next(self.replays.run(self.model.draws, start, min(start + self.replays.chunk, stop), (x,)))
             start += len(logits)
-            yield logits.log_softmax(-1)
+            yield logits
 
     def log_mean_probability(self, x: Tensor) -> Tensor:
         """``[N, K]``, attached to ``x`` where gradients are enabled."""
         total = None
-        for log_probs in self.chunks(x):
-            part = log_probs.logsumexp(0)
+        for logits in self.chunks(x):
+            part = logits.log_softmax(-1).logsumexp(0)
             total = part if total is None else torch.logaddexp(total, part)
         return total - math.log(self.model.num_samples)
 
@@ -203,14 +221,15 @@ class _LogMeanProbability(torch.autograd.Function):
 def _gradients(logits: _Logits, x: Tensor, wanted: list[Tensor], result: Tensor, gradient: Tensor) -> list[Tensor]:
     """Gradients with respect to ``wanted``, the sum over chunks of which no two are in memory together."""
     sums = [torch.zeros_like(tensor) for tensor in wanted]
-    for log_probs in logits.chunks(x):
+    for chunk in logits.chunks(x):
+        log_probs = chunk.log_softmax(-1)
         with torch.no_grad():
             # the share of a draw in the mean; where all draws say that a class is impossible, none
             share = (log_probs - result.clamp_min(torch.finfo(result.dtype).min)).exp_().mul_(gradient / logits.model.num_samples)
         for total, part in zip(sums, torch.autograd.grad(log_probs, wanted, share, allow_unused=True), strict=True):
             if part is not None:
                 total += part
-        del log_probs
+        del chunk, log_probs
     return sums
 
 

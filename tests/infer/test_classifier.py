@@ -124,6 +124,35 @@ def test_probabilities_that_vanish_in_a_draw_stay_finite_and_impossible_classes_
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1, 5, 100])
+def test_the_draws_come_in_order_each_chunk_with_a_graph_of_its_own(chunk_size):
+    net, samples, classifier = posterior(chunk_size=chunk_size)
+    x = torch.randn(6, 4, dtype=torch.double, requires_grad=True)
+    names = list(samples)
+    expected = torch.stack(
+        [torch.func.functional_call(net, {n.removeprefix("net."): samples[n][i] for n in names}, x) for i in range(classifier.num_samples)]
+    )
+    weights = torch.randn(12, 6, 3, dtype=torch.double)
+    (gradient,) = torch.autograd.grad((expected.log_softmax(-1) * weights).sum(), x)
+    for values, wanted in ((classifier.logits, expected), (classifier.log_probs, expected.log_softmax(-1))):
+        with torch.no_grad():
+            found = list(values(x))
+            torch.testing.assert_close(torch.cat(found), wanted)
+        assert all(len(chunk) == (chunk_size or 12) for chunk in found[:-1]) and not found[0].requires_grad
+    total, start = torch.zeros_like(x), 0
+    for chunk in classifier.log_probs(x):
+        total += torch.autograd.grad((chunk * weights[start : start + len(chunk)]).sum(), x)[0]
+        start += len(chunk)
+    torch.testing.assert_close(total, gradient)
+
+
+def test_a_prediction_takes_no_random_numbers_from_its_caller():
+    classifier = posterior()[2]
+    before = torch.get_rng_state()
+    classifier(torch.randn(6, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # ------------------------------------------------------------------------------------------------------------------ memory
 
 

@@ -1,0 +1,230 @@
+"""What all attacks share: :class:`Attack`, its settings, and what is done before and after it runs."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from pyro_advbayes.attacks.geometry import BALLS, Ball, Clip, Region, rows
+from pyro_advbayes.attacks.losses import LOSSES
+from pyro_advbayes.attacks.problem import OBJECTIVES, ClassifierProblem, LossProblem, Problem, Slope
+
+
+@dataclass(frozen=True, repr=False)
+class Attack(ABC):
+    r"""
+    A way to find inputs near the clean ones that a classifier gets wrong. An attack is its settings; it is called with what it attacks::
+
+        x_adv = PGD(eps=0.3, objective="mean_loss")(classifier, x, y)
+
+    ``classifier`` is any function of inputs ``[N, ...]`` to logits or log-probabilities ``[N, K]``. If it has a method ``log_probs``, as
+    :class:`~pyro_advbayes.PosteriorClassifier` has, it stands for draws of a network, and ``objective`` says what is raised: the mean of
+    the draws' losses, or the loss of their mean prediction; :class:`~pyro_advbayes.attacks.problem.ClassifierProblem` has both in symbols.
+    For a plain network they are the same.
+
+    Every attack takes these settings by keyword:
+
+    :param clip: the range (low, high) of the inputs, which attacked inputs stay within; None for inputs without a range.
+    :param bool targeted: whether ``y`` are classes to reach, in place of true classes to leave.
+    :param str objective: ``"loss_of_mean"`` (default) or ``"mean_loss"``.
+    :param int eot: expectation over transformation: how many calls of a random classifier make one gradient, >= 1. They count as draws.
+    :param int batch_size: how many inputs are attacked together; by default all.
+    :raises ValueError: for a setting out of its range.
+    """
+
+    clip: Clip = field(default=(0.0, 1.0), kw_only=True)
+    targeted: bool = field(default=False, kw_only=True)
+    objective: str = field(default="loss_of_mean", kw_only=True)
+    eot: int = field(default=1, kw_only=True)
+    batch_size: int | None = field(default=None, kw_only=True)
+
+    loss: ClassVar[str] = "cross_entropy"
+    uses_gradient: ClassVar[bool] = True
+    needs_classifier: ClassVar[bool] = False  # rather than any loss
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and not (len(self.clip) == 2 and self.clip[0] < self.clip[1]):
+            raise ValueError(f"clip={self.clip!r}: the range of the inputs, (low, high) with low < high, or None")
+        self.check_choice("objective", OBJECTIVES)
+        self.check_choice("loss", LOSSES)
+        self.check_count("eot")
+        if self.batch_size is not None:
+            self.check_count("batch_size")
+
+    @final
+    def __call__(self, classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """
+        :param classifier: inputs ``[N, ...]`` -> logits ``[N, K]``. Its mode, its parameters and their ``.grad`` stay as they are.
+        :param x: clean inputs ``[N, ...]``, of floating type and within ``clip``.
+        :param y: labels ``[N]``, integers from 0 to K - 1.
+        :return: attacked inputs, detached, of the shape of ``x``.
+        :raises ValueError: if inputs or labels are not such, or the classifier gives NaN or no logits ``[N, K]``.
+        """
+        x, y = self.check(classifier, x, y)
+        size = self.batch_size or len(x)
+        parts = []
+        for inputs, labels in zip(x.split(size), y.split(size), strict=True):
+            problem = ClassifierProblem(classifier, labels, self.loss, self.objective, self.targeted, self.eot)
+            parts.append(self._perturb(problem, inputs))
+        return torch.cat(parts)
+
+    @final
+    def on_loss(self, loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """
+        Raises a loss of the caller's, whatever it is of, in place of a classifier's.
+
+        :param loss: differentiable function of inputs ``[N, ...]`` to losses ``[N]``, each of its own row only.
+        :param x: clean inputs ``[N, ...]``, of floating type and within ``clip``.
+        :return: attacked inputs, detached, of the shape of ``x``.
+        :raises ValueError: if the inputs are not such, the loss is not ``[N]``, or the attack is one on logits.
+        """
+        if self.needs_classifier:
+            raise ValueError(f"{type(self).__name__} needs more than a loss: call it with a classifier")
+        if self.targeted:
+            raise ValueError("targeted=True has no meaning without labels: give the negative loss")
+        return self._perturb(LossProblem(loss), self._checked_inputs(x))
+
+    def check(self, classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Looks at the arguments of a call, as far as that takes no prediction; gives the inputs detached and the labels as int64."""
+        _refuse_training_norms(classifier)
+        x = self._checked_inputs(x)
+        return x, _checked_labels(x, y)
+
+    @abstractmethod
+    def run(self, problem: Problem, region: Region) -> Tensor:
+        """
+        The attack itself.
+
+        :param problem: what is raised.
+        :param region: where it may go; its ``center`` are the clean inputs.
+        :return: attacked inputs; what lies outside the region is brought into it.
+        """
+
+    def region(self, x: Tensor) -> Region:
+        """Where the attack may go from ``x``."""
+        return Region(x, self.clip)
+
+    def _perturb(self, problem: Problem, x: Tensor) -> Tensor:
+        region = self.region(x)
+        return region.restrict(self.run(problem, region).detach())
+
+    def _checked_inputs(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or x.numel() == 0:
+            what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"inputs must be a tensor of floating type [N, ...] with one row or more, not {what}")
+        low, high = x.new_tensor(self.clip or (-math.inf, math.inf)).tolist()  # rounded as the inputs are
+        least, most = float(x.min()), float(x.max())
+        if not (low <= least and most <= high and math.isfinite(least) and math.isfinite(most)):  # NaN fails, too
+            raise ValueError(f"inputs run from {least:.6g} to {most:.6g}, but clip={self.clip}: scale them, or give their range as clip")
+        return x.detach().clone()
+
+    def check_choice(self, name: str, choices: Any) -> None:
+        """:raises ValueError: unless the setting is one of ``choices``."""
+        if getattr(self, name) not in choices:
+            raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}")
+
+    def check_count(self, name: str) -> None:
+        """:raises ValueError: unless the setting is a whole number >= 1."""
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: a whole number >= 1")
+
+    def check_positive(self, name: str) -> None:
+        """:raises ValueError: unless the setting is a finite number > 0."""
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{name}={value!r}: a finite number > 0")
+
+    def __repr__(self) -> str:
+        said = [f for f in sorted(fields(self), key=lambda f: f.kw_only) if f.compare and getattr(self, f.name) != f.default]
+        said = [f"{f.name}={getattr(self, f.name)!r}" for f in said]
+        return f"{type(self).__name__}({', '.join(said)})"
+
+
+@dataclass(frozen=True, repr=False)
+class BallAttack(Attack):
+    """
+    An attack within a ball around each input.
+
+    :param float eps: radius of the ball, > 0, in the units of the inputs.
+    :param str norm: ``"linf"`` (default) or ``"l2"``.
+    """
+
+    eps: float
+    norm: str = field(default="linf", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("eps")
+        self.check_choice("norm", BALLS)
+
+    def region(self, x: Tensor) -> Ball:
+        return BALLS[self.norm](x, self.eps, self.clip)
+
+
+@dataclass(frozen=True, repr=False)
+class GradientAttack(BallAttack):
+    """
+    An attack within a ball that follows the gradient of a loss.
+
+    :param str loss: ``"cross_entropy"`` (default), ``"dlr"`` or ``"margin"`` (:mod:`~pyro_advbayes.attacks.losses`). Where a classifier is
+        so sure of itself that the gradient of the cross-entropy underflows, that of the others does not.
+    """
+
+    loss: str = field(default="cross_entropy", kw_only=True)
+
+
+def ascend(problem: Slope, ball: Ball, x: Tensor, steps: int, step_size: float) -> Tensor:
+    r"""Projected steepest ascent from ``x``: :math:`x \leftarrow \Pi(x + \text{step\_size}\, s(\nabla \ell(x)))`, ``steps`` times."""
+    for _ in range(steps):
+        x = ball.restrict(x + step_size * ball.steepest(problem.gradient(x).gradient))
+    return x
+
+
+class Best:
+    """The best of several attacks on the same inputs, input by input: a success before a failure, then the higher loss."""
+
+    def __init__(self) -> None:
+        self._x: Tensor | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """``[N, ...]``."""
+        assert self._x is not None
+        return self._x
+
+    def offer(self, x: Tensor, loss: Tensor, success: Tensor) -> None:
+        """
+        :param x: inputs within the region, as they would be returned ``[N, ...]``.
+        :param loss: there, ``[N]``.
+        :param success: there, ``[N]``.
+        """
+        if self._x is None:
+            self._x, self._loss, self._success = x, loss, success
+            return
+        better = (success & ~self._success) | ((success == self._success) & (loss > self._loss))
+        self._x = torch.where(rows(better, x), x, self._x)
+        self._loss, self._success = torch.where(better, loss, self._loss), self._success | success
+
+
+def _checked_labels(x: Tensor, y: Tensor) -> Tensor:
+    if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise ValueError(f"labels must be a tensor of integers, not {getattr(y, 'dtype', type(y).__name__)}")
+    if y.shape != (len(x),):
+        raise ValueError(f"labels must be [{len(x)}], one for each input, not {list(y.shape)}")
+    return y.to(x.device, torch.int64)
+
+
+def _refuse_training_norms(classifier: Any) -> None:
+    """Attacked inputs must not become part of a network's running statistics."""
+    for name, module in classifier.named_modules() if isinstance(classifier, nn.Module) else ():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
+            raise ValueError(
+                f"layer {name!r} ({type(module).__name__}) is in training mode, where attacks change its statistics: call .eval() first"
+            )

@@ -1,0 +1,160 @@
+"""Carlini and Wagner's attack with the smallest Euclidean perturbation, and the one step that BAL's authors report under its name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pyro_advbayes.attacks.base import Attack
+from pyro_advbayes.attacks.geometry import Region, rows
+from pyro_advbayes.attacks.problem import ClassifierProblem, Problem, check_gradient, differentiate
+
+DECAYS = 0.9, 0.999  # Adam's
+
+
+@dataclass(frozen=True, repr=False)
+class CarliniWagner(Attack):
+    r"""
+    For each input, the smallest perturbation that succeeds:
+
+    .. math:: \min_{\tilde x}\ \|\tilde x - x\|_2^2 + c\, \max\big(\text{confidence} - m(\tilde x), 0\big), \qquad
+              m = \max_{k \ne y} z_k - z_y
+
+    (for a target t, :math:`m = z_t - \max_{k \ne t} z_k`), by Adam; :math:`c` is found by bisection, input by input: down from a success,
+    up tenfold from a failure. The range holds by construction, :math:`\tilde x = \text{mid} + \text{half} \tanh(w)`. Of all
+    successes on the way the nearest is returned, and the clean input where there is none. There is no ball: judge by the size of the
+    perturbations.
+
+    Logits of a posterior are logarithms of its mean probabilities; with ``objective="mean_loss"`` :math:`m` is the mean of the draws'.
+    Further settings: :class:`~pyro_advbayes.attacks.base.Attack`.
+
+    Source: N. Carlini and D. Wagner, Towards evaluating the robustness of neural networks, IEEE S&P 2017, section VI.
+
+    :param int steps: of Adam, for each c, >= 1.
+    :param int searches: how many values of c are tried, >= 1.
+    :param float step_size: Adam's, > 0.
+    :param float first_c: > 0.
+    :param float confidence: the least m that counts as success, >= 0.
+    """
+
+    steps: int = 200
+    searches: int = 9
+    step_size: float = 0.03
+    first_c: float = 1e-2
+    confidence: float = 0.0
+
+    loss: ClassVar[str] = "margin"
+    needs_classifier: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "searches"):
+            self.check_count(name)
+        for name in ("step_size", "first_c"):
+            self.check_positive(name)
+        if not 0 <= self.confidence < math.inf:
+            raise ValueError(f"confidence={self.confidence!r}: a finite number >= 0")
+
+    def run(self, problem: Problem, region: Region) -> Tensor:
+        clean = region.center
+        best, smallest = clean.clone(), clean.new_full((len(clean),), torch.inf)
+        low, high, c = torch.zeros_like(smallest), smallest.clone(), torch.full_like(smallest, self.first_c)
+        for _ in range(self.searches):
+            x, size = self._nearest(problem, clean, c)
+            nearer = size < smallest
+            best, smallest = torch.where(rows(nearer, x), x, best), torch.where(nearer, size, smallest)
+            found = size.isfinite()
+            low, high = torch.where(found, low, c), torch.where(found, c, high)
+            c = torch.where(high.isfinite(), (low + high) / 2, c * 10)
+        return best
+
+    def _nearest(self, problem: Problem, clean: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest success for given c ``[N]``, and its squared distance, infinite where there is none."""
+        free = _Free(clean, self.clip)
+        mean, square = torch.zeros_like(free.w), torch.zeros_like(free.w)
+        best, smallest = clean, torch.full_like(c, torch.inf)
+        for t in range(1, self.steps + 1):
+            x = free.x
+            margin, gradient, success = problem.gradient(x, success=True)
+            delta = x - clean
+            size = delta.flatten(1).square().sum(1)
+            nearer = success & (margin >= self.confidence) & (size < smallest)
+            best, smallest = torch.where(rows(nearer, x), x, best), torch.where(nearer, size, smallest)
+            wanting = c * (margin < self.confidence)
+            slope = (2 * delta - rows(wanting, gradient) * gradient) * free.slope
+            mean = DECAYS[0] * mean + (1 - DECAYS[0]) * slope
+            square = DECAYS[1] * square + (1 - DECAYS[1]) * slope.square()
+            spread = (square / (1 - DECAYS[1] ** t)).sqrt() + 1e-8
+            free.w = free.w - self.step_size * mean / (1 - DECAYS[0] ** t) / spread
+        return best, smallest
+
+
+class _Free:
+    """Inputs as a function of numbers without bounds, :attr:`w`, at first the clean ones."""
+
+    def __init__(self, clean: Tensor, clip: tuple[float, float] | None) -> None:
+        self._clip = clip
+        if clip is None:
+            self.w = clean
+            return
+        self._middle, self._half = (clip[1] + clip[0]) / 2, (clip[1] - clip[0]) / 2
+        self.w = ((clean - self._middle) / self._half * 0.999999).atanh()  # at a bound itself, nothing would move
+
+    @property
+    def x(self) -> Tensor:
+        return self.w if self._clip is None else self._middle + self._half * self.w.tanh()
+
+    @property
+    def slope(self) -> Tensor | float:
+        """dx / dw."""
+        return 1.0 if self._clip is None else self._half * (1 - self.w.tanh().square())
+
+
+@dataclass(frozen=True, repr=False)
+class OneStepCarliniWagner(Attack):
+    r"""
+    The attack of BAL's experiments that they call Carlini and Wagner's: one step down the gradient of a batch's
+
+    .. math:: \max\Big(\sum_n \big(z_{n, y_n} - \sum_{k \ne y_n} z_{n k}\big), 0\Big), \qquad
+              \tilde x = \mathrm{clip}\big(x - \nabla_x / \sqrt 2\big),
+
+    for each network by itself; the gradients of the draws are averaged. (Their second term, the distance from the clean input, has no
+    gradient there.) It is no strong attack, and is here so that published numbers can be compared. Two things are peculiar: a network that
+    is, summed over the batch, already below zero gives no gradient, so that inputs depend on their batch; and unlike any loss of this
+    package it changes when a constant is added to the logits, for which it needs a classifier's own logits, its ``logits`` method or its
+    outputs, not log-probabilities.
+
+    Source: N. Ye and Z. Zhu, Bayesian Adversarial Learning, NeurIPS 2018, and the authors' code.
+    Settings: ``clip`` and ``batch_size`` of :class:`~pyro_advbayes.attacks.base.Attack`; it has one objective and no targets.
+    """
+
+    needs_classifier: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.targeted or self.eot > 1 or self.objective != "loss_of_mean":
+            raise ValueError("OneStepCarliniWagner has one published form: leave targeted, eot and objective as they are")
+
+    def run(self, problem: ClassifierProblem, region: Region) -> Tensor:
+        problem.examine(region.center)  # refuses what is no classifier
+        x, total, count = region.center.detach().requires_grad_(), 0.0, 0
+        with torch.enable_grad():
+            for logits in _logits(problem.classifier, x):
+                label = torch.nn.functional.one_hot(problem.y, logits.shape[-1]).bool()
+                signed = torch.where(label, logits, -logits)
+                total = total + differentiate(signed.sum((-2, -1)).clamp_min(0), x)
+                count += len(logits)
+                del logits, signed
+        return region.center - check_gradient(total / count) / math.sqrt(2)
+
+
+def _logits(classifier: Callable, x: Tensor):
+    if hasattr(classifier, "logits"):
+        yield from classifier.logits(x)
+    else:
+        yield classifier(x).unsqueeze(0)

@@ -1,0 +1,49 @@
+r"""
+Losses of a label's logits, which an untargeted attack raises.
+
+Each takes log-probabilities ``[..., N, K]`` and labels ``[N]`` and gives ``[..., N]``. Margin and ratio are the same for logits that
+differ by a constant, so that any logits serve as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(log_probs: Tensor, y: Tensor) -> Tensor:
+    r""":math:`-\log p_y`, in nats."""
+    return -_of_label(log_probs, y)
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    r""":math:`\max_{k \ne y} z_k - z_y`: positive where the label is not the prediction."""
+    return _largest_other(logits, y) - _of_label(logits, y)
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    r"""
+    The difference-of-logits ratio :math:`(\max_{k \ne y} z_k - z_y) / (z_{(1)} - z_{(3)})`, where :math:`z_{(i)}` is the i-th largest
+    logit: unlike cross-entropy it does not change when logits are multiplied by a constant, so that confidence hides no gradient.
+
+    Source: F. Croce and M. Hein, Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks, ICML
+    2020, Eq. 6. A targeted attack lowers it for the target; the paper's targeted form needs the true label beside the target.
+    """
+    largest = logits.topk(3, dim=-1).values
+    return margin(logits, y) / (largest[..., 0] - largest[..., 2]).clamp_min(torch.finfo(logits.dtype).eps)
+
+
+LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
+
+
+def _of_label(values: Tensor, y: Tensor) -> Tensor:
+    return values.gather(-1, y.expand(values.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+
+
+def _largest_other(logits: Tensor, y: Tensor) -> Tensor:
+    label = torch.nn.functional.one_hot(y, logits.shape[-1]).bool()
+    return logits.masked_fill(label, -torch.inf).amax(-1)

@@ -1,0 +1,53 @@
+"""The momentum iterative method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_advbayes.attacks.base import GradientAttack
+from pyro_advbayes.attacks.geometry import Ball, rows
+from pyro_advbayes.attacks.problem import Problem
+
+
+@dataclass(frozen=True, repr=False)
+class MIM(GradientAttack):
+    r"""
+    Iterative FGSM on a running sum of gradients: from :math:`x` and :math:`g = 0`, ``steps`` times
+
+    .. math::
+        g \leftarrow \text{decay}\, g + \frac{\nabla_x \ell(\tilde x)}{\|\nabla_x \ell(\tilde x)\|_1}, \qquad
+        \tilde x \leftarrow \Pi(\tilde x + \text{step\_size}\, s(g)).
+
+    Further settings: :class:`~pyro_advbayes.attacks.base.Attack`, ``norm`` and ``loss``.
+
+    Source: Y. Dong et al., Boosting adversarial attacks with momentum, CVPR 2018, Eq. 6 and 7.
+
+    :param float eps: radius of the ball, > 0, in the units of the inputs.
+    :param int steps: >= 1.
+    :param float step_size: > 0; by default eps / steps.
+    :param float decay: > 0; 1 sums all gradients alike.
+    """
+
+    steps: int = 10
+    step_size: float | None = None
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_count("steps")
+        self.check_positive("decay")
+        if self.step_size is not None:
+            self.check_positive("step_size")
+
+    def run(self, problem: Problem, region: Ball) -> Tensor:
+        x, total = region.center, torch.zeros_like(region.center)
+        step_size = self.step_size or self.eps / self.steps
+        for _ in range(self.steps):
+            gradient = problem.gradient(x).gradient
+            size = gradient.flatten(1).abs().sum(1).clamp_min(torch.finfo(gradient.dtype).tiny)
+            total = self.decay * total + gradient / rows(size, gradient)
+            x = region.restrict(x + step_size * region.steepest(total))
+        return x

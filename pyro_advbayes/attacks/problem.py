@@ -1,0 +1,285 @@
+"""What an attack raises: a loss of every example and its gradient, of a network, of a posterior, or of whatever is differentiable."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_advbayes.attacks.geometry import rows
+from pyro_advbayes.attacks.losses import LOSSES, cross_entropy
+
+OBJECTIVES = ("loss_of_mean", "mean_loss")
+
+
+class Ascent(NamedTuple):
+    """
+    A loss and where it rises.
+
+    :ivar loss: ``[N]``.
+    :ivar gradient: of each example's loss with respect to that example, ``[N, ...]``.
+    :ivar success: ``[N]``, whether the prediction is what the attack wants; None where it was not asked for.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    success: Tensor | None
+
+
+class Slope(Protocol):
+    """What can be climbed."""
+
+    def gradient(self, x: Tensor) -> Ascent:
+        """:param x: inputs ``[N, ...]``."""
+
+
+class Problem(ABC):
+    """Losses of examples, one each, to be raised."""
+
+    @abstractmethod
+    def gradient(self, x: Tensor, success: bool = False) -> Ascent:
+        """
+        :param x: inputs ``[N, ...]``.
+        :param success: whether success is to be told, too.
+        """
+
+    @abstractmethod
+    def examine(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the success at ``x``, ``[N]`` both, without gradients."""
+
+
+class LossProblem(Problem):
+    """
+    A loss that the caller wrote; nothing is ever a success, so that of several points the one of the highest loss is best.
+
+    :param loss: differentiable function of inputs ``[N, ...]`` to losses ``[N]``, each of its own row only.
+    """
+
+    def __init__(self, loss: Callable[[Tensor], Tensor]) -> None:
+        self._loss = loss
+
+    def gradient(self, x: Tensor, success: bool = False) -> Ascent:
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = self._checked(self._loss(x), x)
+            gradient = differentiate(loss, x)
+        return Ascent(loss.detach(), check_gradient(gradient), self._none(x) if success else None)
+
+    @torch.no_grad()
+    def examine(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._checked(self._loss(x), x), self._none(x)
+
+    @staticmethod
+    def _checked(loss: Tensor, x: Tensor) -> Tensor:
+        if not isinstance(loss, Tensor) or loss.shape != (len(x),):
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"the loss must be [{len(x)}], one number for each input, not {shape}: leave out its mean or sum over rows")
+        return loss
+
+    @staticmethod
+    def _none(x: Tensor) -> Tensor:
+        return torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+
+class ClassifierProblem(Problem):
+    r"""
+    The loss :math:`\ell` of a classifier's predictions. With :math:`S` draws (a posterior's, or ``eot`` calls of a random classifier) it
+    is one of
+
+    .. math::
+        \text{mean\_loss:}\ \frac1S \sum_s \ell(\log p_s(\cdot \mid x), y), \qquad
+        \text{loss\_of\_mean:}\ \ell\Big(\log \frac1S \sum_s p_s(\cdot \mid x), y\Big).
+
+    Either takes one pass over the draws, of which one chunk is in memory. For the cross-entropy of the mean that is because
+    :math:`\nabla \log \frac1S \sum_s p_s(y) = \sum_s w_s \nabla \log p_s(y)` with :math:`w = \mathrm{softmax}_s \log p_s(y)`: a running
+    log-sum-exp rescales what was summed before. Other losses of the mean prediction go through the classifier's own backward pass.
+
+    :param classifier: inputs ``[N, ...]`` -> logits or log-probabilities ``[N, K]``; its method ``log_probs``, if it has one, gives those
+        of its draws, ``[chunk, N, K]`` at a time.
+    :param y: ``[N]``; the targets, if ``targeted``.
+    :param str loss: a name in :data:`~pyro_advbayes.attacks.losses.LOSSES`.
+    :param str objective: a name in :data:`OBJECTIVES`.
+    :param bool targeted: whether the loss is lowered; what is given is its negative.
+    :param int eot: how many times the classifier is called for one gradient, >= 1.
+    """
+
+    def __init__(self, classifier: Callable, y: Tensor, loss: str, objective: str, targeted: bool, eot: int) -> None:
+        self.classifier, self.y, self.targeted = classifier, y, targeted
+        self._loss, self._eot, self._sign = LOSSES[loss], eot, -1.0 if targeted else 1.0
+        self._log_probs = getattr(classifier, "log_probs", None)
+        self._several = self._log_probs is not None or eot > 1
+        self._mean_loss = objective == "mean_loss"
+        self._needs_third = loss == "dlr"
+        self._seen = False
+
+    def gradient(self, x: Tensor, success: bool = False) -> Ascent:
+        x = x.detach().requires_grad_()
+        if self._several and not self._mean_loss and self._loss is not cross_entropy:
+            return self._gradient_of_mean(x, success)
+        mean = _LogMean()
+        total = _Sum() if self._mean_loss or not self._several else _LogSum()
+        with torch.enable_grad():
+            for log_probs in self.draws(x):
+                loss = self._loss(log_probs, self.y)
+                part = total.of_chunk(loss)
+                total.add(part.detach(), differentiate(part, x), len(loss))
+                if success:
+                    mean.add(log_probs.detach())
+                del log_probs, loss, part  # before the next chunk is there
+        loss, gradient = total.result()
+        return Ascent(loss * self._sign, check_gradient(gradient) * self._sign, self.succeeds(mean.result()) if success else None)
+
+    def _gradient_of_mean(self, x: Tensor, success: bool) -> Ascent:
+        with torch.enable_grad():
+            outputs = [self._checked(self.classifier(x), "[N, K]") for _ in range(self._eot)]
+            if self._eot > 1:
+                log_probs = torch.stack(outputs).log_softmax(-1).logsumexp(0) - math.log(self._eot)
+            else:
+                log_probs = outputs[0]
+            self._seen = True
+            loss = self._loss(log_probs, self.y)
+            gradient = differentiate(loss, x)
+        found = self.succeeds(log_probs.detach()) if success else None
+        return Ascent(loss.detach() * self._sign, check_gradient(gradient) * self._sign, found)
+
+    @torch.no_grad()
+    def examine(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, total, count = _LogMean(), 0.0, 0
+        for log_probs in self.draws(x):
+            mean.add(log_probs)
+            if self._mean_loss:
+                total, count = total + self._loss(log_probs, self.y).sum(0), count + len(log_probs)
+        log_probs = mean.result()
+        loss = total / count if self._mean_loss else self._loss(log_probs, self.y)
+        return loss * self._sign, self.succeeds(log_probs)
+
+    def succeeds(self, log_probs: Tensor) -> Tensor:
+        """Whether predictions ``[N, K]`` are what the attack wants."""
+        right = log_probs.argmax(-1) == self.y
+        return right if self.targeted else ~right
+
+    def draws(self, x: Tensor) -> Iterator[Tensor]:
+        """Log-probabilities ``[chunk, N, K]``, chunk by chunk."""
+        for _ in range(self._eot):
+            if self._log_probs is None:
+                yield self._checked(self.classifier(x), "[N, K]").log_softmax(-1).unsqueeze(0)
+            else:
+                for log_probs in self._log_probs(x):
+                    yield self._checked(log_probs, "[chunk, N, K]")
+        self._seen = True
+
+    def _checked(self, outputs: Tensor, shape: str) -> Tensor:
+        """Looks at the first outputs of all draws: what is wrong later shows in the result of the attack."""
+        if not self._seen:
+            check_outputs(outputs, len(self.y), shape)
+            check_labels(self.y, outputs.shape[-1])
+            if self._needs_third and outputs.shape[-1] < 3:
+                raise ValueError("loss='dlr' compares three logits, but the classifier has 2 classes: take 'cross_entropy' or 'margin'")
+        return outputs
+
+
+def check_outputs(outputs: Tensor, count: int, shape: str = "[N, K]") -> None:
+    """:raises ValueError: unless ``outputs`` are logits of N = ``count`` inputs, no NaN and no plus infinity among them."""
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        raise ValueError(f"the classifier must give a tensor of logits {shape}, not {getattr(outputs, 'dtype', type(outputs).__name__)}")
+    if outputs.dim() != shape.count(",") + 1 or outputs.shape[-2] != count or outputs.shape[-1] < 2:
+        raise ValueError(
+            f"the classifier must give logits {shape}, a row for each of the {count} inputs and K >= 2 classes; it gave "
+            f"{tuple(outputs.shape)}"
+        )
+    bad = (outputs.isnan() | outputs.isposinf()).any(-1)
+    bad = bad.flatten(0, -2).any(0) if bad.dim() > 1 else bad
+    if bool(bad.any()):
+        places = bad.nonzero().flatten()
+        raise ValueError(
+            f"the classifier gives NaN or infinite logits for {len(places)} of {count} inputs, the first in row {int(places[0])}: check "
+            "its weights (or draws) and the inputs"
+        )
+
+
+def check_labels(y: Tensor, num_classes: int) -> None:
+    """:raises ValueError: unless all labels are classes."""
+    if int(y.min()) < 0 or int(y.max()) >= num_classes:
+        raise ValueError(f"labels run from {int(y.min())} to {int(y.max())}, but the classifier has the classes 0 to {num_classes - 1}")
+
+
+def differentiate(loss: Tensor, x: Tensor) -> Tensor:
+    """The gradient of ``loss`` ``[N]``, each of its own row, with respect to ``x``."""
+    gradient = torch.autograd.grad(loss.sum(), x, allow_unused=True)[0] if loss.requires_grad else None
+    if gradient is None:
+        raise ValueError("the loss does not depend on the inputs in a way that can be differentiated: attack it without gradients (Square)")
+    return gradient
+
+
+def check_gradient(gradient: Tensor) -> Tensor:
+    """
+    The gradient as it is; its sign would make 0 of NaN, and an input without an attack of an attack gone wrong.
+
+    :raises ValueError: unless it is finite.
+    """
+    if not bool(gradient.isfinite().all()):
+        bad = int((~gradient.isfinite()).flatten(1).any(1).sum())
+        raise ValueError(f"gradients of the loss are NaN or infinite for {bad} of {len(gradient)} inputs: check the weights (or draws)")
+    return gradient
+
+
+class _Sum:
+    """Losses averaged over draws, and their gradients."""
+
+    def __init__(self) -> None:
+        self._loss, self._gradient, self._count = None, None, 0
+
+    @staticmethod
+    def of_chunk(loss: Tensor) -> Tensor:
+        return loss.sum(0)
+
+    def add(self, part: Tensor, gradient: Tensor, count: int) -> None:
+        self._loss = part if self._loss is None else self._loss + part
+        self._gradient = gradient.contiguous() if self._gradient is None else self._gradient.add_(gradient)
+        self._count += count
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        return self._loss / self._count, self._gradient / self._count
+
+
+class _LogSum:
+    r""":math:`-\log` of the mean of :math:`e^{-\ell_s}` over draws, and its gradient."""
+
+    def __init__(self) -> None:
+        self._total, self._gradient, self._count = None, None, 0
+
+    @staticmethod
+    def of_chunk(loss: Tensor) -> Tensor:
+        return (-loss).logsumexp(0)
+
+    def add(self, part: Tensor, gradient: Tensor, count: int) -> None:
+        self._count += count
+        if self._total is None:
+            self._total, self._gradient = part, gradient.contiguous()  # what autograd gives may be an expanded view
+            return
+        total = torch.logaddexp(self._total, part)
+        old, new = ((share - total).exp_().nan_to_num_(0.0) for share in (self._total, part))  # 0 where both are log 0
+        self._gradient = self._gradient.mul_(rows(old, gradient)).addcmul_(gradient, rows(new, gradient))
+        self._total = total
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        return math.log(self._count) - self._total, -self._gradient
+
+
+class _LogMean:
+    """The logarithm of probabilities averaged over draws."""
+
+    def __init__(self) -> None:
+        self._total, self._count = None, 0
+
+    def add(self, log_probs: Tensor) -> None:
+        part = log_probs.logsumexp(0)
+        self._total = part if self._total is None else torch.logaddexp(self._total, part)
+        self._count += len(log_probs)
+
+    def result(self) -> Tensor:
+        return self._total - math.log(self._count)

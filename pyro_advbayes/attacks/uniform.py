@@ -1,0 +1,39 @@
+"""Random inputs: what any attack has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from pyro_advbayes.attacks.base import BallAttack, Best
+from pyro_advbayes.attacks.geometry import Ball
+from pyro_advbayes.attacks.problem import Problem
+
+
+@dataclass(frozen=True, repr=False)
+class Uniform(BallAttack):
+    r"""
+    :math:`\tilde x` uniform in the ball of radius ``eps`` around :math:`x`; of ``tries`` draws, the best for each input.
+
+    Further settings: :class:`~pyro_advbayes.attacks.base.Attack` and ``norm``.
+
+    :param float eps: radius of the ball, > 0, in the units of the inputs.
+    :param int tries: how many points are drawn, >= 1.
+    """
+
+    tries: int = 1
+
+    uses_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_count("tries")
+
+    def run(self, problem: Problem, region: Ball) -> Tensor:
+        best = Best()
+        for _ in range(self.tries):
+            x = region.random()
+            best.offer(x, *problem.examine(x))
+        return best.x
