@@ -8,7 +8,22 @@ inputs that look less like the data; :func:`auroc`, :func:`aupr_out` and :func:`
 from pyro_advbayes.diagnostics.arviz import save_netcdf, to_inference_data
 from pyro_advbayes.diagnostics.calibration import Reliability, accuracy, brier, ece, nll, reliability
 from pyro_advbayes.diagnostics.ood import aupr_in, aupr_out, auroc
-from pyro_advbayes.diagnostics.plots import plot_reliability, plot_scores
+from pyro_advbayes.diagnostics.plots import (
+    plot_accuracy_curves,
+    plot_accuracy_robustness,
+    plot_gradient_norms,
+    plot_reliability,
+    plot_scores,
+)
+from pyro_advbayes.diagnostics.robustness import (
+    AccuracyCurve,
+    Estimate,
+    GradientNorms,
+    accuracy_curve,
+    accuracy_under_attack,
+    gradient_norms,
+    softmax_robustness,
+)
 from pyro_advbayes.diagnostics.uncertainty import (
     expected_entropy,
     model_variance,
@@ -19,22 +34,32 @@ from pyro_advbayes.diagnostics.uncertainty import (
 )
 
 __all__ = [
+    "AccuracyCurve",
+    "Estimate",
+    "GradientNorms",
     "Reliability",
     "accuracy",
+    "accuracy_curve",
+    "accuracy_under_attack",
     "aupr_in",
     "aupr_out",
     "auroc",
     "brier",
     "ece",
     "expected_entropy",
+    "gradient_norms",
     "model_variance",
     "mutual_information",
     "nll",
+    "plot_accuracy_curves",
+    "plot_accuracy_robustness",
+    "plot_gradient_norms",
     "plot_reliability",
     "plot_scores",
     "predictive_entropy",
     "reliability",
     "save_netcdf",
+    "softmax_robustness",
     "to_inference_data",
     "variation_ratio",
     "vote_variation_ratio",

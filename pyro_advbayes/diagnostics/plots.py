@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_advbayes.diagnostics.calibration import Reliability
+from pyro_advbayes.diagnostics.robustness import AccuracyCurve, GradientNorms
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,6 +59,68 @@ def plot_scores(
     for name, score in values.items():
         ax.hist(score, bins=edges, density=True, histtype="stepfilled", alpha=0.5, label=f"{name} (mean {score.mean():.3g})")
     ax.set(xlabel=xlabel, ylabel="density")
+    ax.legend()
+    return ax
+
+
+def plot_accuracy_curves(curves: dict[str, AccuracyCurve], *, xlabel: str = "eps", ax: Axes | None = None) -> Axes:
+    """Accuracy against the size of the perturbation, with one standard error as a band.
+
+    :param curves: from the name of a classifier to what :func:`~pyro_advbayes.diagnostics.accuracy_curve` gave; the legend adds the
+        accuracy at the smallest and at the largest size.
+    :param xlabel: what the sizes are.
+    :raises ValueError: if there are no curves.
+    """
+    if not curves:
+        raise ValueError("curves must name at least one classifier")
+    ax = ax if ax is not None else _axes()
+    for name, (eps, accuracy, error) in curves.items():
+        (line,) = ax.plot(eps, accuracy, marker="o", markersize=3, label=f"{name} ({accuracy[0]:.3f} to {accuracy[-1]:.3f})")
+        ax.fill_between(eps, accuracy - error, accuracy + error, color=line.get_color(), alpha=0.2, linewidth=0)
+    ax.set(xlabel=xlabel, ylabel="accuracy under attack")
+    ax.legend()
+    return ax
+
+
+def plot_gradient_norms(norms: dict[str, GradientNorms], *, ax: Axes | None = None) -> Axes:
+    """The l2 norm of the expected loss gradient against the number of draws, on logarithmic axes: mean over inputs as a line, and
+    dashed what as many independent gradients of expectation zero would leave.
+
+    :param norms: from the name of a posterior to what :func:`~pyro_advbayes.diagnostics.gradient_norms` gave; the legend adds the
+        mean norm at the first and at the last number of draws.
+    :raises ValueError: if there are none.
+    """
+    if not norms:
+        raise ValueError("norms must name at least one posterior")
+    ax = ax if ax is not None else _axes()
+    for name, found in norms.items():
+        mean = found.l2.mean(-1).cpu()
+        (line,) = ax.loglog(found.draws, mean, marker="o", markersize=3, label=f"{name} ({mean[0]:.2g} to {mean[-1]:.2g})")
+        ax.loglog(found.draws, found.l2_by_chance.mean(-1).cpu(), color=line.get_color(), linestyle="--", linewidth=1)
+    ax.set(xlabel="draws", ylabel="l2 norm of the expected loss gradient (dashed: by chance)")
+    ax.legend()
+    return ax
+
+
+def plot_accuracy_robustness(points: dict[str, tuple[Tensor, Tensor]], *, ax: Axes | None = None) -> Axes:
+    """A point for every trained classifier: its robustness against its clean accuracy.
+
+    :param points: from the name of a family of classifiers (of a kind of inference, say) to their accuracies and robustnesses, ``[M]``
+        each; the legend adds the correlation of the two, where it is defined.
+    :raises ValueError: if there are no points, or a family's two vectors differ in length.
+    """
+    if not points:
+        raise ValueError("points must name at least one family of classifiers")
+    for name, (accuracy, robustness) in points.items():
+        if accuracy.dim() != 1 or accuracy.shape != robustness.shape:
+            raise ValueError(f"points[{name!r}] must be two vectors of one length, not {list(accuracy.shape)} and {list(robustness.shape)}")
+    ax = ax if ax is not None else _axes()
+    for name, pair in points.items():
+        both = torch.stack([values.detach().cpu().double() for values in pair])
+        varied = both.shape[1] > 2 and bool((both.std(1) > 0).all())
+        label = f"{name} (r = {torch.corrcoef(both)[0, 1]:.2f}, {both.shape[1]} points)" if varied else name
+        ax.scatter(*both, s=20, alpha=0.7, label=label)
+    ax.set(xlabel="accuracy", ylabel="softmax robustness")
     ax.legend()
     return ax
 

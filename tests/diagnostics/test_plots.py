@@ -9,7 +9,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from pyro_advbayes.diagnostics import plot_reliability, plot_scores, predictive_entropy, reliability
+from pyro_advbayes.diagnostics import (
+    accuracy_curve,
+    gradient_norms,
+    plot_accuracy_curves,
+    plot_accuracy_robustness,
+    plot_gradient_norms,
+    plot_reliability,
+    plot_scores,
+    predictive_entropy,
+    reliability,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +95,41 @@ def test_scores_that_cannot_be_drawn_are_named(scores, culprit):
     with pytest.raises(ValueError, match=culprit):
         plot_scores(scores)
     assert not plt.get_fignums()
+
+
+def test_accuracy_curves_are_drawn_as_they_are_with_their_ends_in_the_legend():
+    curve = accuracy_curve([0.0, 0.1], (predictions(s)[0] for s in (3.0, 1.0)), torch.randint(4, (300,)))
+    ax = plot_accuracy_curves({"BNN": curve, "MAP": curve}, xlabel="eps, linf")
+    assert np.allclose(ax.lines[0].get_xydata(), torch.stack([curve.eps, curve.accuracy], -1))
+    band = ax.collections[0].get_paths()[0].vertices
+    assert np.isclose(band[:, 1].max(), (curve.accuracy + curve.error).max())
+    assert legend(ax) == [f"{name} ({curve.accuracy[0]:.3f} to {curve.accuracy[1]:.3f})" for name in ("BNN", "MAP")]
+    assert ax.get_xlabel() == "eps, linf"
+
+
+def test_gradient_norms_are_drawn_with_what_chance_would_leave():
+    norms = gradient_norms(torch.randn(100, 5, 3))
+    ax = plot_gradient_norms({"HMC": norms})
+    line, chance = ax.lines
+    assert np.allclose(line.get_xydata(), torch.stack([norms.draws.double(), norms.l2.mean(-1)], -1))
+    assert np.allclose(chance.get_ydata(), norms.l2_by_chance.mean(-1)) and ax.get_xscale() == ax.get_yscale() == "log"
+    assert legend(ax) == [f"HMC ({norms.l2[0].mean():.2g} to {norms.l2[-1].mean():.2g})"]
+
+
+def test_accuracy_and_robustness_are_points_with_their_correlation():
+    accuracy = torch.tensor([0.8, 0.9, 1.0])
+    ax = plot_accuracy_robustness({"HMC": (accuracy, accuracy / 2), "SGD": (accuracy, 1 - accuracy), "VI": (accuracy[:1], accuracy[:1])})
+    assert [len(points.get_offsets()) for points in ax.collections] == [3, 3, 1]
+    assert np.allclose(ax.collections[1].get_offsets(), torch.stack([accuracy, 1 - accuracy], -1))
+    assert legend(ax) == ["HMC (r = 1.00, 3 points)", "SGD (r = -1.00, 3 points)", "VI"]
+
+
+@pytest.mark.parametrize("plot", [plot_accuracy_curves, plot_gradient_norms, plot_accuracy_robustness])
+def test_plots_of_nothing_are_refused(plot):
+    with pytest.raises(ValueError, match="must name at least one"):
+        plot({})
+
+
+def test_points_without_a_partner_are_refused():
+    with pytest.raises(ValueError, match=r"points\['HMC'\] must be two vectors of one length, not \[3\] and \[2\]"):
+        plot_accuracy_robustness({"HMC": (torch.ones(3), torch.ones(2))})

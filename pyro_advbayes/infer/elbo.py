@@ -1,0 +1,202 @@
+"""Adversarial training in Pyro's own SVI: :class:`TraceRobust_ELBO`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import ExpandedDistribution, MaskedDistribution
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import ELBO, JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO, Trace_ELBO
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
+
+from pyro_advbayes.attacks.base import Attack
+from pyro_advbayes.batches import Arguments
+
+_JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
+
+
+class TraceRobust_ELBO(ELBO):
+    r"""
+    Pyro's ELBO on inputs that an adversary has moved: with the guide :math:`q`,
+
+    .. math:: \mathcal{L} = \mathbb{E}_{\theta \sim q}\Bigl[ \log p(\theta) - \log q(\theta)
+        + \sum_i \log p(y_i \mid \tilde x_i(\theta), \theta) \Bigr], \qquad
+        \tilde x_i(\theta) \approx \arg\max_{\tilde x \in B(x_i)} -\log p(y_i \mid \tilde x, \theta),
+
+    where the attack says what the ball :math:`B` is and how the maximum is sought. ::
+
+        svi = SVI(minibatch(model, size=len(x)), guide, optim, loss=TraceRobust_ELBO(PGD(eps=0.1)))
+
+    The adversary sees the weights that the loss is then evaluated with: each particle draws once from the guide, is attacked, and
+    is scored on its own perturbed inputs, so that this is a lower bound of the ELBO against one adversary for all draws. With
+    ``AutoDelta`` it is adversarial training of a point estimate (Madry et al., 2018; WRM with the attack of that name), with
+    ``AutoNormal`` that of a mean-field posterior (Liu et al., Adv-BNN, 2019).
+
+    What the attack ascends is the negative log-likelihood of the model's observed sites, summed over sites, per row, without the
+    scale of :func:`~pyro_advbayes.minibatch` or ``poutine.scale``; masks hold. The attack takes no gradients of parameters, sees a
+    model that is an ``nn.Module`` in eval mode, and leaves nothing in a trace or in the parameter store. With an attack that does not
+    move the inputs, and draws no random numbers, loss and gradients are those of ``elbo`` to the last bit.
+
+    :param attack: an attack of :mod:`pyro_advbayes.attacks`: FGSM, PGD, WRM and others that need no more than a loss.
+    :param str perturb: the name of the model's argument that is perturbed, a tensor of floating type with a row per data point.
+    :param ELBO elbo: the ELBO that is evaluated on perturbed inputs; ``Trace_ELBO()`` by default.
+    :raises ValueError: if ``attack`` or ``elbo`` is not of this kind; and at the first call, naming the argument or the site, if the
+        model was not given ``perturb`` as such a tensor, or it lies outside the attack's range; if an observed site is not Categorical,
+        Bernoulli or Normal, or not in a plate of as many rows; if a latent site of the model is missing in the guide.
+    """
+
+    def __init__(self, attack: Attack, perturb: str = "x", elbo: ELBO | None = None) -> None:
+        elbo = Trace_ELBO() if elbo is None else elbo
+        if not isinstance(attack, Attack) or attack.needs_classifier or attack.targeted:
+            raise ValueError(f"attack must be an attack of pyro_advbayes.attacks that raises any loss, PGD(eps=0.1) say; got {attack!r}")
+        if not isinstance(elbo, ELBO) or isinstance(elbo, (*_JIT, TraceRobust_ELBO)):
+            raise ValueError(
+                f"elbo must be an instance of one of Pyro's ELBOs, Trace_ELBO() say, not compiled (Jit...): a recording would keep the "
+                f"first batch's perturbation; got {elbo!r}"
+            )
+        if elbo.vectorize_particles and elbo.num_particles > 1:
+            raise ValueError("elbo: every particle is attacked by itself: leave vectorize_particles=False")
+        super().__init__(num_particles=elbo.num_particles, max_plate_nesting=elbo.max_plate_nesting)
+        self.attack, self.perturb, self.elbo = attack, perturb, elbo
+
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """The negative ELBO on perturbed inputs, in nats."""
+        return self.elbo.loss(*self._attacked(model, guide, args, kwargs), *args, **kwargs)
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        """The same, with the gradients of its surrogate; what ``TraceRobust_ELBO(...)(model, guide)`` returns when it is called."""
+        return self.elbo.differentiable_loss(*self._attacked(model, guide, args, kwargs), *args, **kwargs)
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """The negative ELBO on perturbed inputs, in nats, after a backward pass."""
+        return self.elbo.loss_and_grads(*self._attacked(model, guide, args, kwargs), *args, **kwargs)
+
+    def _get_trace(self, model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
+        return self.elbo._get_trace(*self._attacked(model, guide, args, kwargs), args, kwargs)
+
+    def _attacked(self, model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Callable, Callable]:
+        """Model and guide, such that the model perturbs its inputs against the guide's latest draw before it runs."""
+        if isinstance(poutine.unwrap(guide), Messenger):
+            raise ValueError("guide is an effect handler, which draws while the model runs: take an autoguide, or a function")
+        _inputs(model, args, kwargs, self.perturb)  # before the guide fails at them
+        draw = Trace()
+
+        def seen_guide(*args: Any, **kwargs: Any) -> Any:
+            nonlocal draw
+            with poutine.trace() as seen:
+                result = guide(*args, **kwargs)
+            draw = seen.trace
+            draw.detach_()
+            return result
+
+        def attacked_model(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = self._perturbed(model, draw, args, kwargs)
+            return model(*args, **kwargs)
+
+        return attacked_model, seen_guide
+
+    def _perturbed(
+        self, model: Callable, draw: Trace, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """The arguments, with the perturbed inputs in the place of the clean ones."""
+        arguments, place = _inputs(model, args, kwargs, self.perturb)
+        replayed, validate = poutine.replay(model, trace=draw), is_validation_enabled()
+
+        def with_inputs(value: Tensor) -> tuple[Sequence[Any], Mapping[str, Any]]:
+            tensors = arguments.tensors
+            tensors[place] = value
+            return arguments.replace(tensors)
+
+        def loss(value: Tensor) -> Tensor:
+            nonlocal validate
+            args, kwargs = with_inputs(value)
+            with poutine.block(), pyro.validation_enabled(validate):
+                validate = False  # what holds at the first step holds at all
+                return _row_losses(poutine.trace(replayed).get_trace(*args, **kwargs), draw, len(value))
+
+        with _eval_mode(poutine.unwrap(model)):
+            return with_inputs(self.attack.on_loss(loss, arguments.tensors[place]))
+
+
+def _inputs(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], perturb: str) -> tuple[Arguments, int]:
+    """The model's arguments, and where among their tensors the inputs are."""
+    model = poutine.unwrap(model)
+    arguments = Arguments(model, args, kwargs)
+    if perturb not in arguments.labels:
+        name = getattr(model, "__name__", type(model).__name__)
+        raise ValueError(
+            f"perturb={perturb!r} is not a tensor argument that the model was called with: those of {name} are "
+            f"{', '.join(map(repr, arguments.labels)) or 'none'}"
+        )
+    place = arguments.labels.index(perturb)
+    x = arguments.tensors[place]
+    if not x.is_floating_point() or x.dim() == 0 or len(x) == 0:
+        raise ValueError(
+            f"perturb={perturb!r}: the argument must be a tensor of floating type with a row per data point, not {x.dtype} of shape "
+            f"{tuple(x.shape)}"
+        )
+    return arguments, place
+
+
+def _row_losses(trace: Trace, draw: Trace, rows: int) -> Tensor:
+    """The negative log-likelihood of every row, ``[rows]``, unscaled."""
+    losses = []
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site_is_subsample(site) or site["infer"].get("_deterministic"):
+            continue
+        if site["is_observed"]:
+            losses.append(-_row_log_probs(name, site, rows))
+        elif name not in draw:
+            raise ValueError(
+                f"site {name!r} is neither observed nor in the guide, so that there is no fixed loss to ascend: pass its observations, "
+                "or give the guide this site"
+            )
+    if not losses:
+        raise ValueError("the model has no observed site whose likelihood an adversary could lower")
+    return torch.stack(losses).sum(0)
+
+
+def _row_log_probs(name: str, site: Mapping[str, Any], rows: int) -> Tensor:
+    if not isinstance(_base(site["fn"]), (Bernoulli, Categorical, Normal)):
+        raise ValueError(
+            f"observed site {name!r} is {type(_base(site['fn'])).__name__}: adversarial training is for Categorical, Bernoulli and Normal "
+            "observations"
+        )
+    frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized and frame.size == rows]
+    if len(frames) != 1:
+        sizes = ", ".join(f"{frame.name!r} of {frame.size}" for frame in site["cond_indep_stack"]) or "none"
+        raise ValueError(
+            f"observed site {name!r} must be in one plate of {rows} rows, as many as the perturbed inputs have (its plates: {sizes}); "
+            "instead of a plate that subsamples itself, pass minibatches and scale them with minibatch(model, size)"
+        )
+    log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+    return log_prob.movedim(frames[0].dim, 0).reshape(rows, -1).sum(-1)
+
+
+def _base(fn: Distribution) -> Distribution:
+    while isinstance(fn, (Independent, MaskedDistribution, ExpandedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+@contextlib.contextmanager
+def _eval_mode(model: Any) -> Iterator[None]:
+    """Within it, no layer of a network draws a dropout mask or changes its statistics."""
+    training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

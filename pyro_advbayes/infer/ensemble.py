@@ -1,0 +1,97 @@
+"""Networks trained apart from each other as draws: :func:`deep_ensemble`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO, SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoDelta
+from pyro.optim import PyroOptim
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_advbayes.batches import Arguments, TensorRows
+from pyro_advbayes.handlers import minibatch
+from pyro_advbayes.initialization import init_to_fan_in
+
+
+def deep_ensemble(
+    model: Callable,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_members: int = 5,
+    num_steps: int,
+    optim: PyroOptim,
+    batch_size: int | None = None,
+    loss: ELBO | None = None,
+    init_loc_fn: Callable = init_to_fan_in,
+) -> dict[str, Tensor]:
+    """
+    MAP estimates from independent starts, as draws: a deep ensemble (Lakshminarayanan et al., 2017), with the model's priors for
+    weight decay. ::
+
+        members = deep_ensemble(model, (x, y), num_steps=2000, optim=Adam({"lr": 1e-3}), batch_size=100)
+        ensemble = PosteriorClassifier(model, members)
+
+    Each member is an ``AutoDelta`` trained by Pyro's SVI, in a parameter store of its own (two guides in one store would share their
+    parameters by name) and on its own shuffled epochs.
+
+    :param model: a Pyro model with continuous latent sites.
+    :param args: its arguments.
+    :param kwargs: its keyword arguments.
+    :param int num_members: number of networks, >= 1.
+    :param int num_steps: updates of each, >= 1.
+    :param PyroOptim optim: its settings serve every member anew.
+    :param int batch_size: rows in a minibatch, which is scaled to all rows; None for all rows at every step.
+    :param ELBO loss: ``Trace_ELBO()`` by default; :class:`~pyro_advbayes.TraceRobust_ELBO` makes an ensemble of adversarially
+        trained networks.
+    :param init_loc_fn: where a member starts, as in ``AutoDelta``; it must be random, or all members are one.
+    :return: site -> ``[members, *site]``, as ``posterior_samples``.
+    :raises ValueError: if a count is below 1, or there are no ``batch_size`` rows to take.
+    """
+    for name, value in (("num_members", num_members), ("num_steps", num_steps)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: an int >= 1")
+    arguments = Arguments(model, args, kwargs or {})
+    arguments.check_finite()
+    members = []
+    with tqdm(total=num_members * num_steps, desc="deep ensemble", disable=None) as bar:
+        for _ in range(num_members):
+            with pyro.get_param_store().scope():
+                guide = AutoDelta(model, init_loc_fn=init_loc_fn)
+                members.append(_train(model, guide, arguments, num_steps, copy.deepcopy(optim), batch_size, loss or Trace_ELBO(), bar))
+    return {site: torch.stack([member[site] for member in members]) for site in members[0]}
+
+
+def _train(
+    model: Callable,
+    guide: AutoDelta,
+    arguments: Arguments,
+    num_steps: int,
+    optim: PyroOptim,
+    batch_size: int | None,
+    loss: ELBO,
+    bar: tqdm,
+) -> dict[str, Tensor]:
+    """One member's values, by site."""
+    tensors, places, batches = arguments.tensors, [], None
+    if batch_size is not None:
+        places, size = arguments.rows(None)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= size:
+            raise ValueError(f"batch_size={batch_size!r}: an int from 1 to the number of rows, {size}")
+        batches = TensorRows([tensors[i] for i in places], batch_size, 1, seed=int(torch.randint(2**31 - 1, ())))
+        model = minibatch(model, size)
+    svi = SVI(model, guide, optim, loss)
+    for _ in range(num_steps):
+        if batches is not None:
+            for place, rows in zip(places, batches.next(), strict=True):
+                tensors[place] = rows
+        args, kwargs = arguments.replace(tensors)
+        svi.step(*args, **kwargs)
+        bar.update()
+    return guide.median(*args, **kwargs)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide.initialization import init_to_median
+from pyro.optim import Adam
+
+import pyro_advbayes as ab
+from models.linear_regression import LinearRegression
+from models.mlp import mlp
+from pyro_advbayes.attacks.fgsm import FGSM
+from pyro_advbayes.infer.elbo import TraceRobust_ELBO
+from pyro_advbayes.infer.ensemble import deep_ensemble
+from tests.small_models import data
+
+
+def test_members_of_a_model_with_one_mode_all_find_it():
+    model, (x, y) = LinearRegression(3), data()
+    members = deep_ensemble(model, (x, y), num_members=3, num_steps=300, optim=Adam({"lr": 0.05}))
+    mean = model.exact_posterior(x, y).mean
+    assert {site: tuple(value.shape) for site, value in members.items()} == {"net.weight": (3, 1, 3), "net.bias": (3, 1)}
+    found = torch.cat([members["net.weight"].flatten(1), members["net.bias"]], -1)
+    torch.testing.assert_close(found, mean.expand(3, 4), atol=1e-3, rtol=0)
+
+
+def test_minibatches_are_scaled_to_all_rows_so_that_the_prior_counts_once():
+    model, (x, y) = LinearRegression(3, prior_scale=0.1), data()
+    members = deep_ensemble(model, (x,), {"y": y}, num_members=1, num_steps=600, optim=Adam({"lr": 0.003}), batch_size=20)
+    mean = model.exact_posterior(x, y).mean
+    found = torch.cat([members["net.weight"].flatten(1), members["net.bias"]], -1)[0]
+    assert (found - mean).abs().max() < 0.02 < 0.1 < mean.abs().max()
+
+
+def test_members_are_different_networks_that_predict_together():
+    x, y = data()
+    model = mlp((3, 8, 2), prior=dist.Normal(0.0, 1.0))
+    members = deep_ensemble(model, (x, y.long()), num_members=3, num_steps=60, optim=Adam({"lr": 0.05}), batch_size=30)
+    weights = members["net.1.weight"]
+    assert torch.pdist(weights.flatten(1)).min() > 0.5 and not weights.requires_grad
+    ensemble = ab.PosteriorClassifier(model, members)
+    assert ensemble.num_samples == 3 and (ensemble(x).argmax(-1) == y).double().mean() > 0.8
+
+
+def test_one_seed_gives_one_ensemble_and_the_parameter_store_stays_as_it_was():
+    x, y = data()
+    model = mlp((3, 2))
+    pyro.param("AutoDelta.net.1.weight", torch.full((2, 3), 7.0))
+    found = []
+    for _ in range(2):
+        pyro.set_rng_seed(3)
+        found.append(deep_ensemble(model, (x, y.long()), num_members=2, num_steps=3, optim=Adam({"lr": 0.05}), batch_size=10))
+    assert all(torch.equal(found[0][site], found[1][site]) for site in found[0])
+    assert list(pyro.get_param_store()) == ["AutoDelta.net.1.weight"] and (pyro.param("AutoDelta.net.1.weight") == 7).all()
+
+
+def test_members_can_be_trained_against_an_adversary():
+    x, y = data()
+    model, arguments = mlp((3, 2)), (x, y.long())
+    settings = {"num_members": 1, "num_steps": 100, "optim": Adam({"lr": 0.05}), "init_loc_fn": init_to_median}
+    plain = deep_ensemble(model, arguments, **settings)
+    robust = deep_ensemble(model, arguments, **settings, loss=TraceRobust_ELBO(FGSM(eps=0.5, clip=None)))
+    assert robust["net.1.weight"].norm() < 0.8 * plain["net.1.weight"].norm()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_members": 0}, "num_members=0: an int >= 1"),
+        ({"num_steps": 2.5}, "num_steps=2.5: an int >= 1"),
+        ({"batch_size": 61}, "batch_size=61: an int from 1 to the number of rows, 60"),
+    ],
+)
+def test_counts_that_make_no_sense_are_refused(settings, words):
+    x, y = data()
+    with pytest.raises(ValueError, match=words):
+        deep_ensemble(mlp((3, 2)), (x, y.long()), **{"num_members": 2, "num_steps": 2, "optim": Adam({"lr": 0.1}), **settings})
