@@ -89,29 +89,41 @@ def _fill(arg: Any, values: list[Any]) -> Any:
     return arg
 
 
-_IN_PLACE = {
+def _threshold_backward_(gradient: Tensor, result: Tensor, threshold: float) -> Tensor:
+    return aten.threshold_backward.grad_input(gradient, result, threshold, grad_input=gradient)
+
+
+_IN_PLACE = {  # what writes over its first argument, in the place of what does not
     aten.relu.default: aten.relu_.default,
     aten.tanh.default: aten.tanh_.default,
     aten.sigmoid.default: aten.sigmoid_.default,
     aten.exp.default: aten.exp_.default,
+    aten.threshold_backward.default: _threshold_backward_,
 }
+
+# Views that have every number of their argument once: what is written into them is not written twice.
+_REARRANGED = {aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default, aten._unsafe_view.default, aten.detach.default}
 
 
 def in_place(operations: Sequence[Operation], kept: set[int]) -> list[Operation]:
     """
-    Lets an activation write over its argument where nobody reads that again: new memory costs more than the activation, since
-    the system hands it out page by page.
+    Lets an activation (or its derivative) write over its argument where nobody reads that again: new memory costs more than the
+    activation, since the system hands it out page by page.
     """
     made: set[int] = set()
+    entire: set[int] = set()  # slots with every number of their memory once
     for operation in operations:
         made |= operation.made
+        rearranged = operation.function in _REARRANGED and operation.inputs[0].index in entire
+        entire |= {slot.index for slot in operation.outputs if slot is not None and (slot.whole or rearranged)}
     result: list[Operation] = []
     later = set(kept)
     for operation in reversed(operations):
         function = _IN_PLACE.get(operation.function)
         if function is not None:
-            (argument,), (value,) = operation.inputs, operation.outputs
-            if argument.memory in made - later and argument.whole and argument.dtype == value.dtype:
+            (argument, *others), (value,) = operation.inputs, operation.outputs
+            needed = later.union(slot.memory for slot in others)
+            if argument.memory in made - needed and argument.index in entire and argument.dtype == value.dtype:
                 operation = operation._replace(function=function)
         later |= operation.memory
         result.append(operation)

@@ -45,5 +45,5 @@ def _of_label(values: Tensor, y: Tensor) -> Tensor:
 
 
 def _largest_other(logits: Tensor, y: Tensor) -> Tensor:
-    label = torch.nn.functional.one_hot(y, logits.shape[-1]).bool()
-    return logits.masked_fill(label, -torch.inf).amax(-1)
+    classes = torch.arange(logits.shape[-1], device=logits.device)
+    return logits.masked_fill(classes == y.unsqueeze(-1), -torch.inf).amax(-1)

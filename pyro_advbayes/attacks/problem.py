@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_advbayes.attacks.geometry import rows
-from pyro_advbayes.attacks.losses import LOSSES, cross_entropy
+from pyro_advbayes.attacks.losses import LOSSES, Loss, cross_entropy
 
 OBJECTIVES = ("loss_of_mean", "mean_loss")
 
@@ -113,6 +114,7 @@ class ClassifierProblem(Problem):
         self._log_probs = getattr(classifier, "log_probs", None)
         self._several = self._log_probs is not None or eot > 1
         self._mean_loss = objective == "mean_loss"
+        self._reduce = log_sum if loss == "cross_entropy" and self._several and not self._mean_loss else sum_of(self._loss)
         self._needs_third = loss == "dlr"
         self._seen = False
 
@@ -120,18 +122,30 @@ class ClassifierProblem(Problem):
         x = x.detach().requires_grad_()
         if self._several and not self._mean_loss and self._loss is not cross_entropy:
             return self._gradient_of_mean(x, success)
-        mean = _LogMean()
-        total = _Sum() if self._mean_loss or not self._several else _LogSum()
-        with torch.enable_grad():
-            for log_probs in self.draws(x):
-                loss = self._loss(log_probs, self.y)
-                part = total.of_chunk(loss)
-                total.add(part.detach(), differentiate(part, x), len(loss))
-                if success:
-                    mean.add(log_probs.detach())
-                del log_probs, loss, part  # before the next chunk is there
+        mean, total = _LogMean(), _LogSum() if self._reduce is log_sum else _Sum()
+        for log_probs, part, gradient in self._slopes(x):
+            total.add(part, gradient, len(log_probs))
+            if success:
+                mean.add(log_probs)
+            del log_probs, part, gradient  # before the next chunk is there
         loss, gradient = total.result()
         return Ascent(loss * self._sign, check_gradient(gradient) * self._sign, self.succeeds(mean.result()) if success else None)
+
+    def _slopes(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Log-probabilities ``[chunk, N, K]``, the part ``[N]`` of their draws in the loss, and its gradient, chunk by chunk."""
+        own = getattr(self.classifier, "gradients", None)
+        if own is not None:
+            for _ in range(self._eot):
+                for log_probs, part, gradient in own(x, self.y, self._reduce):
+                    yield self._checked(log_probs, "[chunk, N, K]"), part, gradient
+            self._seen = True
+            return
+        with torch.enable_grad():
+            for log_probs in self.draws(x):
+                part = self._reduce(log_probs, self.y)
+                gradient = differentiate(part, x)
+                yield log_probs.detach(), part.detach(), gradient
+                del log_probs, part, gradient
 
     def _gradient_of_mean(self, x: Tensor, success: bool) -> Ascent:
         with torch.enable_grad():
@@ -227,15 +241,22 @@ def check_gradient(gradient: Tensor) -> Tensor:
     return gradient
 
 
+@functools.cache  # one function for one loss, since a posterior keeps recordings by function
+def sum_of(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
+    """The sum of a loss over draws ``[chunk, N, K]``."""
+    return lambda log_probs, y: loss(log_probs, y).sum(0)
+
+
+def log_sum(log_probs: Tensor, y: Tensor) -> Tensor:
+    """The logarithm of the label's probabilities, summed over draws ``[chunk, N, K]``."""
+    return (-cross_entropy(log_probs, y)).logsumexp(0)
+
+
 class _Sum:
     """Losses averaged over draws, and their gradients."""
 
     def __init__(self) -> None:
         self._loss, self._gradient, self._count = None, None, 0
-
-    @staticmethod
-    def of_chunk(loss: Tensor) -> Tensor:
-        return loss.sum(0)
 
     def add(self, part: Tensor, gradient: Tensor, count: int) -> None:
         self._loss = part if self._loss is None else self._loss + part
@@ -251,10 +272,6 @@ class _LogSum:
 
     def __init__(self) -> None:
         self._total, self._gradient, self._count = None, None, 0
-
-    @staticmethod
-    def of_chunk(loss: Tensor) -> Tensor:
-        return (-loss).logsumexp(0)
 
     def add(self, part: Tensor, gradient: Tensor, count: int) -> None:
         self._count += count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.predictive import Predictive, RandomState, agree, default_chunk, predict, record_draws
-from pyro_advbayes.tape import Replays
+from pyro_advbayes.tape import NotRecordable, Replays, Tape, record
 
 # For how many shapes of inputs (batches, and the last, shorter one) a recording is kept.
 SHAPES = 8
+
+# Log-probabilities [chunk, N, K] and labels [N] -> [N].
+Reduction = Callable[[Tensor, Tensor], Tensor]
 
 
 class PosteriorClassifier(nn.Module):
@@ -91,12 +94,28 @@ class PosteriorClassifier(nn.Module):
         :return: log-probabilities ``[chunk, N, K]``, of all :attr:`num_samples` draws in order, chunk by chunk. Each chunk is attached to
             ``x`` (where gradients are enabled) by itself: who is done with one before asking for the next holds one in memory.
         """
-        return (logits.log_softmax(-1) for logits in self.logits(x))
+        return (_log_softmax(logits) for logits in self.logits(x))
 
     def logits(self, x: Tensor) -> Iterator[Tensor]:
         """The draws' logits as the model gives them, ``[chunk, N, K]``; otherwise like :meth:`log_probs`."""
         x, leaves, attached = self._prepared(x)
         yield from self._logits(x, attached, leaves).chunks(x)
+
+    def gradients(self, x: Tensor, y: Tensor, reduce: Reduction) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """
+        Values of a function of the draws, and their gradients with respect to the inputs, chunk by chunk; what an attack sums up.
+
+        What is computed for a chunk is recorded, its backward pass included, and replayed without autograd. ``reduce`` is what a
+        recording is kept for: give the same function each time, one that follows no values in its Python.
+
+        :param x: inputs ``[N, ...]``.
+        :param y: whatever ``reduce`` needs beside the draws, a tensor; labels ``[N]``, say.
+        :param reduce: differentiable function of log-probabilities ``[chunk, N, K]`` and ``y`` to ``[N]``, each of its own row only.
+        :return: log-probabilities ``[chunk, N, K]``, values ``[N]`` and gradients ``[N, ...]``, detached.
+        """
+        _, leaves, _ = self._prepared(x)
+        x = x.detach().contiguous().requires_grad_()
+        yield from self._logits(x, True, leaves).gradients(x, y, reduce)
 
     def train(self, mode: bool = True) -> PosteriorClassifier:
         """``eval()`` reaches the model; ``train()`` does not, since what a posterior predicts must not depend on chance."""
@@ -171,6 +190,7 @@ class _Logits:
             )
         chunk = 1 if tape is None else default_chunk(tape, passes=2) if chunk_size is None else chunk_size
         self.replays = None if tape is None else Replays(tape, chunk, lasting=True)
+        self._slopes: dict[Reduction, _Slopes] = {}
 
     def _run(self, *values: Tensor) -> list[Tensor]:
         return self.model.run(values[:-1], [self.site], values[-1])
@@ -186,13 +206,106 @@ class _Logits:
             start += len(logits)
             yield logits
 
+    def gradients(self, x: Tensor, y: Tensor, reduce: Reduction) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """As :meth:`PosteriorClassifier.gradients`."""
+        if self.replays is None:
+            for index in range(self.model.num_samples):
+                yield _slope(lambda x, index=index: self._run(*self.model.draw(index), x)[0].unsqueeze(0), x, y, reduce)
+            return
+        slopes = self._slopes.setdefault(reduce, _Slopes(self.replays.tape, reduce))
+        constants, start, stop = self.replays.tape.prepare(), 0, self.model.num_samples
+        while start < stop:
+            size = min(self.replays.chunk, stop - start)
+            try:
+                yield slopes(constants, self.model.draws(start, size), x, y)
+            except _NotTogether:
+                self.replays.chunk = 1
+            else:
+                start += size
+
     def log_mean_probability(self, x: Tensor) -> Tensor:
         """``[N, K]``, attached to ``x`` where gradients are enabled."""
         total = None
         for logits in self.chunks(x):
-            part = logits.log_softmax(-1).logsumexp(0)
+            part = _log_softmax(logits).logsumexp(0)
             total = part if total is None else torch.logaddexp(total, part)
         return total - math.log(self.model.num_samples)
+
+
+class _NotTogether(RuntimeError):
+    """Draws cannot be computed side by side: an operation cannot be batched, or not in the memory there is."""
+
+
+class _Slopes:
+    """
+    Gradients of one function of the draws, chunk by chunk, recorded at the first chunk of a size and compared at the second.
+
+    :param tape: from a draw and the inputs to its logits.
+    :param reduce: as in :meth:`PosteriorClassifier.gradients`.
+    """
+
+    def __init__(self, tape: Tape, reduce: Reduction) -> None:
+        self._tape, self._reduce = tape, reduce
+        self._recorded: dict[int, Tape | None] = {}
+        self._compared: set[int] = set()
+
+    def __call__(self, constants: list[Any], draws: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """:raises _NotTogether: where there are several draws."""
+        size = len(draws[0])
+        places = [i for i, value in enumerate(constants) if value is not None]
+        inputs = (*draws, x.detach(), y, *(constants[i] for i in places))
+
+        def whole(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            values, (x, y, *others) = list(constants), tensors[len(draws) :]
+            for i, value in zip(places, others, strict=True):
+                values[i] = value
+            return _slope(lambda x: self._logits(values, tensors[: len(draws)], size, x), x, y, self._reduce)
+
+        recorded = self._recorded.get(size)
+        if size in self._compared and recorded is not None:
+            with torch.no_grad():
+                return recorded.replay(recorded.prepare(), inputs)
+        try:
+            if size not in self._recorded:
+                return self._record(whole, inputs, size)
+            expected = whole(*inputs)
+        except Exception as error:
+            if size > 1:
+                raise _NotTogether from error
+            raise
+        if size not in self._compared:
+            self._compared.add(size)
+            with torch.no_grad():
+                if recorded is not None and not agree(recorded.replay(recorded.prepare(), inputs), expected):
+                    self._recorded[size] = None
+        return expected
+
+    def _record(self, whole: Callable, inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, Tensor, Tensor]:
+        try:
+            self._recorded[size], found = record(whole, inputs)
+        except NotRecordable:  # it still runs
+            self._recorded[size], found = None, whole(*inputs)
+        return found
+
+    def _logits(self, values: list[Any], draws: Sequence[Tensor], size: int, x: Tensor) -> Tensor:
+        if size > 1:
+            return self._tape.replay_together(values, draws, size, (x,))[0]
+        return self._tape.replay(values, (*(draw[0] for draw in draws), x))[0].unsqueeze(0)
+
+
+@torch.enable_grad()
+def _slope(logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, reduce: Reduction) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    log_probs = _log_softmax(logits(x))
+    values = reduce(log_probs, y)
+    ones = torch.ones(len(x), dtype=values.dtype, device=values.device)  # made of nothing that changes: a recording makes it once
+    (gradient,) = torch.autograd.grad(values, x, ones)
+    return log_probs.detach(), values.detach(), gradient
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Over the classes, in the layout that the memory has: draws that are computed side by side have rows next to each other."""
+    return logits.log_softmax(-1) if logits.stride(-1) == 1 else logits.mT.log_softmax(-2).mT
 
 
 class _LogMeanProbability(torch.autograd.Function):
@@ -222,7 +335,7 @@ def _gradients(logits: _Logits, x: Tensor, wanted: list[Tensor], result: Tensor,
     """Gradients with respect to ``wanted``, the sum over chunks of which no two are in memory together."""
     sums = [torch.zeros_like(tensor) for tensor in wanted]
     for chunk in logits.chunks(x):
-        log_probs = chunk.log_softmax(-1)
+        log_probs = _log_softmax(chunk)
         with torch.no_grad():
             # the share of a draw in the mean; where all draws say that a class is impossible, none
             share = (log_probs - result.clamp_min(torch.finfo(result.dtype).min)).exp_().mul_(gradient / logits.model.num_samples)
