@@ -98,14 +98,14 @@ _IN_PLACE = {  # what writes over its first argument, in the place of what does 
     aten.tanh.default: aten.tanh_.default,
     aten.sigmoid.default: aten.sigmoid_.default,
     aten.exp.default: aten.exp_.default,
-    aten.threshold_backward.default: _threshold_backward_,
 }
+_IN_PLACE_ALONE = {aten.threshold_backward.default: _threshold_backward_}  # what vmap does not know in this form
 
 # Views that have every number of their argument once: what is written into them is not written twice.
 _REARRANGED = {aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default, aten._unsafe_view.default, aten.detach.default}
 
 
-def in_place(operations: Sequence[Operation], kept: set[int]) -> list[Operation]:
+def in_place(operations: Sequence[Operation], kept: set[int], together: bool) -> list[Operation]:
     """
     Lets an activation (or its derivative) write over its argument where nobody reads that again: new memory costs more than the
     activation, since the system hands it out page by page.
@@ -116,10 +116,11 @@ def in_place(operations: Sequence[Operation], kept: set[int]) -> list[Operation]
         made |= operation.made
         rearranged = operation.function in _REARRANGED and operation.inputs[0].index in entire
         entire |= {slot.index for slot in operation.outputs if slot is not None and (slot.whole or rearranged)}
+    functions = _IN_PLACE if together else _IN_PLACE | _IN_PLACE_ALONE
     result: list[Operation] = []
     later = set(kept)
     for operation in reversed(operations):
-        function = _IN_PLACE.get(operation.function)
+        function = functions.get(operation.function)
         if function is not None:
             (argument, *others), (value,) = operation.inputs, operation.outputs
             needed = later.union(slot.memory for slot in others)

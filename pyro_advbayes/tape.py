@@ -223,7 +223,7 @@ class Tape:
                 operations = in_lanes(operations, self._changing, len(self._constants))
                 operations = rows_last(operations, self._changing, self._ends)
             if not torch.is_grad_enabled():
-                operations = in_place(operations, {slot.memory for slot in self._outputs})
+                operations = in_place(operations, {slot.memory for slot in self._outputs}, together)
             self._steps[key] = plan(operations, self._ends)
         return self._steps[key]
 

@@ -66,13 +66,13 @@ def constant_work(a, b):
 
 
 def derivatives(a, b):
-    hidden, once = (a * b.unsqueeze(1)).t().relu(), a.exp()
+    hidden, square = (a * b.unsqueeze(1)).t().relu(), b.unsqueeze(1) * a @ a.t()
     slope = torch.ops.aten.threshold_backward((hidden * 2).t(), hidden.t(), 0.0)
     read = a * 3
     part = (a * 2)[:1].expand(4, 3)  # as many numbers as a * 2, but none of most of them
     return [
         slope,
-        torch.ops.aten.threshold_backward(once, once, 1.0),
+        torch.ops.aten.threshold_backward(square, square.t(), 0.1),
         torch.ops.aten.threshold_backward(read, a, 0.0) + read,
         torch.ops.aten.threshold_backward(part, a, 0.0) + part.relu(),
     ]
