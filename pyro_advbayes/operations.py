@@ -49,7 +49,18 @@ class Operation(NamedTuple):
         return {slot.memory for slot in self.inputs} | self.made
 
 
-Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[int | None], bool, list[int]]
+class Step(NamedTuple):
+    """An operation as it is performed; Python's part of that takes as long as a small network."""
+
+    function: Callable[..., Any]
+    args: list[Any]
+    kwargs: dict[str, Any]
+    places: list[tuple[int, int]]  # which of args is which of the tape's values
+    nested: list[int]  # which of args have such values inside
+    keywords: list[str]  # and which of kwargs
+    outputs: list[int | None]
+    several: bool
+    last: list[int]  # values that nobody reads again
 
 
 def plan(operations: Sequence[Operation], keep: set[int]) -> list[Step]:
@@ -60,7 +71,13 @@ def plan(operations: Sequence[Operation], keep: set[int]) -> list[Step]:
         outputs = [None if slot is None else slot.index for slot in operation.outputs]
         last = {slot.index for slot in (*operation.inputs, *operation.outputs) if slot is not None} - keep
         keep |= last
-        steps.append((operation.function, operation.args, operation.kwargs, outputs, operation.several, list(last)))
+        places = [(i, arg.index) for i, arg in enumerate(operation.args) if type(arg) is Slot]
+        nested = [i for i, arg in enumerate(operation.args) if type(arg) in (tuple, list) and _has_slot(arg)]
+        keywords = [name for name, arg in operation.kwargs.items() if _has_slot([arg])]
+        function = getattr(operation.function, "_op", operation.function)  # without the Python around an OpOverload
+        steps.append(
+            Step(function, list(operation.args), operation.kwargs, places, nested, keywords, outputs, operation.several, list(last))
+        )
     return steps[::-1]
 
 
@@ -69,8 +86,15 @@ def perform(steps: list[Step], values: list[Any]) -> None:
     :param steps: what :func:`plan` returned.
     :param values: a tensor for every slot that is read before it is made, in the place of its index; what is made is put there.
     """
-    for function, args, kwargs, outputs, several, last in steps:
-        result = function(*_fill(args, values), **{name: _fill(arg, values) for name, arg in kwargs.items()})
+    for function, args, kwargs, places, nested, keywords, outputs, several, last in steps:
+        args = args.copy()
+        for i, index in places:
+            args[i] = values[index]
+        for i in nested:
+            args[i] = _fill(args[i], values)
+        if keywords:
+            kwargs = {name: _fill(arg, values) for name, arg in kwargs.items()}
+        result = function(*args, **kwargs)
         if several:
             for index, value in zip(outputs, result, strict=True):
                 if index is not None:
@@ -79,6 +103,10 @@ def perform(steps: list[Step], values: list[Any]) -> None:
             values[outputs[0]] = result
         for index in last:
             values[index] = None
+
+
+def _has_slot(arg: Any) -> bool:
+    return type(arg) is Slot or (type(arg) in (tuple, list) and any(map(_has_slot, arg)))
 
 
 def _fill(arg: Any, values: list[Any]) -> Any:
