@@ -5,6 +5,8 @@ from pyro_advbayes.handlers import minibatch
 from pyro_advbayes.infer.arviz import to_arviz
 from pyro_advbayes.infer.classifier import PosteriorClassifier
 from pyro_advbayes.infer.mcmc import schedules
+from pyro_advbayes.infer.mcmc.adversary import L2, Box, Flow, Generator
+from pyro_advbayes.infer.mcmc.bal import BAL
 from pyro_advbayes.infer.mcmc.draws import read_draws
 from pyro_advbayes.infer.mcmc.runner import SGMCMC
 from pyro_advbayes.infer.mcmc.sgadald import SGAdaLD
@@ -17,9 +19,14 @@ from pyro_advbayes.potential import Potential
 __version__ = "0.1.0"
 
 __all__ = [
+    "BAL",
+    "L2",
     "SGHMC",
     "SGLD",
     "SGMCMC",
+    "Box",
+    "Flow",
+    "Generator",
     "PosteriorClassifier",
     "Potential",
     "Predictive",

@@ -12,14 +12,18 @@ from torch.distributions import Distribution
 
 
 class MinibatchMessenger(Messenger):
-    """Scales the observed sites of the data plate from a minibatch to the whole data set; see :func:`minibatch`."""
+    """
+    Scales the observed sites of the data plate from a minibatch to the whole data set; see :func:`minibatch`.
 
-    def __init__(self, size: int, plate: str | None = None) -> None:
+    :param int copies: how many rows of the plate stand for one row of the data.
+    """
+
+    def __init__(self, size: int, plate: str | None = None, copies: int = 1) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"minibatch: size is the number of rows in the data set, an int >= 1; got {size!r}")
         super().__init__()
         self.size = size
-        self.plate = plate
+        self.plate, self.copies = plate, copies
 
     def __enter__(self) -> Any:
         self._found = self.plate
@@ -55,7 +59,7 @@ class MinibatchMessenger(Messenger):
                 f"plate {frame.name!r} subsamples itself ({frame.size} of {frame.full_size} rows), so it is scaled already: "
                 "drop the minibatch handler (batch_size=), or the plate's subsample"
             )
-        if frame.size > self.size:
+        if frame.size > self.size * self.copies:
             raise ValueError(
                 f"plate {frame.name!r} has {frame.size} rows, more than the data set's size={self.size}: give the number "
                 "of rows of the whole data set"

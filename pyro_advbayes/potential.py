@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
-from torch.func import grad, grad_and_value, vmap
 
 from pyro_advbayes.batches import Arguments, Batch, FullData, Loader, PlateIndices, TensorRows, is_loader
-from pyro_advbayes.graph import trace_graph
-from pyro_advbayes.handlers import UnvalidatedMessenger, minibatch
+from pyro_advbayes.functions import BACKENDS, Functions, assemble
+from pyro_advbayes.handlers import MinibatchMessenger, UnvalidatedMessenger
 from pyro_advbayes.initialization import init_to_fan_in
 from pyro_advbayes.structure import Site, look
 
-BACKENDS = ("handlers", "graph", "compile")
-KINDS = ("energy", "gradient", "both")
-
 # Largest number of weights for which chains side by side (one batched product) beat one after the other on a CPU; with
-# convolutions they never do. Measured on two cores at batch 100; see tests/benchmarks.
-SIDE_BY_SIDE_WEIGHTS = 20_000
-
-
-class _Traced(NamedTuple):
-    """A graph, and what tells whether the model is still the one that was traced."""
-
-    graph: Callable[..., Any]
-    inputs: tuple[Tensor, ...]
-    mark: Tensor
+# convolutions they never do. Two cores, batch 100, time side by side / one by one: 2-20-20-2 0.33 (5 chains) and 0.13 (20), 3 x 100
+# 0.50 and 0.39, 3 x 300 0.79 and 0.71, 784-400-400-10 0.85 and 0.98; see tests/benchmarks.
+SIDE_BY_SIDE_WEIGHTS = 500_000
 
 
 class Potential:
@@ -63,9 +51,12 @@ class Potential:
     :param int num_data: N, where a loader does not tell it.
     :param str backend: ``"handlers"``, ``"graph"`` or ``"compile"``.
     :param int chunk_size: how many chains are evaluated side by side; 1 means one after the other, without ``vmap``. The default
-        is a fixed rule: all of them, but one on a CPU where the model has convolutions or over 20 000 weights.
+        is a fixed rule: all of them, but one on a CPU where the model has convolutions or over 500 000 weights.
     :param init_strategy: a per-site function as in ``pyro.infer.autoguide.initialization``.
     :param dict graphs: traced graphs to use again, from an earlier potential of the same model.
+    :param str perturb: name of the argument, a batch's floating-point tensor, whose gradient :meth:`input_gradient` gives.
+    :param int copies: how many rows of a batch that is evaluated stand for one row of the data, >= 1.
+    :param bool shared_batches: whether all chains see the same minibatches.
     :raises ValueError: naming site, plate, layer or argument, if the model or its data cannot be sampled as asked.
     """
 
@@ -83,12 +74,17 @@ class Potential:
         chunk_size: int | None = None,
         init_strategy: Callable = init_to_fan_in,
         graphs: dict[Any, Callable] | None = None,
+        perturb: str | None = None,
+        copies: int = 1,
+        shared_batches: bool = False,
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
-        self.model, self.num_chains, self.backend, self.init_strategy = model, num_chains, backend, init_strategy
-        self._graphs = {} if graphs is None else graphs
-        self._checked: set[Any] = set()
+        if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
+            raise ValueError(f"copies={copies!r}: how many rows of a plate stand for one row of the data, an int >= 1")
+        self.model, self.num_chains, self.init_strategy = model, num_chains, init_strategy
+        self.shared_batches, self.copies = shared_batches, copies
+        self._functions = Functions(self, backend, {} if graphs is None else graphs)
         kwargs = dict(kwargs or {})
         if is_loader(args, kwargs):
             self._from_loader(args[0], batch_size, num_data)
@@ -102,7 +98,17 @@ class Potential:
         self.chunk_size = self._default_chunk() if chunk_size is None else min(chunk_size, num_chains)
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size!r}: the number of chains in one call, >= 1")
-        self.probe_batches = (self.batches.next(), self.batches.next())
+        self.probe_batches = tuple(self.repeat(self.batches.next()) for _ in range(2))
+        self.perturbed = None if perturb is None else self._place_of(perturb)
+
+    @property
+    def backend(self) -> str:
+        """The backend in use: what was asked for, or what it fell back to."""
+        return self._functions.backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        self._functions.backend = name
 
     # ---------------------------------------------------------------------------------------------- where data comes from
 
@@ -138,7 +144,8 @@ class Potential:
         self.device = tensors[0].device if tensors else torch.get_default_device()
         seed = int(torch.randint(2**31 - 1, ()))
         if batch_size is None:
-            self.structure = look(self.model, (arguments.args, arguments.kwargs), None, None, None, arguments.lengths())
+            whole = [(label, t, t) for label, t in zip(arguments.labels, tensors, strict=True)]
+            self.structure = look(self.model, (arguments.args, arguments.kwargs), None, None, None, arguments.lengths(), whole=whole)
             found = self.structure
             self.batches = FullData()
             if found.scaling == "indices":
@@ -151,15 +158,39 @@ class Potential:
                 "(batch_args= names the arguments that hold data, if that is none of them)"
             )
         other = batch_size - 1 if batch_size > 1 else min(2, size)
+        rows = self._rows(batch_size)
         self.structure = look(
             self.model,
-            arguments.replace(self._rows(batch_size)),
+            arguments.replace(rows),
             arguments.replace(self._rows(other)),
             (batch_size, other),
             size,
             arguments.lengths(),
+            whole=list(zip(arguments.labels, rows, tensors, strict=True)),
         )
-        self.batches = TensorRows([tensors[i] for i in self.places], batch_size, self.num_chains, seed)
+        self.batches = TensorRows([tensors[i] for i in self.places], batch_size, 1 if self.shared_batches else self.num_chains, seed)
+
+    def _place_of(self, name: str) -> int:
+        """Where an argument stands among the tensors."""
+        labels = self.arguments.labels
+        batched = [label for i, label in enumerate(labels) if i in self.places]
+        if name not in batched:
+            raise ValueError(
+                f"perturb={name!r}: the model has no such argument that is cut into minibatches; there are {', '.join(batched) or 'none'}"
+                + ("" if self.places else " (give batch_size=, or a loader)")
+            )
+        place = labels.index(name)
+        if not self.arguments.tensors[place].is_floating_point():
+            raise ValueError(
+                f"perturb={name!r}: an argument of {self.arguments.tensors[place].dtype} cannot be moved, only one of floating point"
+            )
+        return place
+
+    def repeat(self, batch: Batch) -> Batch:
+        """A batch with every row ``copies`` times, one copy after the other."""
+        if self.copies == 1:
+            return batch
+        return tuple(t.repeat_interleave(self.copies, dim=int(self.batches.per_chain)) for t in batch)
 
     def _rows(self, count: int) -> list[Tensor]:
         return [t[:count] if i in self.places else t for i, t in enumerate(self.arguments.tensors)]
@@ -256,7 +287,7 @@ class Potential:
         """:raises ValueError: if two evaluations differ, near a row: at 0 a network's random numbers may not show."""
         near = row + torch.linspace(-0.05, 0.05, len(row), dtype=row.dtype, device=row.device)
         inputs = self._inputs(self._chain_batch(self.probe_batches[0], 0))
-        one, two = (self._by_handlers(near, self._temperature(1.0), inputs, with_gradient=False)[0] for _ in range(2))
+        one, two = (self._functions.by_handlers(near, self.scalar(1.0), inputs, with_gradient=False)[0] for _ in range(2))
         if not torch.allclose(one, two, rtol=1e-4, equal_nan=True):
             raise ValueError(
                 f"the model has no fixed log-density: two evaluations at one point gave {float(-one)} and {float(-two)}. It draws "
@@ -290,14 +321,46 @@ class Potential:
         pieces = []
         for rows, tensors in self.chunks(state.shape[0], batch):
             piece = state[rows]
-            pieces.append(self.function(kind, piece, tensors)(piece, self._temperature(temperature), *tensors))
-        return _assemble(pieces, self.chunk_size == 1)
+            pieces.append(self.function(kind, piece, tensors)(piece, self.scalar(temperature), *tensors))
+        return assemble(pieces, self.chunk_size == 1)
+
+    @torch.no_grad()
+    def input_gradient(self, state: Tensor, batch: Batch, mean: bool = False) -> Tensor:
+        """
+        The gradient of the negative log-likelihood, in nats, with respect to the argument ``perturb``.
+
+        :param state: ``[chains, size]``.
+        :param batch: as for :meth:`energy`.
+        :param mean: the mean over chains, which see one batch.
+        :return: ``[chains, *argument]``, or ``[*argument]`` for the mean.
+        """
+        pieces: list[Tensor] = []
+        for rows, tensors in self.chunks(state.shape[0], batch):
+            piece = self.function("inputs", state[rows], tensors)(state[rows], self.scalar(1.0), *tensors)
+            piece = piece.unsqueeze(0) if self.chunk_size == 1 else piece
+            if not mean:
+                pieces.append(piece)
+            elif pieces:
+                pieces[0] += piece.sum(0)
+            else:
+                pieces.append(piece.sum(0))
+        return pieces[0] / state.shape[0] if mean else torch.cat(pieces)
+
+    def function(self, kind: str, state: Tensor, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+        """
+        The function of ``(state, temperature, *tensors)`` that evaluates one chunk: a graph, or Pyro's handlers.
+
+        :param kind: ``"energy"``, ``"gradient"``, ``"both"`` or ``"inputs"``.
+        :param state: a row ``[size]``, or rows ``[chunk, size]``.
+        :param tensors: what :meth:`chunks` gave.
+        """
+        return self._functions.get(kind, state, tensors)
 
     def hessian_product(self, row: Tensor, direction: Tensor, tensors: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """The Hessian of U at one row ``[size]`` times a direction ``[size]``, on the inputs that :meth:`probes` gave."""
         with torch.enable_grad(), pyro.validation_enabled(False):
             row = row.detach().requires_grad_()
-            energy = self._log_density(row, self._temperature(temperature), *tensors)
+            energy = self.log_density(row, self.scalar(temperature), *tensors)
             (gradient,) = torch.autograd.grad(energy, row, create_graph=True)
             if not gradient.requires_grad:  # U is linear
                 return torch.zeros_like(direction)
@@ -311,11 +374,11 @@ class Potential:
 
     def reference_energy(self, row: Tensor) -> Tensor:
         """U at one row ``[size]`` on the first probe, by Pyro's handlers: tells one model from another."""
-        return self._by_handlers(row, self._temperature(1.0), self.probes(0)[0], with_gradient=False)[0]
+        return self._functions.by_handlers(row, self.scalar(1.0), self.probes(0)[0], with_gradient=False)[0]
 
     def shared_gradient(self, row: Tensor, batch: Batch, temperature: float = 1.0) -> Tensor:
         """The gradient at one row ``[size]`` from a batch that no chain has to itself (:meth:`batches.epoch`)."""
-        return self._by_handlers(row, self._temperature(temperature), self._inputs(batch))[1]
+        return self._functions.by_handlers(row, self.scalar(temperature), self._inputs(batch))[1]
 
     def chunks(self, num_chains: int, batch: Batch) -> list[tuple[slice | int, tuple[Tensor, ...]]]:
         """Which rows of a state go into one call of :meth:`function`, and with which tensors: an int is a row by itself."""
@@ -327,135 +390,12 @@ class Potential:
             result.append((rows, self._inputs(tuple(t[rows] for t in batch) if self.batches.per_chain else batch)))
         return result
 
-    def function(self, kind: str, state: Tensor, tensors: Sequence[Tensor]) -> Callable[..., Any]:
-        """
-        The function of ``(state, temperature, *tensors)`` that evaluates one chunk: a graph, or Pyro's handlers.
-
-        :param kind: ``"energy"``, ``"gradient"`` or ``"both"``.
-        :param state: a row ``[size]``, or rows ``[chunk, size]``.
-        :param tensors: what :meth:`chunks` gave.
-        """
-        looped = self._looped(kind, len(tensors), state.dim() == 1)
-        if self.backend == "handlers":
-            return looped
-        key = (kind, state.shape, state.dtype, str(state.device), tuple((t.shape, t.dtype) for t in tensors))
-        if key not in self._checked:
-            traced = self._graphs.get(key)
-            if traced is None or not self._is_unchanged(traced) or not self._agrees(traced.graph, looped, state, tensors):
-                graph = self._trace(kind, state, tensors, looped)
-                if graph is looped:
-                    return looped
-                inputs = self._of_first_chain(state, tensors)
-                self._graphs[key] = _Traced(graph, inputs, self._mark(inputs))
-            self._checked.add(key)
-        return self._graphs[key].graph
-
-    def _is_unchanged(self, traced: _Traced) -> bool:
-        """Whether what the graph holds as constants (weights outside the sites, plain numbers, N) is still what the model has."""
-        return torch.equal(self._mark(traced.inputs), traced.mark)
-
-    def _mark(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Numbers in which any change of the model shows, to the last bit."""
-        row = 0.1 * torch.randn(self.size, dtype=self.dtype, generator=torch.Generator().manual_seed(0))
-        energy, gradient = self._by_handlers(row.to(self.device), self._temperature(0.5), inputs)
-        return torch.stack([energy.double(), gradient.double().sum(), gradient.double().abs().sum()])
-
-    def _of_first_chain(self, state: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        varying = self._varying(len(tensors)) if state.dim() == 2 and self.batches.per_chain else ()
-        return tuple(t[0].clone() if i in varying else t for i, t in enumerate(tensors))
-
-    def _trace(self, kind: str, state: Tensor, tensors: Sequence[Tensor], looped: Callable) -> Callable:
-        temperature = self._temperature(1.0)
-        fn = {"energy": lambda f: f, "gradient": grad, "both": grad_and_value}[kind](self._log_density)
-        if state.dim() == 2:
-            varying = 0 if self.batches.per_chain else None
-            axes = [varying if i in self._varying(len(tensors)) else None for i in range(len(tensors))]
-            fn = vmap(fn, in_dims=(0, None, *axes))
-        try:
-            with pyro.validation_enabled(False):
-                graph = trace_graph(fn, (state.detach().clone(), temperature, *tensors))
-        except Exception as error:  # whatever a model's Python does under a tracer: the handlers still run it
-            return self._fall_back(f"it cannot be traced: {str(error).splitlines()[0]}", looped)
-        if not self._agrees(graph, looped, state, tensors):
-            return self._fall_back(
-                "the graph's numbers differ from the handlers' on another batch: the model takes a Python number from the data's "
-                "values (len(torch.unique(y)), say), or draws random numbers beside its sites",
-                looped,
-            )
-        return graph
-
-    def _fall_back(self, why: str, looped: Callable) -> Callable:
-        warnings.warn(f"backend={self.backend!r} falls back to 'handlers', which is slower, for this model: {why}", stacklevel=2)
-        self.backend = "handlers"
-        return looped
-
-    def _agrees(self, graph: Callable, looped: Callable, state: Tensor, tensors: Sequence[Tensor]) -> bool:
-        """
-        Compares with the handlers on a second state, and on a second batch where there is one of this shape; of many chains, on three.
-        """
-        noise = torch.linspace(-0.05, 0.05, state.shape[-1], dtype=state.dtype, device=state.device)
-        other = state.detach() + noise
-        candidates = [tensors]
-        for probe in self.probe_batches:
-            for _, inputs in self.chunks(self.num_chains, probe):
-                if [t.shape for t in inputs] == [t.shape for t in tensors]:
-                    candidates.append(inputs)
-        tolerance = 1e-3 if state.dtype in (torch.float32, torch.bfloat16, torch.float16) else 1e-7
-        varying = self._varying(len(tensors)) if state.dim() == 2 and self.batches.per_chain else ()
-        rows = slice(None) if state.dim() == 1 else sorted({0, len(state) // 2, len(state) - 1})
-        for inputs in (candidates[0], candidates[-1]):
-            temperature = self._temperature(0.5)
-            theirs = looped(other[rows], temperature, *(t[rows] if i in varying else t for i, t in enumerate(inputs)))
-            try:
-                ours = graph(other, temperature, *inputs)
-            except RuntimeError:
-                return False
-            if state.dim() == 2:
-                ours = tuple(part[rows] for part in ours) if isinstance(ours, tuple) else ours[rows]
-            ours, theirs = (ours, theirs) if isinstance(ours, tuple) else ((ours,), (theirs,))
-            for a, b in zip(ours, theirs, strict=True):
-                if not bool((a - b).norm() <= tolerance * b.norm() + 1e-30):
-                    return False
-        return True
-
-    def _looped(self, kind: str, num_tensors: int, single: bool) -> Callable:
-        """The handlers' way: Pyro's handlers for one chain after the other."""
-        pick = {
-            "energy": lambda both: both[0],
-            "gradient": lambda both: both[1],
-            "both": lambda both: (both[1], both[0]),
-        }[kind]
-
-        def one(row: Tensor, temperature: Tensor, *tensors: Tensor) -> Any:
-            return pick(self._by_handlers(row, temperature, tensors, kind != "energy"))
-
-        def many(state: Tensor, temperature: Tensor, *tensors: Tensor) -> Any:
-            varying = self._varying(num_tensors) if self.batches.per_chain else ()
-            rows = [one(row, temperature, *(t[c] if i in varying else t for i, t in enumerate(tensors))) for c, row in enumerate(state)]
-            return _assemble(rows, True)
-
-        return one if single else many
-
-    def _by_handlers(
-        self, row: Tensor, temperature: Tensor, tensors: Sequence[Tensor], with_gradient: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        with torch.enable_grad(), pyro.validation_enabled(False):
-            row = row.detach().requires_grad_(with_gradient)
-            energy = self._log_density(row, temperature, *tensors)
-            gradient = torch.autograd.grad(energy, row)[0] if with_gradient else None
-        return energy.detach(), gradient
-
-    def _log_density(self, row: Tensor, temperature: Tensor, *tensors: Tensor) -> Tensor:
-        """U of one chain: everything else evaluates, differentiates, batches or traces this."""
-        values, log_jacobian = {}, row.new_zeros(())
-        for site, part in zip(self.sites, row.split([site.numel for site in self.sites]), strict=True):
-            part = part.view(site.unconstrained_shape).to(site.dtype)
-            values[site.name] = site.transform(part)
-            if not _is_identity(site.transform):
-                log_jacobian = log_jacobian + site.transform.log_abs_det_jacobian(part, values[site.name]).sum()
+    def log_density(self, row: Tensor, temperature: Tensor, *tensors: Tensor) -> Tensor:
+        """U of one chain: everything else evaluates, differentiates, batches or traces this (or :meth:`data_loss`)."""
+        values, log_jacobian = self._values(row)
         model = self.model
         if self.structure.scaling == "minibatch":
-            model = minibatch(model, self.structure.plate_size, self.structure.plate)
+            model = MinibatchMessenger(self.structure.plate_size, self.structure.plate, self.copies)(model)
         elif self.structure.scaling == "indices":
             *tensors, values[self.structure.plate] = tensors
         args, kwargs = self.arguments.replace(tensors)
@@ -463,9 +403,29 @@ class Potential:
             trace = poutine.trace(poutine.condition(model, values)).get_trace(*args, **kwargs)
         return -(trace.log_prob_sum() + temperature * log_jacobian).to(row.dtype)
 
+    def _values(self, row: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The sites' values for one row, and the logarithm of the Jacobian's determinant."""
+        values, log_jacobian = {}, row.new_zeros(())
+        for site, part in zip(self.sites, row.split([site.numel for site in self.sites]), strict=True):
+            part = part.view(site.unconstrained_shape).to(site.dtype)
+            values[site.name] = site.transform(part)
+            if not _is_identity(site.transform):
+                log_jacobian = log_jacobian + site.transform.log_abs_det_jacobian(part, values[site.name]).sum()
+        return values, log_jacobian
+
+    def data_loss(self, row: Tensor, temperature: Tensor, *tensors: Tensor) -> Tensor:
+        """The negative log-likelihood of the rows in ``tensors`` for one chain, the sum over rows, not scaled to all data."""
+        values, _ = self._values(row)
+        args, kwargs = self.arguments.replace(tensors)
+        with poutine.block(), UnvalidatedMessenger():
+            trace = poutine.trace(poutine.condition(self.model, values)).get_trace(*args, **kwargs)
+        trace.compute_log_prob(lambda name, site: site["is_observed"] and name not in values)
+        return -sum(trace.nodes[name]["log_prob_sum"] for name in trace.observation_nodes if name not in values).to(row.dtype)
+
     # ---------------------------------------------------------------------------------------------- inputs of the functions
 
-    def _varying(self, num_tensors: int) -> Sequence[int]:
+    def varying(self, num_tensors: int) -> Sequence[int]:
+        """Which of a function's tensors differ from chain to chain, where batches do."""
         return (num_tensors - 1,) if self.structure.scaling == "indices" else self.places
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -479,10 +439,15 @@ class Potential:
             tensors[place] = value
         return tuple(tensors)
 
+    def arguments_with(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's ``(args, kwargs)`` with a batch in its place."""
+        return self.arguments.replace(self._inputs(batch))
+
     def _chain_batch(self, batch: Batch, chain: int) -> Batch:
         return tuple(t[chain] for t in batch) if self.batches.per_chain else batch
 
-    def _temperature(self, value: float) -> Tensor:
+    def scalar(self, value: float) -> Tensor:
+        """A number (a temperature) as a tensor."""
         return torch.tensor(float(value), dtype=self.dtype, device=self.device)
 
     def _default_chunk(self) -> int:
@@ -494,10 +459,3 @@ class Potential:
 def _is_identity(transform: Any) -> bool:
     base = getattr(transform, "base_transform", transform)
     return base is torch.distributions.transforms.identity_transform
-
-
-def _assemble(pieces: list[Any], single: bool) -> Any:
-    join = torch.stack if single else torch.cat
-    if isinstance(pieces[0], tuple):
-        return tuple(join(part) for part in zip(*pieces, strict=True))
-    return join(pieces)

@@ -64,6 +64,7 @@ def look(
     num_data: int | None,
     lengths: Mapping[str, int] | None = None,
     loader: bool = False,
+    whole: Sequence[tuple[str, Tensor, Tensor]] = (),
 ) -> Structure:
     """
     Looks at a model on two sets of arguments, which may hold a different number of rows, and on two draws of its latents.
@@ -74,6 +75,7 @@ def look(
     :param rows: how many rows the two hold, if the model is to be scaled from minibatches of such rows; else None.
     :param num_data: number of rows that a minibatch stands for.
     :param lengths: lengths of the arguments by name, for the message when they don't fit.
+    :param whole: ``(name, tensor in few, all its rows)`` of arguments, to look for labels outside the classes.
     :param loader: whether the rows come from a loader, which may supply a plate's indices too, ``plate(subsample=...)``.
     :raises ValueError: naming the site, plate or layer that a sampler cannot treat, and the remedy.
     """
@@ -105,6 +107,7 @@ def look(
             _check_rows(trace, found.plate, size, lengths)
     for trace in (first, second):
         _check_observations(trace, lengths)
+    _check_labels(first, whole)
     return found._replace(sites=sites)
 
 
@@ -346,6 +349,20 @@ def _observations(trace: Trace) -> dict[str, dict[str, Any]]:
         and isinstance(node["value"], Tensor)
         and not node["infer"].get("_deterministic")
     }
+
+
+def _check_labels(trace: Trace, whole: Sequence[tuple[str, Tensor, Tensor]]) -> None:
+    """Refuses observations of which the model says that they cannot be: a class 10 of ten classes, a 2 for a coin."""
+    for name, node in _observations(trace).items():
+        for label, given, values in whole:
+            support = node["fn"].support if node["value"] is given else None
+            if support is not None and support.is_discrete:
+                wrong = ~support.check(values)
+                if bool(wrong.any()):
+                    raise ValueError(
+                        f"observed site {name!r}: {int(wrong.sum())} of the values in argument {label} are outside its support, {support} "
+                        f"(the first is {values[wrong].flatten()[0].item():g}): check labels and number of classes"
+                    )
 
 
 def _check_observations(trace: Trace, lengths: Mapping[str, int]) -> None:

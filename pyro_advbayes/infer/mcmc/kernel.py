@@ -11,13 +11,16 @@ import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
+from pyro_advbayes.batches import Batch
+from pyro_advbayes.functions import BACKENDS
 from pyro_advbayes.infer.mcmc.control_variate import ControlVariate
 from pyro_advbayes.infer.mcmc.files import random_state, set_random_state
-from pyro_advbayes.infer.mcmc.rule import Rule, Variables, site_means
+from pyro_advbayes.infer.mcmc.noise import NormalNoise
+from pyro_advbayes.infer.mcmc.rule import Rule, Updates, Variables, site_means
 from pyro_advbayes.infer.mcmc.schedules import Schedule, as_schedule, check_value, keeps_sample
 from pyro_advbayes.infer.mcmc.step_size import AutoStepSize, NoiseEstimate
 from pyro_advbayes.initialization import init_to_fan_in
-from pyro_advbayes.potential import BACKENDS, Potential
+from pyro_advbayes.potential import Potential
 
 
 class SGMCMCKernel(MCMCKernel):
@@ -47,7 +50,8 @@ class SGMCMCKernel(MCMCKernel):
     :raises ValueError: naming the argument; what is wrong with model or data is raised by ``setup``, before any sampling.
     """
 
-    rule: Rule
+    rule_type: type[Rule]
+    update_rule: Rule
 
     def __init__(
         self,
@@ -87,6 +91,29 @@ class SGMCMCKernel(MCMCKernel):
         self._initial_params: dict[str, Tensor] | None = None
         self._graphs: dict[Any, Callable] = {}
         self._clear()
+
+    @classmethod
+    def rule(cls, step_size: float | Schedule, num_steps: int = 1, **settings: Any) -> Updates:
+        """
+        The kernel's update rule by itself, for a kernel that alternates between several.
+
+        :param step_size: a number > 0, or a function of the update's number.
+        :param num_steps: updates in a row, >= 1.
+        :param settings: what the kernel's own constructor takes for its rule.
+        """
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"num_steps={num_steps!r}: an int >= 1")
+        return Updates(cls.rule_type(**settings), as_schedule(step_size, "step_size"), num_steps)
+
+    @property
+    def updates_per_sample(self) -> int:
+        """Updates between two samples."""
+        return self.num_steps_per_sample
+
+    @property
+    def wants_noise(self) -> bool:
+        """Whether the variance of the minibatch gradient is of any use."""
+        return self.update_rule.uses_noise_variance or isinstance(self.step_size, AutoStepSize)
 
     def _clear(self) -> None:
         """Forgets one run; settings and traced graphs stay."""
@@ -131,6 +158,7 @@ class SGMCMCKernel(MCMCKernel):
             chunk_size=self.chunk_size,
             init_strategy=self.init_strategy,
             graphs=self._graphs,
+            **self._potential_options(),
         )
         self.transforms = self.potential.transforms
         self.names = [(site.name, slice(site.start, site.start + site.numel)) for site in self.potential.sites]
@@ -145,9 +173,14 @@ class SGMCMCKernel(MCMCKernel):
         self._start(theta)
         self._initial_params = self._split(theta.clone())
 
+    def _potential_options(self) -> dict[str, Any]:
+        """What else the potential is to offer."""
+        return {}
+
     def _start(self, theta: Tensor) -> None:
         self._theta, self._noise = theta, torch.empty_like(theta)
-        self._variables = self.rule.variables(theta)
+        self._normal = NormalNoise(theta)
+        self._variables = self.update_rule.variables(theta)
         self._alive = torch.ones(self.num_chains, dtype=torch.bool)
         self._some_lost = False
         self._divergences: list[list[int]] = [[] for _ in range(self.num_chains)]
@@ -211,7 +244,8 @@ class SGMCMCKernel(MCMCKernel):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         # transforms too: PyTorch's inverse transforms lose what they invert when they are pickled
-        for name in ("transforms", "potential", "_theta", "_noise", "_variables", "_anchor", "_noise_estimate", "_scalars", "_last"):
+        gone = ("potential", "_theta", "_noise", "_normal", "_variables", "_anchor", "_noise_estimate", "_scalars", "_last")
+        for name in ("transforms", *gone):
             state[name] = None
         state["_graphs"], state["_functions"] = {}, {}
         return state
@@ -238,9 +272,9 @@ class SGMCMCKernel(MCMCKernel):
             self._end_warmup()
         schedules = (self.step_size, self.temperature)
         for i in range(self.num_steps_per_sample):
-            self._update("both" if i == self.num_steps_per_sample - 1 else "gradient")
+            self._iterate("both" if i == self.num_steps_per_sample - 1 else "gradient")
         while not (self.adapting or keeps_sample(schedules, self._steps - 1)):
-            self._update("both")
+            self._iterate("both")
         self._samples += 1
         kept = self._samples - self._warmup_samples - 1
         for chain in (~self._alive).nonzero().flatten().tolist() if kept >= 0 else ():
@@ -256,7 +290,22 @@ class SGMCMCKernel(MCMCKernel):
         """
         return {**self._info, "diverging": ~self._alive}
 
-    def _update(self, kind: str) -> None:
+    def extra_shapes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shapes, of one chain, and dtypes of :meth:`extras`."""
+        return {}
+
+    def extras(self) -> dict[str, Tensor]:
+        """What is to be kept with a sample beside the sites, ``[chains, ...]``."""
+        return {}
+
+    def _iterate(self, kind: str) -> None:
+        """What ``num_steps_per_sample`` counts."""
+        self._update(kind, self._next_batch())
+
+    def _next_batch(self) -> Batch:
+        return self.potential.batches.next()
+
+    def _update(self, kind: str, batch: Batch) -> None:
         step, potential = self._steps, self.potential
         if isinstance(self.step_size, AutoStepSize):
             self.step_size.adapt(self)
@@ -264,8 +313,7 @@ class SGMCMCKernel(MCMCKernel):
         temperature = check_value(self.temperature(step), "temperature", step)
         if self.adapting:
             self._noise_estimate.adapt(self)
-        batch = potential.batches.next()
-        self._noise.normal_()
+        self._normal.fill(self._noise)
         finite, reports = True, []
         chunks = potential.chunks(self.num_chains, batch)
         functions = self._resolve(kind, chunks)
@@ -319,7 +367,7 @@ class SGMCMCKernel(MCMCKernel):
 
     def _chunk_function(self, kind: str, rows: Any, tensors: tuple[Tensor, ...]) -> Callable:
         """Gradient and rule together, so that ``torch.compile`` sees the whole update."""
-        potential, rule, adapting = self.potential, self.rule, self.adapting
+        potential, rule, adapting = self.potential, self.update_rule, self.adapting
         evaluate = potential.function(kind, self._theta[rows], tensors)
         anchored = None if self._anchor is None else self._anchor.correction(rows, tensors)
 
@@ -337,7 +385,7 @@ class SGMCMCKernel(MCMCKernel):
             return *report, new.sum() + report[0].sum() if report else new.sum()
 
         if potential.backend == "compile":
-            key = (self.rule, evaluate, adapting, self._theta[rows].shape)
+            key = (self.update_rule, evaluate, adapting, self._theta[rows].shape)
             if anchored is not None or key not in self._graphs:
                 self._graphs[key] = self._compile(update, self._theta[rows], rows, tensors)
             return self._graphs[key]
@@ -360,7 +408,7 @@ class SGMCMCKernel(MCMCKernel):
 
     def gradient(self) -> Tensor:
         """A fresh stochastic gradient where the chains are, ``[chains, size]``."""
-        batch, T = self.potential.batches.next(), check_value(self.temperature(self._steps), "temperature", self._steps)
+        batch, T = self._next_batch(), check_value(self.temperature(self._steps), "temperature", self._steps)
         gradient = self.potential.gradient(self._theta, batch, T)
         return gradient if self._anchor is None else gradient + self._anchor.evaluate(self._theta, batch)
 
@@ -379,8 +427,8 @@ class SGMCMCKernel(MCMCKernel):
             self.step_size.finish(self)
         T, step_size = self.temperature(self._steps), self.step_size(self._steps)
         alive = {name: value[self._alive] for name, value in self._variables.items()}
-        self._clamped_share = self.rule.check(step_size, T, alive, self.names)
-        self._effective = self.rule.temperatures(self._noise_estimate.variance, step_size, T, alive)
+        self._clamped_share = self.update_rule.check(step_size, T, alive, self.names)
+        self._effective = self.update_rule.temperatures(self._noise_estimate.variance, step_size, T, alive)
 
     def effective_temperatures(self) -> dict[str, float] | None:
         """The predicted temperature per site, mean over its coordinates and chains; None before the end of warm-up."""
@@ -399,7 +447,7 @@ class SGMCMCKernel(MCMCKernel):
             for name, value in (("step_size", self.step_size), ("temperature", self.temperature))
         }
         return {
-            "rule": repr(self.rule),
+            "rule": repr(self.update_rule),
             **schedules,
             "batch_size": self.batch_size,
             "num_steps_per_sample": self.num_steps_per_sample,
@@ -427,6 +475,7 @@ class SGMCMCKernel(MCMCKernel):
             "anchor": None if self._anchor is None else [self._anchor.anchor, self._anchor.full],
             "batches": self.potential.batches.state(),
             "probes": self.potential.probe_batches,
+            "normal": self._normal.state(),
             "random": random_state(self._theta.device),
         }
 
@@ -451,6 +500,7 @@ class SGMCMCKernel(MCMCKernel):
         self.potential.probe_batches = tuple(state["probes"])
         self.potential.batches.load(state["batches"])
         self._initial_params = self._split(self._theta.clone())
+        self._normal.load(state["normal"])
         set_random_state(state["random"])
 
     # ----------------------------------------------------------------------------------------------------- rows and sites

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from pyro_advbayes.infer.mcmc.schedules import Schedule
 
 Variables = dict[str, Tensor]
 
@@ -17,6 +20,11 @@ class Rule(ABC):
     A rule may keep variables per weight (a momentum, a preconditioner), which it updates in place; they persist from step to step
     and travel in checkpoints. All settings are plain numbers.
     """
+
+    @property
+    def uses_noise_variance(self) -> bool:
+        """Whether :meth:`temperatures` looks at the variance of the minibatch gradient."""
+        return True
 
     def variables(self, theta: Tensor) -> Variables:
         """What the rule keeps beside theta, at the start."""
@@ -77,6 +85,17 @@ class Rule(ABC):
         :raises ValueError: if it is not valid, and not allowed to clamp.
         """
         return 0.0
+
+
+class Updates(NamedTuple):
+    """
+    A rule with its own step size and number of updates: a part of a kernel that alternates between samplers. The kernels make them:
+    ``SGLD.rule(step_size=0.01, num_steps=15)``.
+    """
+
+    rule: Rule
+    step_size: Schedule
+    num_steps: int
 
 
 def site_means(values: Tensor, names: list[tuple[str, slice]]) -> Tensor:

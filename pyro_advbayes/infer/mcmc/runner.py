@@ -24,7 +24,7 @@ from pyro_advbayes.infer.mcmc.schedules import check_value
 from pyro_advbayes.infer.mcmc.step_size import AutoStepSize
 
 STATISTICS = ("energy", "step_size", "temperature", "gradient_norm", "diverging")
-_PREFIX = "sample_stats/"
+_PREFIX, _EXTRA = "sample_stats/", "extras/"
 
 
 class SGMCMC(AbstractMCMC):
@@ -79,7 +79,7 @@ class SGMCMC(AbstractMCMC):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r}: an int >= {least}")
         if not isinstance(kernel, SGMCMCKernel):
-            raise ValueError(f"kernel={type(kernel).__name__}: SGLD, SGAdaLD or SGHMC; for Pyro's own kernels use pyro.infer.MCMC")
+            raise ValueError(f"kernel={type(kernel).__name__}: SGLD, SGAdaLD, SGHMC or BAL; for Pyro's own kernels use pyro.infer.MCMC")
         if draws_dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"draws_dtype={draws_dtype}: a floating-point dtype")
         super().__init__(kernel, num_chains, transforms=None)
@@ -191,7 +191,7 @@ class SGMCMC(AbstractMCMC):
 
         :raises ValueError: if one is out of range somewhere, before hours are spent on the way there.
         """
-        last = (self.warmup_steps + self.num_samples) * self.kernel.num_steps_per_sample - 1
+        last = (self.warmup_steps + self.num_samples) * self.kernel.updates_per_sample - 1
         steps = sorted({round(last * i / 1000) for i in range(1001)})
         schedules = {"step_size": self.kernel.step_size, "temperature": self.kernel.temperature}
         return {
@@ -205,6 +205,8 @@ class SGMCMC(AbstractMCMC):
         for name in STATISTICS:
             dtype = torch.bool if name == "diverging" else torch.float64
             fields[_PREFIX + name] = Field(torch.Size(), dtype)
+        for name, (shape, dtype) in self.kernel.extra_shapes().items():
+            fields[_EXTRA + name] = Field(shape, dtype)
         if self.draws_path is None:
             return MemoryDraws(fields, self.num_chains, self.num_samples)
         return FileDraws(self.draws_path, fields, self.num_chains, self.num_samples, self.overwrite, resume)
@@ -238,7 +240,7 @@ class SGMCMC(AbstractMCMC):
     def _show(self, bar: tqdm, stage: str) -> None:
         bar.set_description(stage, refresh=False)
         rate = bar.format_dict["rate"]
-        speed = {} if rate is None else {"steps/s": f"{rate * self.kernel.num_steps_per_sample:.0f}"}
+        speed = {} if rate is None else {"steps/s": f"{rate * self.kernel.updates_per_sample:.0f}"}
         bar.set_postfix({**self.kernel.logging(), **speed}, refresh=False)
 
     def _keep(self) -> None:
@@ -248,6 +250,7 @@ class SGMCMC(AbstractMCMC):
             value = kernel.info[name]
             value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
             values[_PREFIX + name] = value.expand(self.num_chains) if value.dim() == 0 else value
+        values |= {_EXTRA + name: value for name, value in kernel.extras().items()}
         self._draws.append(values)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
@@ -294,7 +297,7 @@ class SGMCMC(AbstractMCMC):
         :param num_samples: as in Pyro, draw this many with replacement; None takes them all.
         :param group_by_chain: shape ``[chains, draws, *shape]`` instead of ``[chains * draws, *shape]``.
         """
-        samples = {name: value for name, value in self._kept().items() if not name.startswith(_PREFIX)}
+        samples = {name: value for name, value in self._kept().items() if not name.startswith((_PREFIX, _EXTRA))}
         if self.draws_dtype is not None:
             samples = {site.name: samples[site.name].to(site.dtype) for site in self._sites}
         return select_samples(samples, num_samples, group_by_chain)
@@ -305,6 +308,16 @@ class SGMCMC(AbstractMCMC):
         ``"gradient_norm"``, ``"step_size"``, ``"temperature"`` and ``"diverging"``.
         """
         return {name.removeprefix(_PREFIX): value for name, value in self._kept().items() if name.startswith(_PREFIX)}
+
+    def get_extras(self, group_by_chain: bool = False) -> dict[str, Tensor]:
+        """
+        What the kernel keeps with every sample beside the sites: of :class:`~pyro_advbayes.BAL`, the perturbed inputs of the rows in
+        ``keep``, ``{perturb: [chains * draws, rows * copies, ...]}``.
+
+        :param group_by_chain: shape ``[chains, draws, ...]``.
+        """
+        extras = {name.removeprefix(_EXTRA): value for name, value in self._kept().items() if name.startswith(_EXTRA)}
+        return select_samples(extras, None, group_by_chain)
 
     def _kept(self) -> dict[str, Tensor]:
         if self._draws is None:
@@ -360,8 +373,12 @@ def _digest(value: Tensor) -> list[Any]:
 
 def _compare(now: dict[str, Any], then: dict[str, Any], path: Path | None) -> None:
     for key in [key for key in now if key not in ("threads", "torch")]:
-        if now[key] != then.get(key):
-            raise ValueError(f"{path} is of another run: its {key} is {_shorten(then.get(key))}, here it is {_shorten(now[key])}")
+        here, there = now[key], then.get(key)
+        if here != there:
+            if isinstance(here, dict) and isinstance(there, dict):  # name the setting that differs
+                key = next(name for name in (*here, *there) if here.get(name) != there.get(name))
+                here, there = here.get(key), there.get(key)
+            raise ValueError(f"{path} is of another run: its {key} is {_shorten(there)}, here it is {_shorten(here)}")
     for key in ("threads", "torch"):
         if now[key] != then[key]:
             warnings.warn(

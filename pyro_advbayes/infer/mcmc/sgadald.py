@@ -55,6 +55,15 @@ class SGAdaLDRule(Rule):
     noise_correction: bool = True
     clamp: bool = False
 
+    def __post_init__(self) -> None:
+        if self.friction is not None and not self.friction > 0:
+            raise ValueError(f"friction={self.friction!r}: a number > 0, or None for the invariant friction")
+        check_window(self.averaging_window)
+
+    @property
+    def uses_noise_variance(self) -> bool:
+        return not self.noise_correction
+
     def variables(self, theta: Tensor) -> Variables:
         return second_moment_variables(theta, self.averaging_window)
 
@@ -141,6 +150,8 @@ class SGAdaLD(SGMCMCKernel):
     Other arguments: :class:`~pyro_advbayes.infer.mcmc.kernel.SGMCMCKernel`.
     """
 
+    rule_type = SGAdaLDRule
+
     def __init__(
         self,
         model: Callable,
@@ -155,10 +166,7 @@ class SGAdaLD(SGMCMCKernel):
         clamp: bool = False,
         **options: Any,
     ) -> None:
-        if friction is not None and not friction > 0:
-            raise ValueError(f"friction={friction!r}: a number > 0, or None for the invariant friction")
-        check_window(averaging_window)
-        self.rule = SGAdaLDRule(friction, averaging_window, noise_correction, clamp)
+        self.update_rule = SGAdaLDRule(friction, averaging_window, noise_correction, clamp)
         super().__init__(model, step_size, temperature, batch_size, num_steps_per_sample, **options)
 
 

@@ -24,6 +24,11 @@ class SGHMCRule(Rule):
     averaging_window: float | None = None
     noise_correction: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0.0 < self.friction <= 1.0:
+            raise ValueError(f"friction={self.friction!r}: the share of momentum lost per step, in (0, 1]")
+        check_window(self.averaging_window)
+
     def variables(self, theta: Tensor) -> Variables:
         variables = {"momentum": torch.zeros_like(theta)}
         if self.adaptive:
@@ -110,6 +115,8 @@ class SGHMC(SGMCMCKernel):
     Other arguments: :class:`~pyro_advbayes.infer.mcmc.kernel.SGMCMCKernel`.
     """
 
+    rule_type = SGHMCRule
+
     def __init__(
         self,
         model: Callable,
@@ -124,8 +131,5 @@ class SGHMC(SGMCMCKernel):
         noise_correction: bool = False,
         **options: Any,
     ) -> None:
-        if not 0.0 < friction <= 1.0:
-            raise ValueError(f"friction={friction!r}: the share of momentum lost per step, in (0, 1]")
-        check_window(averaging_window)
-        self.rule = SGHMCRule(friction, adaptive, averaging_window, noise_correction)
+        self.update_rule = SGHMCRule(friction, adaptive, averaging_window, noise_correction)
         super().__init__(model, step_size, temperature, batch_size, num_steps_per_sample, **options)

@@ -55,4 +55,5 @@ class SGLD(SGMCMCKernel):
     Arguments, the drivers it runs in, and what is raised: :class:`~pyro_advbayes.infer.mcmc.kernel.SGMCMCKernel`.
     """
 
-    rule = SGLDRule()
+    rule_type = SGLDRule
+    update_rule = SGLDRule()

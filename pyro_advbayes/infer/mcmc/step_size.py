@@ -38,14 +38,16 @@ class NoiseEstimate:
 
     def adapt(self, kernel: SGMCMCKernel) -> None:
         """Called before every update in warm-up."""
-        updates = kernel._warmup_samples * kernel.num_steps_per_sample
+        if not kernel.wants_noise:
+            return
+        updates = kernel._warmup_samples * kernel.updates_per_sample
         every = 1 if self.every_step else max(1, updates // (2 * NOISE_EVALUATIONS))
         if 2 * kernel._steps >= updates and kernel._steps % every == 0:
             self.measure(kernel)
 
     def finish(self, kernel: SGMCMCKernel) -> None:
         """Called at the end of warm-up; without a warm-up, measures where the chains start."""
-        if self.count == 0:
+        if self.count == 0 and kernel.wants_noise:
             for _ in range(NOISE_EVALUATIONS):
                 self.measure(kernel)
 
@@ -94,7 +96,7 @@ class AutoStepSize:
 
     def adapt(self, kernel: SGMCMCKernel) -> None:
         """Called before every update: measures where it is time."""
-        updates = kernel._warmup_samples * kernel.num_steps_per_sample
+        updates = kernel._warmup_samples * kernel.updates_per_sample
         if updates == 0:
             if self.value is None:
                 kernel._noise_estimate.finish(kernel)
@@ -114,7 +116,7 @@ class AutoStepSize:
             self.value = min(self.value, self._bound(kernel, with_noise=True))
 
     def _measure(self, kernel: SGMCMCKernel, with_noise: bool) -> None:
-        if kernel._steps == 0 and kernel._warmup_samples and kernel.rule.metric(kernel._variables) is not None:
+        if kernel._steps == 0 and kernel._warmup_samples and kernel.update_rule.metric(kernel._variables) is not None:
             self.value = FIRST_SCALED_STEP
             return
         self.curvature = largest_curvature(kernel)
@@ -124,7 +126,7 @@ class AutoStepSize:
         alive = {name: value[kernel._alive] for name, value in kernel._variables.items()}
         noise = kernel._noise_estimate.variance
         noise = site_means(noise, kernel.names) if with_noise else torch.zeros(len(kernel.names), device=noise.device)
-        return kernel.rule.largest_step(self.curvature, noise, kernel.temperature(kernel._steps), self.share, alive)
+        return kernel.update_rule.largest_step(self.curvature, noise, kernel.temperature(kernel._steps), self.share, alive)
 
 
 def largest_curvature(kernel: SGMCMCKernel) -> float:
@@ -132,7 +134,7 @@ def largest_curvature(kernel: SGMCMCKernel) -> float:
     The largest eigenvalue of the Hessian of U by power iteration, in the rule's metric, the largest over up to four chains and two
     minibatches.
     """
-    potential, rule = kernel.potential, kernel.rule
+    potential, rule = kernel.potential, kernel.update_rule
     metric = rule.metric(kernel._variables)
     generator = torch.Generator().manual_seed(0)  # the start of the iteration matters little; the run's own numbers are left alone
     largest = 0.0

@@ -1,0 +1,185 @@
+"""A potential's functions of one chunk of chains: Pyro's handlers, or graphs traced from them, checked against them and kept."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+from torch.func import grad, grad_and_value, vmap
+
+from pyro_advbayes.graph import trace_graph
+
+if TYPE_CHECKING:
+    from pyro_advbayes.potential import Potential
+
+BACKENDS = ("handlers", "graph", "compile")
+
+
+class _Traced(NamedTuple):
+    """A graph, and what tells whether the model is still the one that was traced."""
+
+    graph: Callable[..., Any]
+    inputs: tuple[Tensor, ...]
+    mark: Tensor
+
+
+class Functions:
+    """
+    Functions of ``(state, temperature, *tensors)`` for one chunk of chains: ``"energy"``, ``"gradient"``, ``"both"`` as
+    ``(gradient, energy)``, and ``"inputs"``, the gradient of the negative log-likelihood with respect to an argument.
+
+    :param potential: what they evaluate.
+    :param backend: one of :data:`BACKENDS`; becomes ``"handlers"`` where a model cannot be traced.
+    :param graphs: traced graphs to use again, from an earlier potential of the same model.
+    """
+
+    def __init__(self, potential: Potential, backend: str, graphs: dict[Any, Any]) -> None:
+        self.potential, self.backend = potential, backend
+        self._graphs, self._checked = graphs, set()
+
+    def get(self, kind: str, state: Tensor, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+        """
+        :param state: a row ``[size]``, or rows ``[chunk, size]``.
+        :param tensors: what :meth:`Potential.chunks` gave.
+        """
+        looped = self._looped(kind, len(tensors), state.dim() == 1)
+        if self.backend == "handlers":
+            return looped
+        key = (kind, state.shape, state.dtype, str(state.device), tuple((t.shape, t.dtype) for t in tensors))
+        if key not in self._checked:
+            traced = self._graphs.get(key)
+            if traced is None or not self._is_unchanged(traced) or not self._agrees(traced.graph, looped, state, tensors):
+                graph = self._trace(kind, state, tensors, looped)
+                if graph is looped:
+                    return looped
+                inputs = self._of_first_chain(state, tensors)
+                self._graphs[key] = _Traced(graph, inputs, self._mark(inputs))
+            self._checked.add(key)
+        return self._graphs[key].graph
+
+    def _is_unchanged(self, traced: _Traced) -> bool:
+        """Whether what the graph holds as constants (weights outside the sites, plain numbers, N) is still what the model has."""
+        return torch.equal(self._mark(traced.inputs), traced.mark)
+
+    def _mark(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Numbers in which any change of the model shows, to the last bit."""
+        potential = self.potential
+        row = 0.1 * torch.randn(potential.size, dtype=potential.dtype, generator=torch.Generator().manual_seed(0))
+        energy, gradient = self.by_handlers(row.to(potential.device), potential.scalar(0.5), inputs)
+        return torch.stack([energy.double(), gradient.double().sum(), gradient.double().abs().sum()])
+
+    def _varying(self, state: Tensor, num_tensors: int) -> Sequence[int]:
+        """Which tensors have a row per chain."""
+        return self.potential.varying(num_tensors) if state.dim() == 2 and self.potential.batches.per_chain else ()
+
+    def _of_first_chain(self, state: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        varying = self._varying(state, len(tensors))
+        return tuple(t[0].clone() if i in varying else t for i, t in enumerate(tensors))
+
+    def _trace(self, kind: str, state: Tensor, tensors: Sequence[Tensor], looped: Callable) -> Callable:
+        potential = self.potential
+        fn = {
+            "energy": lambda: potential.log_density,
+            "gradient": lambda: grad(potential.log_density),
+            "both": lambda: grad_and_value(potential.log_density),
+            "inputs": lambda: grad(potential.data_loss, argnums=2 + potential.perturbed),
+        }[kind]()
+        if state.dim() == 2:
+            varying = self._varying(state, len(tensors))
+            fn = vmap(fn, in_dims=(0, None, *(0 if i in varying else None for i in range(len(tensors)))))
+        try:
+            with pyro.validation_enabled(False):
+                graph = trace_graph(fn, (state.detach().clone(), potential.scalar(1.0), *tensors))
+        except Exception as error:  # whatever a model's Python does under a tracer: the handlers still run it
+            return self._fall_back(f"it cannot be traced: {str(error).splitlines()[0]}", looped)
+        if not self._agrees(graph, looped, state, tensors):
+            return self._fall_back(
+                "the graph's numbers differ from the handlers' on another batch: the model takes a Python number from the data's "
+                "values (len(torch.unique(y)), say), or draws random numbers beside its sites",
+                looped,
+            )
+        return graph
+
+    def _fall_back(self, why: str, looped: Callable) -> Callable:
+        warnings.warn(f"backend={self.backend!r} falls back to 'handlers', which is slower, for this model: {why}", stacklevel=2)
+        self.backend = "handlers"
+        return looped
+
+    def _agrees(self, graph: Callable, looped: Callable, state: Tensor, tensors: Sequence[Tensor]) -> bool:
+        """
+        Compares with the handlers on a second state, and on a second batch where there is one of this shape; of many chains, on three.
+        """
+        potential = self.potential
+        other = state.detach() + torch.linspace(-0.05, 0.05, state.shape[-1], dtype=state.dtype, device=state.device)
+        candidates = [tensors]
+        for probe in potential.probe_batches:
+            for _, inputs in potential.chunks(potential.num_chains, probe):
+                if [t.shape for t in inputs] == [t.shape for t in tensors]:
+                    candidates.append(inputs)
+        tolerance = 1e-3 if state.dtype in (torch.float32, torch.bfloat16, torch.float16) else 1e-7
+        varying = self._varying(state, len(tensors))
+        rows = slice(None) if state.dim() == 1 else sorted({0, len(state) // 2, len(state) - 1})
+        for inputs in (candidates[0], candidates[-1]):
+            temperature = potential.scalar(0.5)
+            theirs = looped(other[rows], temperature, *(t[rows] if i in varying else t for i, t in enumerate(inputs)))
+            try:
+                ours = graph(other, temperature, *inputs)
+            except RuntimeError:
+                return False
+            if state.dim() == 2:
+                ours = tuple(part[rows] for part in ours) if isinstance(ours, tuple) else ours[rows]
+            ours, theirs = (ours, theirs) if isinstance(ours, tuple) else ((ours,), (theirs,))
+            for a, b in zip(ours, theirs, strict=True):
+                if not bool((a - b).norm() <= tolerance * b.norm() + 1e-30):
+                    return False
+        return True
+
+    # ------------------------------------------------------------------------------------------------------ the handlers' way
+
+    def _looped(self, kind: str, num_tensors: int, single: bool) -> Callable:
+        """Pyro's handlers for one chain after the other."""
+
+        def one(row: Tensor, temperature: Tensor, *tensors: Tensor) -> Any:
+            if kind == "inputs":
+                return self._inputs_by_handlers(row, temperature, tensors)
+            energy, gradient = self.by_handlers(row, temperature, tensors, kind != "energy")
+            return {"energy": energy, "gradient": gradient, "both": (gradient, energy)}[kind]
+
+        def many(state: Tensor, temperature: Tensor, *tensors: Tensor) -> Any:
+            varying = self._varying(state, num_tensors)
+            rows = [one(row, temperature, *(t[c] if i in varying else t for i, t in enumerate(tensors))) for c, row in enumerate(state)]
+            return assemble(rows, True)
+
+        return one if single else many
+
+    def by_handlers(
+        self, row: Tensor, temperature: Tensor, tensors: Sequence[Tensor], with_gradient: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Energy and gradient of one row ``[size]``."""
+        with torch.enable_grad(), pyro.validation_enabled(False):
+            row = row.detach().requires_grad_(with_gradient)
+            energy = self.potential.log_density(row, temperature, *tensors)
+            gradient = torch.autograd.grad(energy, row)[0] if with_gradient else None
+        return energy.detach(), gradient
+
+    def _inputs_by_handlers(self, row: Tensor, temperature: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        with torch.enable_grad(), pyro.validation_enabled(False):
+            tensors = [t.detach() for t in tensors]
+            moved = tensors[self.potential.perturbed].requires_grad_()
+            loss = self.potential.data_loss(row.detach(), temperature, *tensors)
+            if not loss.requires_grad:
+                return torch.zeros_like(moved)
+            (gradient,) = torch.autograd.grad(loss, moved, allow_unused=True)
+        return torch.zeros_like(moved) if gradient is None else gradient
+
+
+def assemble(pieces: list[Any], single: bool) -> Any:
+    """Results of chunks as one: of single rows stacked, of several put together."""
+    join = torch.stack if single else torch.cat
+    if isinstance(pieces[0], tuple):
+        return tuple(join(part) for part in zip(*pieces, strict=True))
+    return join(pieces)

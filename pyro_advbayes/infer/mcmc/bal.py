@@ -1,0 +1,306 @@
+"""Bayesian Adversarial Learning: weights and perturbed inputs, sampled in turn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_advbayes.batches import Batch
+from pyro_advbayes.infer.mcmc.adversary import L2, Adversary, Cost, Pixels, as_cost
+from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
+from pyro_advbayes.infer.mcmc.rule import Updates
+from pyro_advbayes.infer.mcmc.schedules import Schedule, as_schedule, check_value
+from pyro_advbayes.infer.mcmc.sgadald import SGAdaLD
+from pyro_advbayes.infer.mcmc.sgld import SGLD
+from pyro_advbayes.initialization import init_to_fan_in
+
+LEARNERS = ("mean", "sum", "independent")
+Loss = Callable[[Callable, Tensor, Sequence[Any], Mapping[str, Any]], Tensor]
+
+
+class BAL(SGMCMCKernel):
+    r"""
+    Bayesian Adversarial Learning, Ye and Zhu (2018): alternates, minibatch by minibatch, a sampler of perturbed inputs and one of
+    the weights,
+
+    .. math::
+        \tilde x_i &\sim p(\tilde x_i \mid \theta, x_i) \propto \exp\{(\ell(\tilde x_i; \theta) - c(\tilde x_i, x_i)) / T_x\}, \qquad
+            \ell = -\log p(y_i \mid \tilde x_i, \theta), \\
+        \theta &\sim p(\theta \mid \tilde x) \propto \{p(\theta) \prod_i p(y_i \mid \tilde x_i, \theta)\}^{1/T},
+
+    the first by ``inputs.num_steps`` updates that start at the clean minibatch, the second by ``weights.num_steps`` updates on the
+    perturbed one. Together they are one iteration, which is what ``num_steps_per_sample`` counts. With SGLD an update of the
+    inputs is
+
+    .. math:: \tilde x \leftarrow \tilde x + \eta\, [\nabla \ell(\tilde x; \theta) - \nabla c(\tilde x, x)] + \sqrt{2 \eta T_x}\, n,
+
+    with fresh :math:`n` at every update. (The paper's Eq. 8 has the cost with the sign that drives :math:`\tilde x` away from
+    :math:`x`, and its Algorithm 1 draws :math:`n` once; its Eq. 9 has the weights climb.)
+
+    The two conditionals belong to no joint law: what is sampled is the stationary law of the alternation, a pseudo-Gibbs chain, in
+    which learner and adversary play against each other. At cold temperatures (the default, as in the paper) it is minibatch noise and
+    not T that sets the spread of the weights: the temperature there is a name, ``clamp=True`` lets the chain run, and ``diagnostics()``
+    reports the ``T_eff`` that it has.
+
+    Several chains are the learners :math:`\theta_1, \ldots, \theta_S`. With ``learners="mean"`` they share minibatches and one adversary,
+    who works against the mean of their losses; ``"sum"`` takes the sums of losses and costs, as the paper does, which is the law of
+    ``"mean"`` at :math:`T_x / S`; ``"independent"`` gives each its own minibatches and its own adversary. In :class:`pyro.infer.MCMC`,
+    which runs chains one by one, they are always independent.
+
+    Example::
+
+        mcmc = SGMCMC(BAL(model, perturb="x", batch_size=128, clip=(0.0, 1.0)), num_samples=100, warmup_steps=200, num_chains=5)
+        mcmc.run(x, y)
+
+    :param model: a Pyro model with continuous latent sites.
+    :param str perturb: name of the model's argument that the adversary may move.
+    :param int batch_size: rows of a minibatch; None where a loader cuts them.
+    :param Updates inputs: how inputs are sampled, ``SGLD.rule(step_size, num_steps)``; its step size may be a function of the update's
+        number within the minibatch.
+    :param cost: c: :class:`L2`, :class:`Box`, or a function of ``(perturbed, clean)`` to ``[rows]``, in nats.
+    :param Updates weights: how weights are sampled, by any kernel's ``rule``.
+    :param temperature: T of the weights, a number >= 0 or a function of the update's number.
+    :param float input_temperature: :math:`T_x` >= 0.
+    :param clip: smallest and largest value of an input; None for no bounds.
+    :param str learners: ``"mean"``, ``"sum"`` or ``"independent"``.
+    :param int copies: chains of inputs per example, >= 1 (the paper's :math:`S_x`).
+    :param float clean_share: share of a minibatch's rows, 0 to 1, that stays as it is.
+    :param Adversary adversary: what is moved: :class:`Pixels` by default, a :class:`Flow` field, or the parameters of a
+        :class:`Generator`.
+    :param loss: what the adversary raises in place of :math:`\ell`: a function ``loss(model, clean, args, kwargs)`` to ``[rows]``, in which
+        ``model`` has its weights and ``args``, ``kwargs`` hold the perturbed inputs.
+    :param keep: numbers of rows whose perturbed inputs are kept with every sample; see ``SGMCMC.get_extras``.
+
+    Other arguments, and what is raised: :class:`~pyro_advbayes.infer.mcmc.kernel.SGMCMCKernel`.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        perturb: str,
+        batch_size: int | None = None,
+        *,
+        inputs: Updates | None = None,
+        cost: Cost | Callable[[Tensor, Tensor], Tensor] | None = None,
+        weights: Updates | None = None,
+        temperature: float | Schedule = 1e-5,
+        input_temperature: float = 1e-5,
+        clip: tuple[float, float] | None = None,
+        learners: str = "mean",
+        copies: int = 1,
+        clean_share: float = 0.0,
+        adversary: Adversary | None = None,
+        loss: Loss | None = None,
+        keep: Sequence[int] = (),
+        num_steps_per_sample: int = 1,
+        batch_args: Sequence[int | str] | None = None,
+        num_data: int | None = None,
+        backend: str = "graph",
+        chunk_size: int | None = None,
+        init_strategy: Callable = init_to_fan_in,
+    ) -> None:
+        self.inputs = SGLD.rule(step_size=0.1, num_steps=15) if inputs is None else inputs
+        self.weights = SGAdaLD.rule(step_size=0.015, num_steps=15, clamp=True) if weights is None else weights
+        for name in ("inputs", "weights"):
+            if not isinstance(getattr(self, name), Updates):
+                raise ValueError(f"{name}={getattr(self, name)!r}: a kernel's rule is needed, SGLD.rule(step_size=..., num_steps=...)")
+        if learners not in LEARNERS:
+            raise ValueError(f"learners={learners!r}: choose one of {', '.join(map(repr, LEARNERS))}")
+        if not 0.0 <= clean_share <= 1.0:
+            raise ValueError(f"clean_share={clean_share!r}: a share of the rows, from 0 to 1")
+        if clip is not None and not clip[0] < clip[1]:
+            raise ValueError(f"clip={clip!r}: the smallest and the largest value of an input, or None")
+        self.perturb, self.learners, self.copies, self.clip = perturb, learners, copies, clip
+        self.cost = L2(0.0) if cost is None else as_cost(cost)
+        self.adversary = Pixels() if adversary is None else adversary
+        self.input_temperature = check_value(as_schedule(input_temperature, "temperature")(0), "temperature", 0)
+        self.clean_share, self.loss, self.keep = clean_share, loss, tuple(keep)
+        if self.adversary.lasting and learners == "independent":
+            raise ValueError(f"{self.adversary!r} is shared by all rows and chains: take learners='mean' or 'sum'")
+        self.update_rule = self.weights.rule
+        super().__init__(
+            model,
+            self.weights.step_size,
+            temperature,
+            batch_size,
+            num_steps_per_sample,
+            batch_args=batch_args,
+            num_data=num_data,
+            backend=backend,
+            chunk_size=chunk_size,
+            init_strategy=init_strategy,
+        )
+
+    @property
+    def updates_per_sample(self) -> int:
+        return self.num_steps_per_sample * self.weights.num_steps
+
+    # ------------------------------------------------------------------------------------------------------------- setting up
+
+    def _potential_options(self) -> dict[str, Any]:
+        return {"perturb": self.perturb, "copies": self.copies, "shared_batches": self.learners != "independent"}
+
+    def _start(self, theta: Tensor) -> None:
+        super()._start(theta)
+        potential = self.potential
+        self._place = potential.places.index(potential.perturbed)
+        if potential.from_loader and self.learners == "independent" and self.num_chains > 1:
+            raise ValueError("learners='independent': all chains see a loader's batches; give the data as tensors, and batch_size=")
+        self._check_range(potential.arguments.tensors[potential.perturbed])
+        self._kept = self._rows_to_keep()
+        # A stream of its own: with the adversary at rest the weights move as they would without one.
+        digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=4).digest()
+        self._random = torch.Generator(theta.device).manual_seed(int.from_bytes(digest, "little"))
+        self._lasting: Tensor | None = None
+        self._sizes: dict[str, float] = {}
+
+    def _check_range(self, x: Tensor) -> None:
+        if self.clip is not None and (float(x.min()) < self.clip[0] or float(x.max()) > self.clip[1]):
+            raise ValueError(
+                f"argument {self.perturb!r} has values from {float(x.min()):.4g} to {float(x.max()):.4g}, outside clip={self.clip}: "
+                "scale the inputs, or give their range"
+            )
+
+    def _rows_to_keep(self) -> Batch | None:
+        if not self.keep:
+            return None
+        potential = self.potential
+        tensors = [potential.arguments.tensors[i] for i in potential.places]
+        if potential.from_loader or not all(isinstance(row, int) and 0 <= row < len(tensors[0]) for row in self.keep):
+            raise ValueError(f"keep={list(self.keep)}: rows of the data, given as tensors, from 0 to {len(tensors[0]) - 1}")
+        rows = tuple(t[list(self.keep)] for t in tensors)
+        return tuple(t.expand(self.num_chains, *t.shape) for t in rows) if potential.batches.per_chain else rows
+
+    # -------------------------------------------------------------------------------------------------------------- iterating
+
+    def _iterate(self, kind: str) -> None:
+        batch = self._next_batch()
+        for i in range(self.weights.num_steps):
+            self._update(kind if i == self.weights.num_steps - 1 else "gradient", batch)
+
+    def _next_batch(self) -> Batch:
+        return self._perturbed(super()._next_batch())
+
+    @torch.no_grad()
+    def _perturbed(self, batch: Batch) -> Batch:
+        """The minibatch with the input chains' last states in the place of the inputs."""
+        batch = self.potential.repeat(batch)
+        clean = batch[self._place]
+        rows = clean.shape[: 1 + int(self.potential.batches.per_chain)].numel()
+        flat = clean.reshape(rows, *clean.shape[1 + int(self.potential.batches.per_chain) :])
+        if self.potential.from_loader:
+            self._check_range(flat)
+        perturbed = self._run_inputs(batch, flat)
+        if self.clean_share > 0.0:
+            unmoved = torch.rand(rows, generator=self._random, device=flat.device) < self.clean_share
+            perturbed[unmoved] = flat[unmoved]
+        distance = (perturbed - flat).abs().reshape(rows, -1)
+        self._sizes = {"linf": distance.amax(1).mean(), "l2": torch.linalg.vector_norm(distance, dim=1).mean()}
+        return self._replaced(batch, perturbed.view_as(clean))
+
+    def _replaced(self, batch: Batch, inputs: Tensor) -> Batch:
+        return (*batch[: self._place], inputs, *batch[self._place + 1 :])
+
+    def _run_inputs(self, batch: Batch, clean: Tensor) -> Tensor:
+        adversary, (rule, step_size, num_steps) = self.adversary, self.inputs
+        shape = batch[self._place].shape
+
+        def outward(perturbed: Tensor) -> Tensor:
+            """The gradient of the input chain's energy: costs go up it, losses down."""
+            ascent = self._loss_gradient(self._replaced(batch, perturbed.view(shape)), clean).reshape(clean.shape)
+            gradient = self.cost.gradient(perturbed, clean).sub_(ascent)
+            return gradient.mul_(self.num_chains) if self.learners == "sum" else gradient
+
+        def onto(perturbed: Tensor) -> Tensor:
+            perturbed = self.cost.project(perturbed, clean)
+            return perturbed if self.clip is None else perturbed.clamp(*self.clip)
+
+        z = adversary.start(clean) if self._lasting is None else self._lasting
+        noise, variables = torch.empty_like(z), rule.variables(z)
+        temperature = torch.tensor(self.input_temperature, dtype=z.dtype, device=z.device)
+        for i in range(num_steps):
+            size = torch.tensor(check_value(step_size(i), "inputs' step_size", i), dtype=z.dtype, device=z.device)
+            gradient = adversary.gradient(z, clean, outward)
+            moved = rule.step(z, gradient, noise.normal_(generator=self._random), size, temperature, variables, True)
+            noise, z = z, adversary.project(moved, onto)
+        if adversary.lasting:
+            self._lasting = z
+        return onto(adversary.inputs(z, clean))
+
+    def _loss_gradient(self, batch: Batch, clean: Tensor) -> Tensor:
+        """The gradient of the learners' mean loss; of each learner's own where they are independent."""
+        mean = not self.potential.batches.per_chain
+        if self.loss is None:
+            return self.potential.input_gradient(self._theta, batch, mean)
+        pieces = []
+        for chain, theta in enumerate(self._theta):
+            mine = tuple(t[chain] for t in batch) if not mean else batch
+            unmoved = clean if mean else clean.view(self.num_chains, -1, *clean.shape[1:])[chain]
+            pieces.append(self._own_loss_gradient(theta, mine, unmoved))
+        return torch.stack(pieces).mean(0) if mean else torch.stack(pieces)
+
+    def _own_loss_gradient(self, theta: Tensor, batch: Batch, clean: Tensor) -> Tensor:
+        potential = self.potential
+        values = {site: value[0] for site, value in potential.constrain(theta.unsqueeze(0)).items()}
+        with torch.enable_grad(), pyro.validation_enabled(False), poutine.block(), poutine.condition(data=values):
+            moved = batch[self._place].detach().requires_grad_()
+            args, kwargs = potential.arguments_with(self._replaced(batch, moved))
+            loss = self.loss(self.model, clean, args, kwargs)
+            if not isinstance(loss, Tensor) or loss.shape != (len(clean),):
+                shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise ValueError(f"loss must return one number for each of the {len(clean)} rows, [rows]; it returned {shape}")
+            return torch.autograd.grad(loss.sum(), moved)[0]
+
+    # ------------------------------------------------------------------------------------------------------- what is reported
+
+    def extra_shapes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        if self._kept is None:
+            return {}
+        rows = self._kept[self._place][0] if self.potential.batches.per_chain else self._kept[self._place]
+        return {self.perturb: (torch.Size((self.copies * len(rows), *rows.shape[1:])), rows.dtype)}
+
+    def extras(self) -> dict[str, Tensor]:
+        """
+        The perturbed inputs of the rows in ``keep``, against the chains as they are: ``{perturb: [chains, rows * copies, ...]}``.
+        """
+        if self._kept is None:
+            return {}
+        batch = self.potential.repeat(self._kept)
+        clean = batch[self._place]
+        per_chain = self.potential.batches.per_chain
+        lasting = self._lasting
+        perturbed = self._run_inputs(batch, clean.flatten(0, 1) if per_chain else clean).view_as(clean)
+        self._lasting = lasting  # looking must not move it
+        return {self.perturb: perturbed if per_chain else perturbed.expand(self.num_chains, *clean.shape)}
+
+    def diagnostics(self) -> dict[str, Any]:
+        """
+        :return: as for every kernel; and ``"perturbation"``, the mean over the last minibatch of the largest (``"linf"``) and the
+            Euclidean (``"l2"``) distance that an input was moved, in units of the input.
+        """
+        return {**super().diagnostics(), "perturbation": {name: float(value) for name, value in self._sizes.items()}}
+
+    def settings(self) -> dict[str, Any]:
+        names = ("perturb", "clip", "learners", "copies", "clean_share", "keep", "input_temperature")
+        parts = {name: repr(getattr(self, name)) for name in names}
+        own = "ℓ" if self.loss is None else getattr(self.loss, "__qualname__", type(self.loss).__name__)
+        cost = getattr(getattr(self.cost, "fn", None), "__qualname__", repr(self.cost))
+        updates = {f"{n}_updates": [repr(u.rule), u.num_steps] for n, u in (("inputs", self.inputs), ("weights", self.weights))}
+        return {**super().settings(), **parts, **updates, "loss": own, "cost": cost, "adversary": repr(self.adversary)}
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "inputs": [self._random.get_state(), self._lasting]}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        super().load(state)
+        random, self._lasting = state["inputs"]
+        self._random.set_state(random.cpu())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_random": None, "_kept": None, "_lasting": None, "_sizes": {}}
