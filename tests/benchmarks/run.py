@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `models` and `tests` are not installed
 
-from tests.benchmarks import rows_memory, rows_prediction, rows_sampling
+from tests.benchmarks import rows_bal, rows_memory, rows_prediction, rows_sampling
 from tests.benchmarks.measure import Result, Stopwatch, machine
 
 ROWS: dict[str, Callable[[Stopwatch], list[Result]]] = {
@@ -40,6 +40,7 @@ ROWS: dict[str, Callable[[Stopwatch], list[Result]]] = {
         rows_sampling.against_blackjax,
         rows_prediction.predict_small,
         rows_prediction.predict_large,
+        rows_bal.bal_iteration,
         rows_sampling.data_growth,
         rows_memory.sampler_memory,
         rows_memory.classifier_memory,

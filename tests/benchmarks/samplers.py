@@ -51,15 +51,15 @@ def ours(
 class Minibatches:
     """Shuffled epochs, as one writes them by hand."""
 
-    def __init__(self, rows: int) -> None:
-        self.rows, self.cursor = rows, rows
+    def __init__(self, rows: int, batch_size: int = BATCH) -> None:
+        self.rows, self.batch_size, self.cursor = rows, batch_size, rows
 
     def next(self) -> Tensor:
-        """Row numbers ``[BATCH]``."""
-        if self.cursor + BATCH > self.rows:
+        """Row numbers ``[batch_size]``."""
+        if self.cursor + self.batch_size > self.rows:
             self.order, self.cursor = torch.randperm(self.rows), 0
-        self.cursor += BATCH
-        return self.order[self.cursor - BATCH : self.cursor]
+        self.cursor += self.batch_size
+        return self.order[self.cursor - self.batch_size : self.cursor]
 
 
 def hand_written(network: Network, chains: int, device: torch.device, steps: int = STEPS) -> Contender:
