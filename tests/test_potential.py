@@ -137,7 +137,7 @@ def test_both_gives_the_gradient_and_the_energy():
     "make,chains,expected",
     [
         (lambda: mlp((2, 20, 20, 2)), 7, 7),
-        (lambda: mlp((2, 200, 100, 2)), 7, 1),
+        (lambda: mlp((2, 800, 700, 2)), 7, 1),
         (bal_convnet, 7, 1),
         (lambda: mlp((2, 20, 20, 2)), 1, 1),
     ],

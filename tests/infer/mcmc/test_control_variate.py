@@ -76,7 +76,7 @@ def test_at_the_anchor_an_update_follows_the_full_gradient_of_its_temperature(da
     exact = ab.Potential(model, data).gradient(start[:1], temperature=temperature)
     assert torch.allclose(kernel.gradient(), exact.expand(4, -1), rtol=1e-9)
     torch.manual_seed(3)
-    kernel._update("gradient")
+    kernel._iterate("gradient")
     torch.manual_seed(3)
     noise = (2.0 * 1e-4 * temperature) ** 0.5 * torch.randn_like(start)
     assert torch.allclose(kernel._theta, start - 1e-4 * exact + noise, rtol=1e-9, atol=1e-12)

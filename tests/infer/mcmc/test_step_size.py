@@ -62,7 +62,9 @@ def test_noise_is_estimated_and_bounds_the_step(temperature):
     seen = kernel._noise_estimate.variance
     # 32 differences in 8 chains: a variance estimate's standard error is sqrt(2 / 256)
     assert ((seen / variance - 1).abs() < 4.5 * (2 / 256) ** 0.5).all()
-    assert kernel.step_size.value == pytest.approx(2 * 0.1 * temperature / float(seen.mean()), rel=0.05)
+    # the bound was first set after 7 differences in 8 chains, and was then lowered only
+    bound = 2 * 0.1 * temperature / float(seen.mean())
+    assert bound / (1 + 4.5 * (2 / 56) ** 0.5) < kernel.step_size.value <= 1.0001 * bound
     assert kernel.effective_temperatures()["x"] <= 1.1 * temperature * 1.001
 
 
