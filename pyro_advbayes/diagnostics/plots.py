@@ -97,7 +97,7 @@ def plot_gradient_norms(norms: dict[str, GradientNorms], *, ax: Axes | None = No
         mean = found.l2.mean(-1).cpu()
         (line,) = ax.loglog(found.draws, mean, marker="o", markersize=3, label=f"{name} ({mean[0]:.2g} to {mean[-1]:.2g})")
         ax.loglog(found.draws, found.l2_by_chance.mean(-1).cpu(), color=line.get_color(), linestyle="--", linewidth=1)
-    ax.set(xlabel="draws", ylabel="l2 norm of the expected loss gradient (dashed: by chance)")
+    ax.set(xlabel="draws", ylabel="l2 norm of the mean gradient (dashed: by chance)")
     ax.legend()
     return ax
 

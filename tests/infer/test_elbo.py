@@ -171,6 +171,20 @@ def test_under_minibatch_the_loss_is_scaled_to_the_whole_set():
     assert loss == pytest.approx(Trace_ELBO().loss(model, guide, x_adv, y), rel=1e-6)
 
 
+def test_rows_of_a_plate_that_is_told_the_size_of_the_whole_set_are_attacked_unscaled():
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", 600, subsample_size=len(x)):
+            pyro.sample("obs", dist.Bernoulli(logits=x @ w), obs=y)
+
+    (x, y), guide, attack = data(), AutoDelta(model), Still()
+    loss = TraceRobust_ELBO(attack).loss(model, guide, x, y)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(x @ guide.w.detach(), y, reduction="none")
+    torch.testing.assert_close(attack.seen[0].loss, expected)
+    prior = dist.Normal(0.0, 1.0).log_prob(guide.w.detach()).sum().item()
+    assert loss == pytest.approx(10 * expected.sum().item() - prior, rel=1e-5)
+
+
 def test_stronger_attacks_make_larger_losses():
     x, y = data()
     guide = AutoDelta(logistic)
