@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +15,10 @@ from pyro_advbayes.functions import BACKENDS
 from pyro_advbayes.infer.mcmc.control_variate import ControlVariate
 from pyro_advbayes.infer.mcmc.files import random_state, set_random_state
 from pyro_advbayes.infer.mcmc.noise import NormalNoise
-from pyro_advbayes.infer.mcmc.rule import Rule, Updates, Variables, site_means
+from pyro_advbayes.infer.mcmc.rule import Rule, Updates, site_means
 from pyro_advbayes.infer.mcmc.schedules import Schedule, as_schedule, check_value, keeps_sample
 from pyro_advbayes.infer.mcmc.step_size import AutoStepSize, NoiseEstimate
+from pyro_advbayes.infer.mcmc.update import chunk_update, compile_update
 from pyro_advbayes.initialization import init_to_fan_in
 from pyro_advbayes.potential import Potential
 
@@ -366,45 +366,22 @@ class SGMCMCKernel(MCMCKernel):
         return self._functions[key]
 
     def _chunk_function(self, kind: str, rows: Any, tensors: tuple[Tensor, ...]) -> Callable:
-        """Gradient and rule together, so that ``torch.compile`` sees the whole update."""
-        potential, rule, adapting = self.potential, self.update_rule, self.adapting
-        evaluate = potential.function(kind, self._theta[rows], tensors)
-        anchored = None if self._anchor is None else self._anchor.correction(rows, tensors)
-
-        def update(theta: Tensor, noise: Tensor, step_size: Tensor, temperature: Tensor, variables: Variables, *tensors: Tensor) -> Any:
-            report: tuple[Tensor, ...] = ()
-            if kind == "both":
-                gradient, energy = evaluate(theta, temperature, *tensors)
-                report = (energy, torch.linalg.vector_norm(gradient, dim=-1))
-            else:
-                gradient = evaluate(theta, temperature, *tensors)
-            if anchored is not None:
-                gradient = gradient + anchored(*tensors)
-            new = rule.step(theta, gradient, noise, step_size, temperature, variables, adapting)
-            # one number that is finite if all of them are
-            return *report, new.sum() + report[0].sum() if report else new.sum()
-
-        if potential.backend == "compile":
-            key = (self.update_rule, evaluate, adapting, self._theta[rows].shape)
-            if anchored is not None or key not in self._graphs:
-                self._graphs[key] = self._compile(update, self._theta[rows], rows, tensors)
-            return self._graphs[key]
-        return update
-
-    def _compile(self, update: Callable, theta: Tensor, rows: Any, tensors: tuple[Tensor, ...]) -> Callable:
-        # PyTorch allows one code object eight compilations: give each update its own
-        update.__code__ = update.__code__.replace()
-        compiled = torch.compile(update, dynamic=False)
-        variables = {name: value[rows].clone() for name, value in self._variables.items()}
-        scalars = self._scalar(1e-6), self._scalar(1.0)
-        try:
-            compiled(theta.clone(), torch.zeros_like(theta), *scalars, variables, *tensors)
-        except Exception as error:  # no C++ compiler, an operation that it does not know: the graph runs all the same
-            reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"backend='compile' falls back to 'graph', which is slower: torch.compile failed ({reason})", stacklevel=2)
-            self.potential.backend = "graph"
+        theta = self._theta[rows]
+        evaluate = self.potential.function(kind, theta, tensors)
+        correction = None if self._anchor is None else self._anchor.correction(rows, tensors)
+        update = chunk_update(kind, evaluate, correction, self.update_rule, self.adapting)
+        if self.potential.backend != "compile":
             return update
-        return compiled
+        key = (self.update_rule, evaluate, self.adapting, theta.shape)
+        if correction is not None or key not in self._graphs:
+            variables = {name: value[rows].clone() for name, value in self._variables.items()}
+            example = (theta.clone(), torch.zeros_like(theta), self._scalar(1e-6), self._scalar(1.0), variables, *tensors)
+            compiled = compile_update(update, example)
+            if compiled is None:
+                self.potential.backend = "graph"
+                return update
+            self._graphs[key] = compiled
+        return self._graphs[key]
 
     def gradient(self) -> Tensor:
         """A fresh stochastic gradient where the chains are, ``[chains, size]``."""
