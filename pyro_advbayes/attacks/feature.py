@@ -62,9 +62,10 @@ class FeatureAttack(BallAttack):
         reference = region.center if self.towards is None else self.towards.to(region.center)
         if reference.shape != region.center.shape:
             raise ValueError(f"towards must be {tuple(region.center.shape)}, like the inputs, not {tuple(reference.shape)}")
+        start = region.random()
         layer = _Layer(problem.classifier, self.layer, region.center)
         away = _Distance(layer, reference, 1.0 if self.towards is None else -1.0)
-        return ascend(away, region, region.random(), self.steps, self.step_size or 2.5 * self.eps / self.steps)
+        return ascend(away, region, start, self.steps, self.step_size or 2.5 * self.eps / self.steps)
 
 
 class _Distance:
