@@ -13,10 +13,12 @@ import torch
 from torch.nn import functional as F
 
 from pyro_advbayes import SGLD, SGMCMC, PosteriorClassifier
+from pyro_advbayes.attacks import PGD
 from tests.benchmarks.rows_prediction import draws_of
 from tests.benchmarks.workloads import BATCH, LARGE, ROWS, SMALL, Network, data, mlp_of
 
 CHAINS = 5
+CHUNK = 5
 
 
 class Peak:
@@ -74,16 +76,32 @@ def classifier(draws: int, device: torch.device) -> dict[str, Any]:
     return {"peak": peak.bytes(), "before": peak.before}
 
 
+def attack(draws: int, device: torch.device) -> dict[str, Any]:
+    """PGD on a posterior, so many draws side by side."""
+    network = mlp_of(784, 100, 100, 10)
+    x, y = (t[:2048] for t in data(network.inputs, network.classes, ROWS, device))
+    pgd = PGD(0.1, steps=2)
+    small = PosteriorClassifier(network.model().to(device), draws_of(network, 2, device), chunk_size=CHUNK)
+    pgd(small, x[:2].clone(), y[:2])
+    large = PosteriorClassifier(network.model().to(device), draws_of(network, draws, device), chunk_size=CHUNK)
+    peak = Peak(device)
+    pgd(large, x, y)
+    return {"peak": peak.bytes(), "before": peak.before}
+
+
 def _backward(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
     x.requires_grad_()
     F.cross_entropy(model(x), y).backward()
     assert x.grad is not None and bool(x.grad.isfinite().all())
 
 
+KINDS = {"sampler": sampler, "classifier": classifier, "attack": attack}
+
+
 def main() -> None:
     """Measures what the arguments name."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=("sampler", "classifier"))
+    parser.add_argument("kind", choices=tuple(KINDS))
     parser.add_argument("draws", type=int)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -91,7 +109,7 @@ def main() -> None:
     if device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
         found: dict[str, Any] = {"missing": "the peak memory of a process is read from /proc, which is Linux's"}
     else:
-        found = {"sampler": sampler, "classifier": classifier}[arguments.kind](arguments.draws, device)
+        found = KINDS[arguments.kind](arguments.draws, device)
     print(json.dumps(found))
 
 

@@ -56,14 +56,23 @@ def sampler_memory(watch: Stopwatch) -> list[Result]:
 
 def classifier_memory(watch: Stopwatch) -> list[Result]:
     """Peak of a foreign library's backward pass through ``PosteriorClassifier``, 10 to 1000 draws: flat."""
-    result = Result("PosteriorClassifier of 784-100-100-10, 2048 inputs: cross-entropy, backward to the inputs", "MiB")
+    return [_growth(watch, "classifier", "PosteriorClassifier of 784-100-100-10, 2048 inputs: cross-entropy, backward to the inputs")]
+
+
+def attack_memory(watch: Stopwatch) -> list[Result]:
+    """Peak of an attack on a posterior, 10 to 1000 draws of which five are computed together: flat."""
+    return [_growth(watch, "attack", "PGD on 784-100-100-10, 2048 inputs, chunk_size=5")]
+
+
+def _growth(watch: Stopwatch, kind: str, what: str) -> Result:
+    result = Result(what, "MiB")
     counts = (10, 20) if watch.quick else (10, 100, 1000)
     try:
         for mode in _modes(watch):
-            peaks = [_probe(watch, mode, "classifier", str(draws))["peak"] / 2**20 for draws in counts]
+            peaks = [_probe(watch, mode, kind, str(draws))["peak"] / 2**20 for draws in counts]
             result.values |= {f"{draws} draws, {mode}": Spread.of([peak]) for draws, peak in zip(counts, peaks, strict=True)}
             growth = Spread.of([peaks[-1] / peaks[0]])
             result.comparisons.append(Comparison(f"{counts[-1]} draws / {counts[0]} draws, {mode}", growth, Target("<=", 1.1)))
     except Missing as why:
         result.missing["peak"] = str(why)
-    return [result]
+    return result

@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `models` and `tests` are not installed
 
-from tests.benchmarks import rows_bal, rows_memory, rows_prediction, rows_sampling
+from tests.benchmarks import rows_attacks, rows_bal, rows_memory, rows_prediction, rows_sampling
 from tests.benchmarks.measure import Result, Stopwatch, machine
 
 ROWS: dict[str, Callable[[Stopwatch], list[Result]]] = {
@@ -44,6 +44,9 @@ ROWS: dict[str, Callable[[Stopwatch], list[Result]]] = {
         rows_sampling.data_growth,
         rows_memory.sampler_memory,
         rows_memory.classifier_memory,
+        rows_attacks.attack_large,
+        rows_attacks.attack_small,
+        rows_memory.attack_memory,
         rows_sampling.side_by_side,
     )
 }
