@@ -87,7 +87,7 @@ def _race(watch: Stopwatch, network: Network, draws: int, target: Target, faster
 
 
 def attack_large(watch: Stopwatch) -> list[Result]:
-    """A step of ``PGD`` on a posterior of 784-400-400-10, against a loop over draws written by hand, and foolbox on ``PosteriorClassifier``."""
+    """A step of ``PGD`` on a posterior of 784-400-400-10, against a loop over draws, and foolbox on ``PosteriorClassifier``."""
     return _race(watch, LARGE, 50, Target("<=", 1.05), faster=False)
 
 

@@ -146,6 +146,45 @@ def test_the_draws_come_in_order_each_chunk_with_a_graph_of_its_own(chunk_size):
     torch.testing.assert_close(total, gradient)
 
 
+def likelihood(log_probs, y):
+    return log_probs.gather(-1, y.expand(log_probs.shape[:-1]).unsqueeze(-1)).squeeze(-1).logsumexp(0)
+
+
+def reads_values(log_probs, y):
+    """Its Python depends on what it is given, so that it cannot be recorded."""
+    return likelihood(log_probs, y) * (2.0 if float(log_probs.detach().max()) > -0.05 else 1.0)
+
+
+def check_gradients(classifier, x, y, reduce):
+    """That what comes chunk by chunk is what autograd makes of each chunk's log-probabilities."""
+    found = list(classifier.gradients(x, y, reduce))
+    attached = x.clone().requires_grad_()
+    chunks = list(classifier.log_probs(attached))
+    assert [len(log_probs) for log_probs, _, _ in found] == [len(chunk) for chunk in chunks]
+    for (log_probs, values, gradient), chunk in zip(found, chunks, strict=True):
+        expected = reduce(chunk, y)
+        torch.testing.assert_close(log_probs, chunk.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(values, expected.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), attached)[0], rtol=1e-4, atol=1e-6)
+        assert not (log_probs.requires_grad or values.requires_grad or gradient.requires_grad)
+
+
+@pytest.mark.parametrize("reduce", [likelihood, reads_values])
+@pytest.mark.parametrize("chunk_size", [None, 1, 5])
+def test_gradients_of_a_function_of_the_draws_are_those_of_autograd_call_after_call(chunk_size, reduce):
+    model = Backbone().double()
+    samples = {"head.weight": torch.randn(12, 3, 5, dtype=torch.double), "head.bias": torch.randn(12, 3, dtype=torch.double)}
+    classifier = PosteriorClassifier(model, samples, return_site="logits", chunk_size=chunk_size)
+    for rows in (6, 6, 6, 2, 6):
+        x, y = 3 * torch.randn(rows, 4, dtype=torch.double), torch.randint(3, (rows,))
+        with torch.no_grad():
+            assert len(list(classifier.gradients(x, y, reduce))) == -(-12 // (chunk_size or 12))
+        check_gradients(classifier, x, y, reduce)
+        with torch.no_grad():  # a step of training is seen
+            model.features.weight.mul_(1.1)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_a_prediction_takes_no_random_numbers_from_its_caller():
     classifier = posterior()[2]
     before = torch.get_rng_state()
@@ -338,6 +377,18 @@ def test_models_that_cannot_be_recorded_give_the_same(function):
         assert torch.allclose(output, expected, atol=1e-6)
         ours, theirs = (torch.autograd.grad(value[:, 0].sum(), x)[0] for value in (output, expected))
         assert torch.allclose(ours, theirs, atol=1e-6)
+        check_gradients(classifier, x.detach(), torch.randint(3, (4,)), likelihood)
+
+
+def test_draws_that_cannot_be_batched_give_their_gradients_one_by_one():
+    def model(x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        return torch._foreach_mul([x * w], 2.0)[0]
+
+    classifier = PosteriorClassifier(model, {"w": torch.randn(7, 3)}, chunk_size=4)
+    for _ in range(3):
+        assert len(list(classifier.gradients(torch.randn(4, 3), torch.zeros(4, dtype=torch.long), likelihood))) == 7
+        check_gradients(classifier, torch.randn(4, 3), torch.randint(3, (4,)), likelihood)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
