@@ -92,7 +92,7 @@ def test_a_callable_cost_acts_as_the_cost_it_computes():
     runs = []
     for cost in (ab.L2(3.0), lambda perturbed, clean: 3.0 * (perturbed - clean).square().sum(-1)):
         pyro.set_rng_seed(0)
-        kernel = ab.BAL(network().double(), "x", batch_size=16, cost=cost, keep=(0, 1, 2), input_temperature=0.01)
+        kernel = ab.BAL(network().double(), "x", batch_size=16, cost=cost, keep=(0, 1, 2), input_temperature=0.01, clip=(0.0, 1.0))
         runs.append(sampled(kernel, x.double(), y, samples=3).get_extras()["x"])
     torch.testing.assert_close(*runs)
 
@@ -128,6 +128,7 @@ def test_the_adversary_climbs_the_loss_of_its_learners(learners, chunk_size, bac
         "x",
         batch_size=16,
         inputs=ab.SGLD.rule(step_size=eta, num_steps=1),
+        cost=ab.L2(0.0),
         input_temperature=0.0,
         learners=learners,
         keep=range(10),
@@ -246,7 +247,7 @@ def test_copies_are_further_chains_of_the_same_rows(learners):
     for copies in (1, 5):
         pyro.set_rng_seed(0)
         quiet = ab.SGLD.rule(step_size=1e-12, num_steps=1)
-        kernel = ab.BAL(network(), "x", 64, inputs=quiet, input_temperature=0.0, copies=copies, learners=learners)
+        kernel = ab.BAL(network(), "x", 64, inputs=quiet, cost=ab.L2(0.0), input_temperature=0.0, copies=copies, learners=learners)
         kernel.setup_chains(2, 0, (x, y), {})
         batch = kernel._next_batch()
         assert batch[0].shape[-2] == 64 * copies
@@ -306,9 +307,9 @@ def test_an_interrupted_run_goes_on_bit_for_bit(how, tmp_path):
 def test_another_adversary_is_not_resumed(tmp_path):
     x, y = blobs()
     path = tmp_path / "run.safetensors"
-    sampled(ab.BAL(network(), "x", 16, cost=ab.L2(1.0)), x, y, samples=2, checkpoint=path)
+    sampled(ab.BAL(network(), "x", 16, cost=ab.L2(1.0), clip=(0.0, 1.0)), x, y, samples=2, checkpoint=path)
     with pytest.raises(ValueError, match="cost"):
-        ab.SGMCMC.resume(path, ab.BAL(network(), "x", 16, cost=ab.L2(2.0)), x, y)
+        ab.SGMCMC.resume(path, ab.BAL(network(), "x", 16, cost=ab.L2(2.0), clip=(0.0, 1.0)), x, y)
 
 
 def test_it_starts_from_trained_weights():
@@ -316,7 +317,7 @@ def test_it_starts_from_trained_weights():
     trained = {name: torch.full(shape, 0.1) for name, shape in {"net.1.weight": (8, 2), "net.1.bias": (8,)}.items()}
     trained |= {"net.3.weight": torch.zeros(3, 8), "net.3.bias": torch.zeros(3)}
     start = pyro.infer.autoguide.init_to_value(values=trained)
-    kernel = ab.BAL(network(), "x", 16, init_strategy=start)
+    kernel = ab.BAL(network(), "x", 16, init_strategy=start, clip=(0.0, 1.0))
     kernel.setup_chains(3, 0, (x, y), {})
     assert all(torch.equal(value, trained[name].expand_as(value)) for name, value in kernel.initial_params.items())
 
@@ -401,7 +402,7 @@ def test_a_generator_lasts_from_batch_to_batch_and_learns_to_raise_the_loss():
 def run_bal(x=None, y=None, **options):
     if x is None:
         x, y = blobs()
-    options = {"perturb": "x", "batch_size": 16, **options}
+    options = {"perturb": "x", "batch_size": 16, "clip": (0.0, 1.0), **options}
     sampled(ab.BAL(options.pop("model", None) or network(), **options), x, y)
 
 
@@ -413,6 +414,7 @@ def run_bal(x=None, y=None, **options):
         ({"batch_size": None}, "perturb='x'.*batch_size"),
         ({"clip": (0.4, 0.6)}, "argument 'x' has values from .* outside clip"),
         ({"clip": (1.0, 0.0)}, "clip"),
+        ({"clip": None, "cost": ab.Box(0.1)}, "cost and inputs are in the units of the inputs"),
         ({"learners": "many"}, "learners='many'.*'mean', 'sum', 'independent'"),
         ({"copies": 0}, "copies=0"),
         ({"clean_share": 1.5}, "clean_share=1.5"),
@@ -441,7 +443,7 @@ def test_costs_out_of_range_are_refused(make):
 def test_independent_learners_cannot_share_a_loader():
     x, y = blobs()
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16)
-    kernel = ab.BAL(network(), "x", learners="independent")
+    kernel = ab.BAL(network(), "x", learners="independent", clip=(0.0, 1.0))
     with pytest.raises(ValueError, match="independent"):
         sampled(kernel, loader, chains=2)
 
