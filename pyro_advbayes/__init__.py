@@ -1,9 +1,11 @@
 """Bayesian deep learning that holds up under attack, in Pyro."""
 
-from pyro_advbayes import datasets, diagnostics, nn
+from pyro_advbayes import attacks, datasets, diagnostics, nn
 from pyro_advbayes.handlers import minibatch
 from pyro_advbayes.infer.arviz import to_arviz
 from pyro_advbayes.infer.classifier import PosteriorClassifier
+from pyro_advbayes.infer.elbo import TraceRobust_ELBO
+from pyro_advbayes.infer.ensemble import deep_ensemble
 from pyro_advbayes.infer.mcmc import schedules
 from pyro_advbayes.infer.mcmc.adversary import L2, Box, Flow, Generator
 from pyro_advbayes.infer.mcmc.bal import BAL
@@ -31,7 +33,10 @@ __all__ = [
     "Potential",
     "Predictive",
     "SGAdaLD",
+    "TraceRobust_ELBO",
+    "attacks",
     "datasets",
+    "deep_ensemble",
     "diagnostics",
     "init_to_fan_in",
     "minibatch",

@@ -35,6 +35,19 @@ def test_the_first_posterior_is_as_told():
     assert posterior > point > 0.9
 
 
+def test_bayesian_adversarial_learning_is_as_told():
+    path = ROOT / "tutorials" / "02-bayesian-adversarial-learning.ipynb"
+    shown, printed = streams(nbformat.read(path, as_version=4)), streams(execute(path))
+    number = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
+    told = [re.sub(r"\s+", " ", re.sub(number, "#", text)) for text in (printed, shown)]
+    assert told[0] == told[1]
+    rows = re.findall(r"^(plain posterior|adversarial training|BAL) +((?:[\d.]+ +)+)\(", printed, flags=re.M)
+    curves = {name: [float(value) for value in values.split()] for name, values in rows}
+    assert min(curve[0] for curve in curves.values()) > 0.9  # clean
+    for name in ("adversarial training", "BAL"):
+        assert curves[name][6] > curves["plain posterior"][6] + 0.08  # at 0.15, where each is good to 0.026
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_outputs_are_small_and_free_of_warnings(path):
     assert path.stat().st_size < 300_000
