@@ -238,7 +238,7 @@ class _NotTogether(RuntimeError):
 
 class _Slopes:
     """
-    Gradients of one function of the draws, chunk by chunk, recorded at the first chunk of a size and compared at the second.
+    Gradients of one function of the draws, chunk by chunk, recorded once for each size of a chunk.
 
     :param tape: from a draw and the inputs to its logits.
     :param reduce: as in :meth:`PosteriorClassifier.gradients`.
@@ -247,13 +247,16 @@ class _Slopes:
     def __init__(self, tape: Tape, reduce: Reduction) -> None:
         self._tape, self._reduce = tape, reduce
         self._recorded: dict[int, Tape | None] = {}
-        self._compared: set[int] = set()
 
     def __call__(self, constants: list[Any], draws: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """:raises _NotTogether: where there are several draws."""
         size = len(draws[0])
         places = [i for i, value in enumerate(constants) if value is not None]
-        inputs = (*draws, x.detach(), y, *(constants[i] for i in places))
+        changing, fixed = (*draws, x.detach(), y), [constants[i] for i in places]
+        recorded = self._recorded.get(size)
+        if recorded is not None:
+            with torch.no_grad():
+                return recorded.replay(recorded.prepare(), (*changing, *fixed))
 
         def whole(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             values, (x, y, *others) = list(constants), tensors[len(draws) :]
@@ -261,31 +264,26 @@ class _Slopes:
                 values[i] = value
             return _slope(lambda x: self._logits(values, tensors[: len(draws)], size, x), x, y, self._reduce)
 
-        recorded = self._recorded.get(size)
-        if size in self._compared and recorded is not None:
-            with torch.no_grad():
-                return recorded.replay(recorded.prepare(), inputs)
         try:
-            if size not in self._recorded:
-                return self._record(whole, inputs, size)
-            expected = whole(*inputs)
+            found = whole(*changing, *fixed)
         except Exception as error:
             if size > 1:
                 raise _NotTogether from error
             raise
-        if size not in self._compared:
-            self._compared.add(size)
-            with torch.no_grad():
-                if recorded is not None and not agree(recorded.replay(recorded.prepare(), inputs), expected):
-                    self._recorded[size] = None
-        return expected
-
-    def _record(self, whole: Callable, inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, Tensor, Tensor]:
-        try:
-            self._recorded[size], found = record(whole, inputs)
-        except NotRecordable:  # it still runs
-            self._recorded[size], found = None, whole(*inputs)
+        if size not in self._recorded:
+            self._recorded[size] = self._record(whole, changing, fixed, found)
         return found
+
+    @staticmethod
+    def _record(whole: Callable, changing: Sequence[Tensor], fixed: Sequence[Tensor], expected: Sequence[Tensor]) -> Tape | None:
+        """Recorded at other values than it is compared at; None if it cannot be trusted."""
+        try:
+            tape, _ = record(whole, (*(tensor.flip(0) for tensor in changing), *fixed))
+            with torch.no_grad():
+                agrees = agree(tape.replay(tape.prepare(), (*changing, *fixed)), expected)
+        except NotRecordable:
+            return None
+        return tape if agrees else None
 
     def _logits(self, values: list[Any], draws: Sequence[Tensor], size: int, x: Tensor) -> Tensor:
         if size > 1:
