@@ -270,6 +270,7 @@ def picture(cells: dict[str, Any], path: Path) -> None:
     """Robustness against accuracy; then, of the largest networks, accuracy against eps and gradients against draws."""
     shown = [cell for cell in cells.values() if cell["accuracy"][0] >= LEAST_ACCURACY]
     figure, axes = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
+    axes[2].plot([], [])  # the colour of SGD, which has one draw and no such curve
     points, curves, norms = {}, {}, {}
     for inference in INFERENCE:
         family = [cell for cell in shown if cell["inference"] == inference]
