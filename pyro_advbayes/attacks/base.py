@@ -115,7 +115,7 @@ class Attack(ABC):
         return region.restrict(self.run(problem, region).detach())
 
     def _checked_inputs(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or x.numel() == 0:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0 or x.numel() == 0:
             what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"inputs must be a tensor of floating type [N, ...] with one row or more, not {what}")
         low, high = x.new_tensor(self.clip or (-math.inf, math.inf)).tolist()  # rounded as the inputs are

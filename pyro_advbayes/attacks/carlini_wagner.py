@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_advbayes.attacks.base import Attack
-from pyro_advbayes.attacks.geometry import Region, rows
+from pyro_advbayes.attacks.geometry import Region, flat, rows
 from pyro_advbayes.attacks.problem import ClassifierProblem, Problem, check_gradient, differentiate
 
 DECAYS = 0.9, 0.999  # Adam's
@@ -82,7 +82,7 @@ class CarliniWagner(Attack):
             margin, gradient, success = problem.gradient(x, success=True)
             hit = success & (margin >= self.confidence) if self.confidence else success
             delta = x - clean
-            size = delta.flatten(1).square().sum(1)
+            size = flat(delta).square().sum(1)
             nearer = hit & (size < smallest)
             best, smallest = torch.where(rows(nearer, x), x, best), torch.where(nearer, size, smallest)
             slope = 2 * delta - rows(c * ~hit, gradient) * gradient

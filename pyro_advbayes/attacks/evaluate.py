@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_advbayes.attacks.base import Attack, BallAttack
-from pyro_advbayes.attacks.geometry import l2_size, linf_size
+from pyro_advbayes.attacks.geometry import flat, l2_size, linf_size
 from pyro_advbayes.attacks.problem import ClassifierProblem, check_labels, check_outputs
 
 ZERO_SHARE = 0.01  # of inputs without a gradient, above which gradient attacks are in doubt
@@ -208,7 +208,7 @@ def _look(classifier: Callable, batches: Batches, attacks: Sequence[Attack]) -> 
         zeros, count = 0, 0
         for x, y in batches:
             problem = ClassifierProblem(classifier, y, loss, objective, targeted=False, eot=1)
-            zeros += int((problem.gradient(x).gradient.flatten(1) == 0).all(1).sum())
+            zeros += int((flat(problem.gradient(x).gradient) == 0).all(1).sum())
             count += len(x)
         if zeros > ZERO_SHARE * count:
             found.append(

@@ -15,14 +15,19 @@ def rows(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (like.dim() - 1))
 
 
+def flat(x: Tensor) -> Tensor:
+    """``[N, ...]`` as ``[N, D]``; ``[N]``, too."""
+    return x.reshape(len(x), -1)
+
+
 def l2_size(delta: Tensor) -> Tensor:
     """Euclidean length of every row, ``[N]``."""
-    return torch.linalg.vector_norm(delta.flatten(1), dim=1)
+    return torch.linalg.vector_norm(flat(delta), dim=1)
 
 
 def linf_size(delta: Tensor) -> Tensor:
     """Largest absolute entry of every row, ``[N]``."""
-    return delta.flatten(1).abs().amax(1)
+    return flat(delta).abs().amax(1)
 
 
 class Region:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_advbayes.attacks.base import GradientAttack
-from pyro_advbayes.attacks.geometry import Ball, rows
+from pyro_advbayes.attacks.geometry import Ball, flat, rows
 from pyro_advbayes.attacks.problem import Problem
 
 
@@ -47,7 +47,7 @@ class MIM(GradientAttack):
         step_size = self.step_size or self.eps / self.steps
         for _ in range(self.steps):
             gradient = problem.gradient(x).gradient
-            size = gradient.flatten(1).abs().sum(1).clamp_min(torch.finfo(gradient.dtype).tiny)
+            size = flat(gradient).abs().sum(1).clamp_min(torch.finfo(gradient.dtype).tiny)
             total = self.decay * total + gradient / rows(size, gradient)
             x = region.restrict(x + step_size * region.steepest(total))
         return x

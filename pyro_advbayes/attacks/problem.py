@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pyro_advbayes.attacks.geometry import rows
+from pyro_advbayes.attacks.geometry import flat, rows
 from pyro_advbayes.attacks.losses import LOSSES, Loss, cross_entropy
 
 OBJECTIVES = ("loss_of_mean", "mean_loss")
@@ -236,7 +236,7 @@ def check_gradient(gradient: Tensor) -> Tensor:
     :raises ValueError: unless it is finite.
     """
     if not bool(gradient.isfinite().all()):
-        bad = int((~gradient.isfinite()).flatten(1).any(1).sum())
+        bad = int(flat(~gradient.isfinite()).any(1).sum())
         raise ValueError(f"gradients of the loss are NaN or infinite for {bad} of {len(gradient)} inputs: check the weights (or draws)")
     return gradient
 

@@ -23,7 +23,7 @@ from pyro_advbayes.attacks import (
     Square,
     Uniform,
 )
-from pyro_advbayes.attacks.base import BallAttack
+from pyro_advbayes.attacks.base import BallAttack, Best
 from pyro_advbayes.attacks.geometry import SIZES
 from tests.attacks.posteriors import digits_examples, digits_network, examples, posterior
 
@@ -134,6 +134,31 @@ def test_an_attack_on_a_loss_is_the_attack_on_the_classifier_with_that_loss(atta
     torch.testing.assert_close(found, expected)
 
 
+@named(
+    [
+        Uniform(EPS),
+        FGSM(EPS, norm="l2"),
+        IFGSM(EPS, 3),
+        MIM(EPS, 3),
+        PGD(EPS, 3),
+        APGD(EPS, 3),
+        WRM(1.3, 3),
+        Square(EPS, 5),
+        CarliniWagner(20, 3),
+    ]
+)
+def test_inputs_may_be_single_numbers(attack):
+    x, y = torch.tensor([0.3, 0.45, 0.9]), torch.tensor([0, 0, 1])
+
+    def network(inputs):
+        return torch.stack([0.5 - inputs, inputs - 0.5], -1)
+
+    attacked = attack(network, x, y)
+    assert attacked.shape == (3,)
+    if attack.uses_gradient:
+        assert (attacked[:2] > x[:2]).all() and attacked[2] < x[2]
+
+
 @named([PGD(EPS, 3), Uniform(EPS, tries=3), APGD(EPS, 5), Square(EPS, 5)])
 def test_random_attacks_follow_the_seed(attack):
     classifier, _ = posterior(3)
@@ -218,6 +243,13 @@ def test_of_several_tries_the_best_is_kept_for_every_input(attack):
     assert (often[0] >= once[0]).all()
     same = once[0] == often[0]
     assert (often[1] >= once[1] - 1e-6)[same].all() and (often[1] > once[1] + 1e-6).any()
+
+
+def test_a_success_is_better_than_a_higher_loss():
+    best = Best()
+    for value, (loss, success) in enumerate([(1.0, False), (5.0, False), (2.0, True), (3.0, True), (9.0, False), (2.5, True)]):
+        best.offer(torch.full((1, 2), float(value)), torch.tensor([loss]), torch.tensor([success]))
+        assert best.x.tolist() == [[[0.0, 1.0, 2.0, 3.0, 3.0, 3.0][value]] * 2]
 
 
 def test_an_attack_is_written_as_it_is_made():

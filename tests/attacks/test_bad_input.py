@@ -90,7 +90,7 @@ def badly_drawn():
         (PLAIN, X + 0.5, Y, r"inputs run from .* clip=\(0.0, 1.0\)"),
         (PLAIN, X * torch.nan, Y, r"inputs run from nan to nan"),
         (PLAIN, (255 * X).byte(), Y, r"inputs must be a tensor of floating type .* not torch.uint8 \(5, 6\)"),
-        (PLAIN, X[0], Y, r"inputs must be a tensor of floating type \[N, ...\]"),
+        (PLAIN, X[0, 0], Y, r"inputs must be a tensor of floating type \[N, ...\]"),
         (PLAIN, X[:0], Y[:0], r"with one row or more"),
         (NotANumber(), X, Y, r"gives NaN or infinite logits for 1 of 5 inputs, the first in row 3"),
         (badly_drawn(), X, Y, r"gives NaN or infinite logits for 5 of 5 inputs"),

@@ -98,6 +98,30 @@ def test_step_sizes_are_halved_one_by_one_where_little_rose_or_nothing_changed()
     torch.testing.assert_close(schedule.step_size, torch.tensor([0.2, 0.2, 0.2]))
 
 
+def test_apgd_steps_with_momentum_and_begins_anew_at_the_best_point_after_a_checkpoint():
+    """Of a loss whose top lies inside the ball, which steps of its size jump over."""
+    visited = []
+
+    def loss(x):
+        visited.append(x.detach())
+        return -(x - 0.53).square().sum(1)
+
+    APGD(EPS, 30).on_loss(loss, torch.full((1, 2), 0.5, dtype=torch.double))
+
+    def aim(x, step):
+        return (x + step * (0.53 - x).sign()).clamp(0.5 - EPS, 0.5 + EPS)
+
+    assert checkpoints(30)[0] == 7
+    torch.testing.assert_close(visited[1], aim(visited[0], 2 * EPS))
+    for k in range(1, 7):
+        before, x = visited[k - 1 : k + 1]
+        momentum = x + 0.75 * (aim(x, 2 * EPS) - x) + 0.25 * (x - before)
+        torch.testing.assert_close(visited[k + 1], momentum.clamp(0.5 - EPS, 0.5 + EPS))
+    top = max(visited[:8], key=lambda x: float(-(x - 0.53).square().sum()))
+    assert not torch.equal(top, visited[7])
+    torch.testing.assert_close(visited[8], top + 0.75 * (aim(top, EPS) - top))
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "dlr"])
 def test_apgd_is_no_weaker_than_pgd_of_as_many_steps(loss):
     net = digits_network()
