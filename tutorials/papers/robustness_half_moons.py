@@ -25,9 +25,7 @@ Every cell of the grid is written to ``robustness_half_moons-<scale>.json`` when
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -58,7 +56,7 @@ import pyro_advbayes as ab
 from models.mlp import mlp
 from pyro_advbayes import diagnostics as dg
 from pyro_advbayes.attacks import FGSM, PGD, Attack, Square, Uniform
-from pyro_advbayes.infer.ensemble import deep_ensemble
+from tutorials.papers.experiments import Results, settings
 
 EPS = (0.025, 0.05, 0.1, 0.15)
 SHOWN_EPS = 0.1  # in the scatter plot
@@ -153,7 +151,9 @@ def new_model(width: int, device: str) -> torch.nn.Module:
 def sgd(model: torch.nn.Module, data: tuple[Tensor, Tensor], cell: Cell, scale: Scale) -> tuple[dict[str, Tensor], dict[str, float]]:
     """One network, at a learning rate of 0.01 for the mean loss: the prior is its weight decay."""
     optim = SGD({"lr": 0.01 / cell.num_data, "momentum": 0.9})
-    return deep_ensemble(model, data, num_members=1, num_steps=scale.sgd_steps, optim=optim, batch_size=min(BATCH_SIZE, cell.num_data)), {}
+    return ab.deep_ensemble(
+        model, data, num_members=1, num_steps=scale.sgd_steps, optim=optim, batch_size=min(BATCH_SIZE, cell.num_data)
+    ), {}
 
 
 def vi(model: torch.nn.Module, data: tuple[Tensor, Tensor], cell: Cell, scale: Scale) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -312,41 +312,6 @@ def table(cells: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def settings(scale: str, seed: int, device: str) -> dict[str, Any]:
-    """What the numbers depend on, as JSON has it."""
-    values = {
-        "scale": scale,
-        "seed": seed,
-        "grid": SCALES[scale]._asdict(),
-        "eps": EPS,
-        "batch_size": BATCH_SIZE,
-        "prior": "Normal(0, 1)",
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu ({platform.machine()})",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "pyro": pyro.__version__,
-            "pyro_advbayes": ab.__version__,
-        },
-    }
-    return json.loads(json.dumps(values))
-
-
-def finished(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """
-    The cells that are in the file.
-
-    :raises ValueError: if it was written with other settings.
-    """
-    if not path.exists():
-        return {}
-    content = json.loads(path.read_text())
-    differing = [name for name in wanted if content["settings"].get(name) != wanted[name]]
-    if differing:
-        raise ValueError(f"{path} was written with another {', '.join(differing)}: move it away, or give another --out")
-    return content["cells"]
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Goes through the grid, writes the files and prints the table."""
     parser = argparse.ArgumentParser(description="Robustness of Bayesian neural networks on half moons.")
@@ -355,19 +320,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the files")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    scale, wanted = SCALES[args.scale], settings(args.scale, args.seed, args.device)
-    path = args.out / f"robustness_half_moons-{args.scale}.json"
-    cells, task = finished(path, wanted), load(scale, args.device)
-    todo = [cell for cell in grid(scale) if cell.name not in cells]
-    for cell in tqdm(todo, desc="half moons", disable=None):
-        cells[cell.name] = run(cell, task, scale, args.seed, args.device)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"settings": wanted, "cells": cells}, indent=1) + "\n")
-        part.replace(path)  # whole, or not at all
-    picture(cells, path.with_suffix(".png"))
-    print(table(cells))
-    return {"settings": wanted, "cells": cells}
+    scale = SCALES[args.scale]
+    known = {"grid": scale._asdict(), "eps": EPS, "batch_size": BATCH_SIZE, "prior": "Normal(0, 1)"}
+    results = Results(args.out / f"robustness_half_moons-{args.scale}.json", settings(args.scale, args.seed, args.device, **known))
+    task = load(scale, args.device)
+    for cell in tqdm([cell for cell in grid(scale) if cell.name not in results], desc="half moons", disable=None):
+        results.add(cell.name, run(cell, task, scale, args.seed, args.device))
+    picture(results.found, results.path.with_suffix(".png"))
+    print(table(results.found))
+    return {"settings": results.settings, "results": results.found}
 
 
 if __name__ == "__main__":

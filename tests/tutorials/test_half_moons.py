@@ -31,8 +31,8 @@ def without_times(cells: dict) -> dict:
 def test_half_moons_has_every_inference_with_an_error_for_every_number(moons):
     content = json.loads((moons / "robustness_half_moons-smoke.json").read_text())
     assert {"scale", "seed", "grid", "eps", "device", "versions"} <= set(content["settings"])
-    assert [cell["inference"] for cell in content["cells"].values()] == ["SGD", "VI", "SGLD", "HMC"]
-    for cell in content["cells"].values():
+    assert [cell["inference"] for cell in content["results"].values()] == ["SGD", "VI", "SGLD", "HMC"]
+    for cell in content["results"].values():
         assert cell["accuracy"][0] > 0.75 and 0 < cell["accuracy"][1] < 0.1
         for sizes in cell["attacks"].values():
             assert list(sizes) == ["0.025", "0.05", "0.1", "0.15"]
@@ -51,15 +51,15 @@ def test_half_moons_draws_a_picture_of_its_numbers(moons):
 def test_half_moons_computes_again_only_what_is_missing_and_the_same_numbers(moons, tmp_path, monkeypatch):
     name = "robustness_half_moons-smoke.json"
     content = json.loads((moons / name).read_text())
-    kept = dict(list(content["cells"].items())[1:])
-    (tmp_path / name).write_text(json.dumps({**content, "cells": kept}))
+    kept = dict(list(content["results"].items())[1:])
+    (tmp_path / name).write_text(json.dumps({**content, "results": kept}))
     computed = []
     run = half_moons.run
     monkeypatch.setattr(half_moons, "run", lambda cell, *rest: computed.append(cell.name) or run(cell, *rest))
     half_moons.main(["--scale", "smoke", "--seed", "3", "--out", str(tmp_path)])
     assert computed == ["SGD-w8-n100"]
-    again = json.loads((tmp_path / name).read_text())["cells"]
-    assert without_times(again) == without_times(content["cells"])
+    again = json.loads((tmp_path / name).read_text())["results"]
+    assert without_times(again) == without_times(content["results"])
     half_moons.main(["--scale", "smoke", "--seed", "3", "--out", str(tmp_path)])
     assert len(computed) == 1
 
