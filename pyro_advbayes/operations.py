@@ -118,6 +118,8 @@ def _fill(arg: Any, values: list[Any]) -> Any:
 
 
 def _threshold_backward_(gradient: Tensor, result: Tensor, threshold: float) -> Tensor:
+    if gradient.stride() != result.stride():  # what follows counts on the layout that new memory would get
+        return aten.threshold_backward.default(gradient, result, threshold)
     return aten.threshold_backward.grad_input(gradient, result, threshold, grad_input=gradient)
 
 

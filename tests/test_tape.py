@@ -75,6 +75,7 @@ def derivatives(a, b):
         torch.ops.aten.threshold_backward(square, square.t(), 0.1),
         torch.ops.aten.threshold_backward(read, a, 0.0) + read,
         torch.ops.aten.threshold_backward(part, a, 0.0) + part.relu(),
+        torch.ops.aten.threshold_backward((a * 2).t().contiguous(), hidden, 0.0).t().view(12),  # in the layout of hidden
     ]
 
 

@@ -119,8 +119,9 @@ def evaluate(
     Attacks a classifier in several ways, and says what to make of the numbers.
 
     It looks whether the numbers can be believed, and warns in words (``UserWarning``, and in the report): of a classifier that is random,
-    that gives probabilities in place of logits, whose gradient is exactly 0 at more than 1 % of the inputs for a loss that is attacked, and
-    of a gradient-free attack that beats all gradient attacks in the same ball. A progress bar runs on a terminal.
+    that gives probabilities in place of logits, or whose gradient, for a loss that is attacked, is exactly 0 at more than 1 % of the
+    inputs that are right; and of a gradient-free attack that beats all gradient attacks in the same ball. A progress bar runs on a
+    terminal.
 
     :param classifier: inputs ``[N, ...]`` -> logits ``[N, K]``, as for :class:`Attack`.
     :param x: clean inputs ``[N, ...]``.
@@ -207,13 +208,15 @@ def _look(classifier: Callable, batches: Batches, attacks: Sequence[Attack]) -> 
     for loss, objective in sorted(losses):
         zeros, count = 0, 0
         for x, y in batches:
-            problem = ClassifierProblem(classifier, y, loss, objective, targeted=False, eot=1)
-            zeros += int((flat(problem.gradient(x).gradient) == 0).all(1).sum())
-            count += len(x)
+            slope = ClassifierProblem(classifier, y, loss, objective, targeted=False, eot=1).gradient(x, success=True)
+            right = ~slope.success  # of inputs that are wrong the loss may have reached its top
+            zeros += int(((flat(slope.gradient) == 0).all(1) & right).sum())
+            count += int(right.sum())
         if zeros > ZERO_SHARE * count:
             found.append(
-                f"the gradient of the loss {loss!r} ({objective}) is exactly zero at {zeros} of {count} inputs, where no attack that "
-                "follows it can start: predictions are too sure for the arithmetic. Try loss='margin' or 'dlr', and a gradient-free attack"
+                f"the gradient of the loss {loss!r} ({objective}) is exactly zero at {zeros} of {count} inputs that are right, where no "
+                "attack that follows it can start: predictions are too sure for the arithmetic. Try loss='margin' or 'dlr', and a "
+                "gradient-free attack"
             )
     return found
 

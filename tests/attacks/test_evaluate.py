@@ -123,6 +123,15 @@ def test_a_saturated_posterior_is_told_and_what_is_proposed_helps():
     assert max(result.accuracy for result in helped.results) < 0.5
 
 
+def test_a_loss_that_is_at_its_top_for_an_input_that_is_wrong_is_no_reason_to_warn():
+    """The ratio of logits is 1, whatever they are, where the label is the third best."""
+    net = nn.Linear(6, 4)
+    x, _ = examples(20, dtype=torch.float)
+    y = net(x).argsort(-1)[:, 1]
+    y[:2] = net(x[:2]).argmax(-1)
+    assert no_warning(net, x, y, [PGD(0.1, 3, loss="dlr")]).already_wrong == 18
+
+
 def test_gradients_that_mislead_are_told_by_an_attack_without_them():
     class Masked(nn.Module):
         """Its gradient is that of another network."""

@@ -385,6 +385,17 @@ def test_models_that_cannot_be_recorded_give_the_same(function):
         check_gradients(classifier, x.detach(), torch.randint(3, (4,)), likelihood)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_gradients_through_convolutions_and_pooling_are_those_of_autograd(chunk_size):
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
+    )
+    classifier = PosteriorClassifier(Classifier(bayesianize(net)), draws_of(net, 6, torch.float), chunk_size=chunk_size)
+    for _ in range(3):
+        check_gradients(classifier, torch.randn(5, 1, 8, 8), torch.randint(3, (5,)), likelihood)
+    assert len(list(classifier.gradients(torch.randn(5, 1, 8, 8), torch.zeros(5, dtype=torch.long), likelihood))) == 6 // chunk_size
+
+
 def test_draws_that_cannot_be_batched_give_their_gradients_one_by_one():
     def model(x):
         w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
