@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import Transform, biject_to
+from torch.distributions import Transform, biject_to, constraints
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_advbayes.batches import in_words
@@ -356,8 +356,11 @@ def _check_labels(trace: Trace, whole: Sequence[tuple[str, Tensor, Tensor]]) -> 
     for name, node in _observations(trace).items():
         for label, given, values in whole:
             support = node["fn"].support if node["value"] is given else None
+            while hasattr(support, "base_constraint"):  # of to_event
+                support = support.base_constraint
             if support is not None and support.is_discrete:
-                wrong = ~support.check(values)
+                # a share between 0 and 1 stands for a coin where it is the target of a cross-entropy
+                wrong = (values < 0) | (values > 1) if support is constraints.boolean else ~support.check(values)
                 if bool(wrong.any()):
                     raise ValueError(
                         f"observed site {name!r}: {int(wrong.sum())} of the values in argument {label} are outside its support, {support} "

@@ -19,6 +19,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
 import pyro_advbayes as ab
+from models.logistic_regression import LogisticRegression
+from models.mlp import mlp
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.nn import bayesianize
 from tests.small_models import data, logistic, subsampling, weights
@@ -337,6 +339,23 @@ def test_inputs_and_labels_of_different_length_are_refused(refused, rows, batch_
     refused(sgld(logistic, batch_size=batch_size), X, y, says=["'obs'", f"x has {N} rows", f"y has {rows} rows"])
     if batch_size is None:
         refused(sgld(logistic), X[:rows], Y if rows <= N else Y[:-1], says=["'obs'", "x has", "y has"])
+
+
+@pytest.mark.parametrize("batch_size", [None, 10])
+def test_labels_outside_the_classes_are_refused_wherever_they_are(refused, batch_size):
+    x, y = torch.randn(60, 3), torch.zeros(60, dtype=torch.long)
+    y[57] = 2
+    says = ["site 'obs': 1 of the values in argument y are outside its support", "the first is 2"]
+    refused(sgld(mlp((3, 4, 2)), batch_size=batch_size), x, y, says=says)
+
+
+def test_shares_between_0_and_1_may_stand_for_coins_and_2_may_not():
+    x, y = torch.randn(20, 3), torch.rand(20)
+    model = LogisticRegression(3)
+    ab.Potential(model, (x, y), batch_size=10)
+    y[19] = 2.0
+    with pytest.raises(ValueError, match="argument y are outside its support"):
+        ab.Potential(model, (x, y), batch_size=10)
 
 
 @pytest.mark.parametrize("batch_size", [None, 10])

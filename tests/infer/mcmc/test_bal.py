@@ -13,6 +13,7 @@ from pyro.infer import MCMC
 import pyro_advbayes as ab
 from models.classifier import Classifier
 from models.mlp import mlp
+from models.vae import VAE
 
 
 def coin(x, y):
@@ -394,6 +395,28 @@ def test_a_generator_lasts_from_batch_to_batch_and_learns_to_raise_the_loss():
         losses.append(loss(*batch))
     assert losses[-1] > losses[0] + 1.0 > loss(x, y) + 1.0
     assert all(torch.equal(a, b) for a, b in zip(before, generator.network.parameters(), strict=True))
+
+
+def test_a_vae_is_perturbed_so_that_its_codes_move():
+    """The adversary raises how far the code's mean is from that of the clean image, and the weights see what it made."""
+    x = images(20)[0]
+    model = VAE(num_pixels=64, hidden=(16,), num_latents=3)
+
+    def moved_code(model, clean, args, kwargs):
+        return (model.encode(args[0])[0] - model.encode(clean)[0].detach()).square().sum(-1)
+
+    inputs = ab.SGLD.rule(step_size=20.0, num_steps=15)
+    kernel = ab.BAL(
+        model, "x", 20, loss=moved_code, inputs=inputs, cost=ab.Box(0.1), input_temperature=1e-4, clip=(0.0, 1.0), keep=range(20)
+    )
+    mcmc = sampled(kernel, x, torch.randn(20, 3), samples=3, chains=2)
+    moved = mcmc.get_extras()["x"][-1]
+    assert float((moved - x).abs().max()) <= 0.1 + 1e-6
+    weights = {site: value[-1] for site, value in mcmc.get_samples().items()}
+    encode = pyro.poutine.condition(model.encode, data=weights)
+    noise = x + 0.1 * torch.randn_like(x).sign()
+    distances = [(encode(images_)[0] - encode(x)[0]).norm(dim=-1).mean() for images_ in (moved, noise.clamp(0, 1))]
+    assert float(distances[0]) > 2.0 * float(distances[1])
 
 
 # ------------------------------------------------------------------------------------------------ bad input
