@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_advbayes.attacks.base import Attack
 from pyro_advbayes.attacks.geometry import Region, flat, rows
-from pyro_advbayes.attacks.problem import ClassifierProblem, Problem, check_gradient, differentiate
+from pyro_advbayes.attacks.problem import ClassifierProblem, Problem, check_gradient, differentiate, method
 
 DECAYS = 0.9, 0.999  # Adam's
 
@@ -131,8 +131,10 @@ class OneStepCarliniWagner(Attack):
         return region.center - check_gradient(total / count) / math.sqrt(2)
 
 
-def _logits(classifier: Callable, x: Tensor):
-    if hasattr(classifier, "logits"):
-        yield from classifier.logits(x)
+def _logits(classifier: Callable, x: Tensor) -> Iterator[Tensor]:
+    """Of all networks, ``[chunk, N, K]`` at a time."""
+    own = method(classifier, "logits")
+    if own is not None:
+        yield from own(x)
     else:
         yield classifier(x).unsqueeze(0)

@@ -100,7 +100,7 @@ class ClassifierProblem(Problem):
     log-sum-exp rescales what was summed before. Other losses of the mean prediction go through the classifier's own backward pass.
 
     :param classifier: inputs ``[N, ...]`` -> logits or log-probabilities ``[N, K]``; its method ``log_probs``, if it has one, gives those
-        of its draws, ``[chunk, N, K]`` at a time.
+        of its draws, ``[chunk, N, K]`` at a time, and its method ``gradients`` does faster what autograd would do with those.
     :param y: ``[N]``; the targets, if ``targeted``.
     :param str loss: a name in :data:`~pyro_advbayes.attacks.losses.LOSSES`.
     :param str objective: a name in :data:`OBJECTIVES`.
@@ -111,7 +111,7 @@ class ClassifierProblem(Problem):
     def __init__(self, classifier: Callable, y: Tensor, loss: str, objective: str, targeted: bool, eot: int) -> None:
         self.classifier, self.y, self.targeted = classifier, y, targeted
         self._loss, self._eot, self._sign = LOSSES[loss], eot, -1.0 if targeted else 1.0
-        self._log_probs = getattr(classifier, "log_probs", None)
+        self._log_probs, self._gradients = (method(classifier, name) for name in ("log_probs", "gradients"))
         self._several = self._log_probs is not None or eot > 1
         self._mean_loss = objective == "mean_loss"
         self._reduce = log_sum if loss == "cross_entropy" and self._several and not self._mean_loss else sum_of(self._loss)
@@ -133,12 +133,9 @@ class ClassifierProblem(Problem):
 
     def _slopes(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Log-probabilities ``[chunk, N, K]``, the part ``[N]`` of their draws in the loss, and its gradient, chunk by chunk."""
-        own = getattr(self.classifier, "gradients", None)
-        if own is not None:
+        if self._gradients is not None and self._seen:  # at first one must see whether the labels are classes at all
             for _ in range(self._eot):
-                for log_probs, part, gradient in own(x, self.y, self._reduce):
-                    yield self._checked(log_probs, "[chunk, N, K]"), part, gradient
-            self._seen = True
+                yield from self._gradients(x, self.y, self._reduce)
             return
         with torch.enable_grad():
             for log_probs in self.draws(x):
@@ -194,6 +191,11 @@ class ClassifierProblem(Problem):
             if self._needs_third and outputs.shape[-1] < 3:
                 raise ValueError("loss='dlr' compares three logits, but the classifier has 2 classes: take 'cross_entropy' or 'margin'")
         return outputs
+
+
+def method(classifier: Callable, name: str) -> Callable | None:
+    """A classifier's method; a layer that happens to have the name is none."""
+    return getattr(classifier, name) if callable(getattr(type(classifier), name, None)) else None
 
 
 def check_outputs(outputs: Tensor, count: int, shape: str = "[N, K]") -> None:

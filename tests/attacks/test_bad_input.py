@@ -72,6 +72,9 @@ class NotANumber(nn.Module):
         return torch.where(torch.arange(len(x)).unsqueeze(1) == 3, torch.nan, logits)
 
 
+GOOD = posterior(4, dtype=torch.float)[0]
+
+
 def badly_drawn():
     """A posterior of which one late draw is NaN."""
     classifier, _ = posterior(4, dtype=torch.float, chunk_size=1)
@@ -85,6 +88,7 @@ def badly_drawn():
     [
         (PLAIN, X, Y + 1, r"labels run from 1 to 4, but the classifier has the classes 0 to 3"),
         (PLAIN, X, Y - 1, r"labels run from -1 to 2"),
+        (GOOD, X, Y + 1, r"labels run from 1 to 4, but the classifier has the classes 0 to 3"),
         (PLAIN, X, Y.float(), r"labels must be a tensor of integers, not torch.float32"),
         (PLAIN, X, Y[:4], r"labels must be \[5\], one for each input, not \[4\]"),
         (PLAIN, X + 0.5, Y, r"inputs run from .* clip=\(0.0, 1.0\)"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from pyro_advbayes.attacks import PGD, OneStepCarliniWagner
 from pyro_advbayes.attacks.losses import LOSSES
 from pyro_advbayes.attacks.problem import OBJECTIVES, ClassifierProblem
 from tests.attacks.posteriors import examples, posterior
@@ -27,6 +28,11 @@ def by_hand(networks, x, y, loss, objective, targeted):
 
 
 def check(problem, x, expected):
+    for _ in range(3):  # the first time with autograd, then from what is recorded
+        check_once(problem, x, expected)
+
+
+def check_once(problem, x, expected):
     losses, gradient, success = expected
     found = problem.gradient(x, success=True)
     torch.testing.assert_close(found.loss, losses, rtol=1e-11, atol=1e-12)
@@ -94,6 +100,25 @@ def test_cross_entropy_takes_one_pass_over_the_draws(objective):
         assert classifier.passes == passes
     problem.examine(x)
     assert classifier.passes == 3
+
+
+class Named(nn.Module):
+    """Its layers have the names of a posterior's methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_probs, self.logits, self.gradients = nn.Linear(6, 5), nn.Linear(5, 4), nn.Tanh()
+
+    def forward(self, x):
+        return self.logits(self.gradients(self.log_probs(x)))
+
+
+def test_a_layer_is_not_taken_for_a_method_of_its_name():
+    net = Named()
+    x, y = examples(dtype=torch.float)
+    same = nn.Sequential(net.log_probs, net.gradients, net.logits)
+    for attack in (PGD(0.1, 3, random_start=False), OneStepCarliniWagner()):
+        torch.testing.assert_close(attack(net, x, y), attack(same, x, y))
 
 
 def test_draws_of_which_some_are_certain_weigh_as_they_should():
