@@ -41,6 +41,8 @@ LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "margin": margin, "dl
 
 
 def _of_label(values: Tensor, y: Tensor) -> Tensor:
+    # A label that is no class would stop the program, on a GPU for good, before it can be refused.
+    y = y.clamp(0, values.shape[-1] - 1)
     return values.gather(-1, y.expand(values.shape[:-1]).unsqueeze(-1)).squeeze(-1)
 
 

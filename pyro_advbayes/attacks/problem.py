@@ -133,9 +133,11 @@ class ClassifierProblem(Problem):
 
     def _slopes(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Log-probabilities ``[chunk, N, K]``, the part ``[N]`` of their draws in the loss, and its gradient, chunk by chunk."""
-        if self._gradients is not None and self._seen:  # at first one must see whether the labels are classes at all
+        if self._gradients is not None:
             for _ in range(self._eot):
-                yield from self._gradients(x, self.y, self._reduce)
+                for log_probs, part, gradient in self._gradients(x, self.y, self._reduce):
+                    yield self._checked(log_probs, "[chunk, N, K]"), part, gradient
+            self._seen = True
             return
         with torch.enable_grad():
             for log_probs in self.draws(x):
