@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-PACKAGES = ("torch", "pyro-ppl", "numpy", "posteriors", "blackjax", "jax", "jaxlib")
+PACKAGES = ("torch", "pyro-ppl", "numpy", "posteriors", "blackjax", "jax", "jaxlib", "foolbox")
 
 
 class Missing(Exception):
