@@ -158,7 +158,7 @@ def test_a_models_graph_is_its_energy_and_gradient_to_the_bit(name):
     if name == "embedding":
         x = torch.randint(0, 5, (ROWS, width))
     potential = ab.Potential(make(), (x, y), batch_size=None if name == "subsampling" else 4, backend="handlers")
-    energy_and_gradient = grad_and_value(potential._log_density)
+    energy_and_gradient = grad_and_value(potential.log_density)
 
     def inputs():
         row = potential.init()[0] + 0.1 * torch.randn(potential.size)
@@ -179,7 +179,7 @@ def test_the_graph_of_many_chains_is_vmap_of_the_gradient_to_the_bit(name):
     width, make = MODELS[name]
     x, y = torch.randn(ROWS, width), torch.randint(0, 3, (ROWS,))
     potential = ab.Potential(make(), (x, y), num_chains=3, batch_size=4, backend="handlers")
-    gradient = vmap(grad(potential._log_density), in_dims=(0, None, 0, 0))
+    gradient = vmap(grad(potential.log_density), in_dims=(0, None, 0, 0))
     with pyro.validation_enabled(False):
         graph = trace_graph(gradient, (potential.init(), torch.tensor(1.0), *potential.batches.next()))
         for _ in range(2):
@@ -376,7 +376,7 @@ def traces(monkeypatch):
         counted.append(1)
         return trace_graph(*args)
 
-    monkeypatch.setattr("pyro_advbayes.potential.trace_graph", counting)
+    monkeypatch.setattr("pyro_advbayes.functions.trace_graph", counting)
     return counted
 
 
