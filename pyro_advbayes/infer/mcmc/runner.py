@@ -376,8 +376,8 @@ def _compare(now: dict[str, Any], then: dict[str, Any], path: Path | None) -> No
         here, there = now[key], then.get(key)
         if here != there:
             if isinstance(here, dict) and isinstance(there, dict):  # name the setting that differs
-                key = next(name for name in (*here, *there) if here.get(name) != there.get(name))
-                here, there = here.get(key), there.get(key)
+                name = next(name for name in (*here, *there) if here.get(name) != there.get(name))
+                key, here, there = f"{key}[{name!r}]", here.get(name), there.get(name)
             raise ValueError(f"{path} is of another run: its {key} is {_shorten(there)}, here it is {_shorten(here)}")
     for key in ("threads", "torch"):
         if now[key] != then[key]:
