@@ -432,8 +432,9 @@ class SGMCMCKernel(MCMCKernel):
         }
 
     def reference_energy(self) -> Tensor:
-        """U of chain 0 on a fixed minibatch, which tells one model from another."""
-        return self.potential.reference_energy(self._theta[0])
+        """U on a fixed minibatch, ``[2]``: where chain 0 is and at 0, since two models may agree at one point; tells one from another."""
+        theta = self._theta[0]
+        return torch.stack([self.potential.reference_energy(row) for row in (theta, torch.zeros_like(theta))])
 
     def state(self) -> dict[str, Any]:
         """Everything that the next sample depends on, random generators included: tensors and plain values."""

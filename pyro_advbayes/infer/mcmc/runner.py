@@ -160,10 +160,13 @@ class SGMCMC(AbstractMCMC):
         kernel.load(_to(content["kernel"], kernel.potential.device))
         energy = kernel.reference_energy()
         rtol = 1e-5 if energy.dtype.itemsize >= 4 else 1e-2  # the same model on another machine differs by rounding
-        if not torch.allclose(energy, content["energy"].to(energy.device), rtol=rtol, equal_nan=True):
+        same = torch.isclose(energy, content["energy"].to(energy.device), rtol=rtol, equal_nan=True)
+        if not bool(same.all()):
+            place = int((~same).nonzero()[0])
             raise ValueError(
-                f"{self.checkpoint} is of another model: its sites {sorted(sites)} have the same names and shapes, but the energy where "
-                f"chain 0 was is {float(energy):.6g} instead of {float(content['energy']):.6g} (another prior or likelihood?)"
+                f"{self.checkpoint} is of another model: its sites {sorted(sites)} have the same names and shapes, but the energy "
+                f"{('where chain 0 was', 'at 0')[place]} is {float(energy[place]):.6g} instead of {float(content['energy'][place]):.6g} "
+                "(another prior or likelihood?)"
             )
         done = kernel._samples
         if not self.draws_path.exists():

@@ -313,7 +313,7 @@ def finished(tmp_path):
         (lambda: sgld(regression), ["run.checkpoint is of another run", "model", "regression"]),
         (lambda: sgld(renamed(other_site)), ["another run", "sites", "'bias'"]),
         (lambda: sgld(with_prior(2.0)), ["another model", "['b', 'w']", "energy", "prior or likelihood"]),
-        (lambda: sgld(with_prior(1.01)), ["another model", "energy"]),
+        (lambda: sgld(with_prior(1.001)), ["another model", "energy"]),
         (lambda: sgld(renamed(with_likelihood)), ["another model", "energy"]),
         (lambda: ab.SGHMC(logistic, 1e-3, batch_size=7, backend="handlers"), ["another run", "kernel", "SGHMC"]),
         (lambda: sgld(step_size=1.1e-3), ["another run", "step_size"]),
