@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from pyro.distributions import Normal
-from torch import nn
+from torch import Tensor, nn
 
 from models.classifier import Classifier
 from pyro_advbayes.nn import Prior, bayesianize
 
 
+class ChannelsLast(nn.Module):
+    """
+    Grey images ``[N, 1, H, W]``, of the same values, laid out so that what follows keeps the channels of a pixel together: convolution
+    and pooling on a CPU are faster that way. (With one channel ``contiguous(memory_format=...)`` sees nothing to do.)
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.reshape(*images.shape[:-3], *images.shape[-2:], 1).movedim(-1, -3)
+
+
 def bal_convnet_network() -> nn.Sequential:
     """
-    The plain network: two 3x3 convolutions of 32 channels, each with ReLU and 2x2 max-pooling, then 1568-64-10.
+    The plain network: two 3x3 convolutions of 32 channels, each with ReLU and 2x2 max-pooling, then 1568-64-10. Pooling comes before
+    ReLU, with which it commutes and which then has a quarter of the numbers to look at.
 
     Source: N. Ye and Z. Zhu, Bayesian Adversarial Learning, NeurIPS 2018. The authors have Dropout(0.5) before the
     first linear layer. It is left out: in train mode it makes the log-likelihood random, in eval mode it does nothing,
@@ -20,12 +31,13 @@ def bal_convnet_network() -> nn.Sequential:
     :returns: a network from images ``[N, 1, 28, 28]`` with values in [0, 1] to logits ``[N, 10]``.
     """
     return nn.Sequential(
+        ChannelsLast(),
         nn.Conv2d(1, 32, kernel_size=3, padding=1),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),
         nn.Conv2d(32, 32, kernel_size=3, padding=1),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),
         nn.Flatten(),
         nn.Linear(1568, 64),
         nn.ReLU(),
