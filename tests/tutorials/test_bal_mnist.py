@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import matplotlib.image
+import pyro
 import pytest
+import torch
 
+import pyro_advbayes as ab
+from pyro_advbayes.attacks import FGSM, WRM
 from tutorials.papers import bal_mnist
 
 
@@ -19,14 +24,26 @@ def rows(tmp_path_factory):
 def test_every_method_has_every_number_with_its_error(rows):
     content = json.loads((rows / "bal_mnist-smoke.json").read_text())
     assert {"scale", "seed", "numbers", "eps", "batch_size", "device", "versions"} <= set(content["settings"])
-    named = {"BAL, 1 learners", "BAL, 2 learners", "BAL, box 0.15", "BNN", "ERM", "FGSM", "IFGSM", "WRM", "PGD, 0.15", "PGD, size of BAL's"}
+    kinds = ("FGSM", "IFGSM", "WRM", "PGD")
+    named = {"ERM", "BNN", "BAL, 1 learners", "BAL, 2 learners", "PGD, eps 0.15", *(f"{kind}, size of BAL" for kind in kinds)}
+    named |= {f"{kind}, published size" for kind in kinds[:3]} | {f"settings: {name}" for name in bal_mnist.SEARCH}
     assert set(content["results"]) == named
     for name, row in content["results"].items():
         assert list(row["FGSM"]) == [str(eps) for eps in bal_mnist.EPS]
         for value, error in (*row["FGSM"].values(), *row["PGD"].values(), *row["Square"].values(), row["one-step C-W"]):
             assert 0.0 <= value <= 1.0 and error > 0.0
-        assert (row["about"].get("T_eff") is not None) == (name.startswith("BAL") or name == "BNN")
-    assert content["results"]["BAL, box 0.15"]["about"]["perturbation"]["linf"] <= 0.15 + 1e-6
+        assert (row["about"].get("T_eff") is not None) == name.startswith(("BAL", "BNN", "settings"))
+        assert (row["size"] is None) == (name in ("ERM", "BNN"))
+
+
+def test_an_attack_of_a_size_has_that_size():
+    scale = bal_mnist.SCALES["smoke"]
+    task, model = bal_mnist.load("smoke", scale, None, "cpu"), bal_mnist.new_model("cpu")
+    pyro.set_rng_seed(0)
+    classifier = ab.PosteriorClassifier(model, bal_mnist.stacked(bal_mnist.point(model, task, 5, None, None)))
+    for make in (FGSM, partial(WRM, steps=1)):
+        attack = bal_mnist.of_size(make, 1.5, classifier, task)
+        assert bal_mnist.size_of(attack, classifier, task)["l2"] == pytest.approx(1.5, rel=0.02)
 
 
 def test_the_picture_shows_its_numbers(rows):
@@ -37,7 +54,7 @@ def test_the_picture_shows_its_numbers(rows):
 def test_only_what_is_missing_is_computed_again_from_the_same_start(rows, tmp_path, monkeypatch):
     name = "bal_mnist-smoke.json"
     content = json.loads((rows / name).read_text())
-    kept = {key: row for key, row in content["results"].items() if key not in ("ERM", "FGSM")}
+    kept = {key: row for key, row in content["results"].items() if key not in ("ERM", "FGSM, published size")}
     (tmp_path / name).write_text(json.dumps({**content, "results": kept}))
     measured = []
     measure = bal_mnist.measure
@@ -45,7 +62,7 @@ def test_only_what_is_missing_is_computed_again_from_the_same_start(rows, tmp_pa
     bal_mnist.main(["--scale", "smoke", "--out", str(tmp_path)])
     again = json.loads((tmp_path / name).read_text())["results"]
     assert len(measured) == 2
-    for key in ("ERM", "FGSM"):
+    for key in ("ERM", "FGSM, published size"):
         assert {k: v for k, v in again[key].items() if k != "seconds"} == {
             k: v for k, v in content["results"][key].items() if k != "seconds"
         }
@@ -54,3 +71,30 @@ def test_only_what_is_missing_is_computed_again_from_the_same_start(rows, tmp_pa
 def test_settings_are_not_mixed_in_one_file(rows):
     with pytest.raises(ValueError, match="was written with another seed: move it away"):
         bal_mnist.main(["--scale", "smoke", "--seed", "4", "--out", str(rows)])
+
+
+def test_chains_that_were_interrupted_go_on_to_the_same_end(tmp_path, monkeypatch):
+    scale = bal_mnist.SCALES["smoke"]._replace(minibatches=12)
+    task, model = bal_mnist.load("smoke", scale, None, "cpu"), bal_mnist.new_model("cpu")
+    pyro.set_rng_seed(0)
+    start = bal_mnist.point(model, task, 5, None, None)
+
+    def end(path):
+        pyro.set_rng_seed(1)
+        return bal_mnist.sampled(bal_mnist.MAIN, 1, model, task, scale, start, path).samples
+
+    whole = end(tmp_path / "whole.safetensors")
+    run, updates = ab.BAL.sample, []
+
+    def killed(*args):
+        updates.append(1)
+        if len(updates) == 12:
+            raise KeyboardInterrupt
+        return run(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ab.BAL, "sample", killed)
+        end(tmp_path / "parts.safetensors")
+    again = end(tmp_path / "parts.safetensors")
+    for site, value in whole.items():
+        assert torch.equal(value, again[site])

@@ -10,20 +10,24 @@ What the authors' code does and this does not:
 
 - Both samplers have the signs, the noise and the scale that their equations should have: U is in nats over all the data.
 - The adversary's step size stays; perturbed images are clipped to [0, 1]; no clean term is added to the loss.
-- Its "PGD" baseline is one step along a squared gradient. Here PGD is PGD, at two sizes: the largest of the attacks, and the mean size that
-  BAL's own perturbations have.
+- Its "PGD" baseline is one step along a squared gradient. Here PGD is PGD.
+- Its trainings move images by less than BAL does. Here they are given the size that BAL's perturbations have, by their mean Euclidean
+  length, and PGD the size of the largest attack as well; the trainings of the published sizes are rows of their own.
 - Probabilities are averaged, not logits.
 
-Every method's row is written to ``bal_mnist-<scale>.json`` when it is finished, and not computed again by the next start.
+The rows of "settings" vary BAL one choice at a time, with fewer learners.
+
+A row is written to ``bal_mnist-<scale>.json`` when it is finished, and not computed again by the next start; chains that were
+interrupted go on from their checkpoint, in ``bal_mnist-<scale>-work/``.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +42,7 @@ from pyro.distributions import Normal
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, init_to_value
 from pyro.optim import Adam
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -48,12 +53,14 @@ import pyro_advbayes as ab
 from models.bal_convnet import bal_convnet
 from pyro_advbayes import diagnostics as dg
 from pyro_advbayes.attacks import FGSM, IFGSM, PGD, WRM, Attack, OneStepCarliniWagner, Square
+from pyro_advbayes.infer.mcmc.schedules import Cyclical
 from tutorials.papers.experiments import Results, settings
 
 EPS = tuple(round(0.15 * i / 9, 4) for i in range(10))
 LARGEST = EPS[-1]
 BATCH_SIZE = 256
 CLIP = (0.0, 1.0)
+LOOKED_AT = 200  # images on which the size of an attack is measured
 Draws = dict[str, Tensor]
 
 
@@ -63,18 +70,50 @@ class Scale(NamedTuple):
     num_train: int
     num_test: int
     erm_epochs: int
-    epochs: int  # of every method, from ERM
-    updates: int  # of inputs and of weights in an iteration of BAL
+    minibatches: int  # that every method sees after ERM
+    updates: int  # of inputs and of weights, at every minibatch of BAL's
     learners: tuple[int, ...]
+    search_learners: int
     pgd_steps: int  # of the attack
     queries: int  # of Square
+    squared: int  # test images that Square is run on
 
 
 SCALES = {
-    "smoke": Scale(300, 40, 2, 1, 1, (1, 2), 2, 3),
-    "cpu": Scale(10_000, 1000, 5, 2, 15, (1, 5), 40, 500),
-    "paper": Scale(60_000, 10_000, 15, 2, 15, (1, 3, 5, 10), 40, 5000),
+    "smoke": Scale(300, 40, 2, 2, 1, (1, 2), 1, 2, 3, 40),
+    "cpu": Scale(60_000, 2000, 15, 120, 15, (1, 3, 5, 10), 3, 20, 500, 500),
+    "paper": Scale(60_000, 10_000, 15, 470, 15, (1, 3, 5, 10), 5, 20, 1000, 1000),
 }
+
+
+class Setting(NamedTuple):
+    """BAL's choices; U is in nats, inputs are in [0, 1]."""
+
+    cost: ab.L2 | ab.Box
+    step_size: float  # of the inputs
+    input_temperature: float = 1e-5
+    copies: int = 1
+    clean_share: float = 0.0
+    temperature: float = 1e-5  # of the weights
+    annealed: bool = True  # the weights' step size, by a cosine to 0 at the end
+
+
+# A step of 30 is a jump to the side of the box wherever the loss has a slope of 0.01 nats per unit. That the weights' steps become small
+# is what makes a last state a good network: at a constant step the noise of minibatches, on each of which 15 updates are made, costs a
+# hundredth of the clean accuracy.
+MAIN = Setting(ab.Box(LARGEST), 30.0)
+SEARCH = {
+    "published cost and steps": Setting(ab.L2(0.0256), 0.13, annealed=False),  # 300 / (4 + 16 + ...) / 256 for the sum over learners
+    "constant steps of weights": MAIN._replace(annealed=False),
+    "small steps of inputs": MAIN._replace(step_size=1.0),
+    "hot inputs": MAIN._replace(input_temperature=1e-4),
+    "two copies": MAIN._replace(copies=2),
+    "half clean": MAIN._replace(clean_share=0.5),
+    "warm weights": MAIN._replace(temperature=1.0),
+    "box 0.1": MAIN._replace(cost=ab.Box(0.1)),
+    "box 0.2": MAIN._replace(cost=ab.Box(0.2)),
+}
+PUBLISHED = {"FGSM": FGSM(0.02), "IFGSM": IFGSM(0.021, steps=15), "WRM": WRM(1.3)}
 
 
 class Task(NamedTuple):
@@ -84,6 +123,14 @@ class Task(NamedTuple):
     y: Tensor
     x_test: Tensor
     y_test: Tensor
+
+
+class Found(NamedTuple):
+    """A defender: draws, the mean size of the perturbations that it was trained on, and what its sampler says of itself."""
+
+    samples: Draws
+    size: dict[str, float] | None
+    about: dict[str, Any]
 
 
 def load(name: str, scale: Scale, data: Path | None, device: str) -> Task:
@@ -102,69 +149,136 @@ def new_model(device: str) -> torch.nn.Module:
     return bal_convnet(prior=Normal(0.0, 1.0)).to(device)
 
 
-def point(model: torch.nn.Module, task: Task, epochs: int, attack: Attack | None, start: Draws | None, lr: float = 1e-3) -> dict:
+# ------------------------------------------------------------------------------------------------------------------ defenders
+
+
+def point(model: torch.nn.Module, task: Task, minibatches: int, attack: Attack | None, start: Draws | None) -> Draws:
     """A MAP estimate, by Adam: on clean images, or on what an attack makes of them."""
     pyro.clear_param_store()
     own = {site: value.clone() for site, value in (start or {}).items()}  # a guide trains the tensors that it was given
     guide = AutoDelta(model, init_loc_fn=init_to_value(values=own) if own else ab.init_to_fan_in)
     loss = Trace_ELBO() if attack is None else ab.TraceRobust_ELBO(attack)
     svi = SVI(ab.minibatch(model, size=len(task.x)), guide, Adam({"lr": 1e-3}), loss)
-    steps = epochs * math.ceil(len(task.x) / BATCH_SIZE)
-    rows = torch.cat([torch.randperm(len(task.x)) for _ in range(epochs + 1)])[: steps * BATCH_SIZE].to(task.x.device)
+    epochs = -(-minibatches * BATCH_SIZE // len(task.x))
+    rows = torch.cat([torch.randperm(len(task.x)) for _ in range(epochs)])[: minibatches * BATCH_SIZE].to(task.x.device)
     for batch in tqdm(rows.split(BATCH_SIZE), desc=repr(attack) if attack else "clean images", disable=None):
         svi.step(task.x[batch], task.y[batch])
     return {site: value.detach().clone() for site, value in guide().items()}
 
 
-def sampled(make: Callable, model: torch.nn.Module, task: Task, scale: Scale, num_chains: int, start: Draws) -> tuple[dict, dict]:
-    """The last states of chains that set out from the trained network, as in the paper; and what the kernel says of itself."""
-    iterations = scale.epochs * math.ceil(len(task.x) / BATCH_SIZE)
-    kernel = make(model, init_strategy=init_to_value(values=start), batch_size=BATCH_SIZE)
-    mcmc = ab.SGMCMC(kernel, num_samples=1, warmup_steps=iterations - 1, num_chains=num_chains)
-    mcmc.run(task.x, task.y)
+def trained(attack: Attack | None, model: torch.nn.Module, task: Task, scale: Scale, start: Draws) -> Found:
+    """Training against an attack, from the trained network; without one, that network."""
+    if attack is None:
+        return Found(stacked(start), None, {})
+    samples = stacked(point(model, task, scale.minibatches, attack, start))
+    return Found(samples, size_of(attack, ab.PosteriorClassifier(model, samples), task), {"attack": repr(attack)})
+
+
+def sampled(
+    setting: Setting | None, learners: int, model: torch.nn.Module, task: Task, scale: Scale, start: Draws, checkpoint: Path
+) -> Found:
+    """
+    The last states of chains that set out from the trained network, as in the paper. Without a setting there is no adversary: the
+    same sampler of weights with as many updates on clean images.
+    """
+    step: float | Cyclical = Cyclical(0.015, period=scale.minibatches * scale.updates) if setting is None or setting.annealed else 0.015
+    common: dict[str, Any] = {"batch_size": BATCH_SIZE, "init_strategy": init_to_value(values=start)}
+    if setting is None:
+        kernel = ab.SGAdaLD(model, step, temperature=1e-5, clamp=True, num_steps_per_sample=scale.updates, **common)
+    else:
+        kernel = ab.BAL(
+            model,
+            "x",
+            inputs=ab.SGLD.rule(step_size=setting.step_size, num_steps=scale.updates),
+            cost=setting.cost,
+            weights=ab.SGAdaLD.rule(step_size=step, num_steps=scale.updates, clamp=True),
+            temperature=setting.temperature,
+            input_temperature=setting.input_temperature,
+            clip=CLIP,
+            copies=setting.copies,
+            clean_share=setting.clean_share,
+            **common,
+        )
+    if checkpoint.exists():
+        mcmc = ab.SGMCMC.resume(checkpoint, kernel, task.x, task.y)
+    else:
+        files = {"checkpoint": checkpoint, "checkpoint_every": 10, "overwrite": True}
+        mcmc = ab.SGMCMC(kernel, num_samples=1, warmup_steps=scale.minibatches - 1, num_chains=learners, **files)
+        mcmc.run(task.x, task.y)
     found = mcmc.kernel.diagnostics()
-    about = {"T_eff": max(found["T_eff"].values()), "clamped": found["clamped"], "perturbation": found.get("perturbation")}
-    return mcmc.get_samples(), about
+    about = {"setting": repr(setting), "T_eff": max(found["T_eff"].values()), "clamped": found["clamped"]}
+    return Found(mcmc.get_samples(), found.get("perturbation"), about)
 
 
-def bal(scale: Scale) -> Callable:
-    """The paper's adversary, in the units of U: its cost is a squared distance."""
-
-    def make(model: torch.nn.Module, **options: Any) -> ab.BAL:
-        inputs = ab.SGLD.rule(step_size=0.13, num_steps=scale.updates)  # 300 / (4 + 16 + ...) / 256, of five learners' sum
-        weights = ab.SGAdaLD.rule(step_size=0.015, num_steps=scale.updates, clamp=True)
-        return ab.BAL(model, "x", inputs=inputs, cost=ab.L2(1e-4 * BATCH_SIZE), weights=weights, clip=CLIP, **options)
-
-    return make
+def stacked(values: Draws) -> Draws:
+    """One network as one draw."""
+    return {site: value.unsqueeze(0) for site, value in values.items()}
 
 
-def boxed(scale: Scale, radius: float) -> Callable:
-    """BAL with the box of its defaults in the place of the penalty."""
-
-    def make(model: torch.nn.Module, **options: Any) -> ab.BAL:
-        inputs = ab.SGLD.rule(step_size=1.0, num_steps=scale.updates)
-        weights = ab.SGAdaLD.rule(step_size=0.015, num_steps=scale.updates, clamp=True)
-        return ab.BAL(model, "x", inputs=inputs, cost=ab.Box(radius), weights=weights, clip=CLIP, **options)
-
-    return make
+def size_of(attack: Attack, classifier: ab.PosteriorClassifier, task: Task) -> dict[str, float]:
+    """How far an attack moves images: the means of the largest change of a pixel and of the Euclidean length."""
+    x, y = task.x[:LOOKED_AT], task.y[:LOOKED_AT]
+    moved = (attack(classifier, x, y) - x).flatten(1)
+    return {"linf": float(moved.abs().amax(1).mean()), "l2": float(torch.linalg.vector_norm(moved, dim=1).mean())}
 
 
-def bnn(scale: Scale) -> Callable:
-    """The same sampler of weights without an adversary, as many updates."""
+def of_size(make: Callable[[float], Attack], l2: float, classifier: ab.PosteriorClassifier, task: Task) -> Attack:
+    """The attack that moves images by a mean Euclidean length of ``l2``: by bisection."""
+    low, high = 1e-3, 1e3
+    for _ in range(12):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if size_of(make(middle), classifier, task)["l2"] < l2 else (low, middle)
+    return make(float(f"{(low * high) ** 0.5:.3g}"))
 
-    def make(model: torch.nn.Module, **options: Any) -> ab.SGAdaLD:
-        return ab.SGAdaLD(model, step_size=0.015, temperature=1e-5, clamp=True, num_steps_per_sample=scale.updates, **options)
 
-    return make
+def methods(scale: Scale, work: Path) -> dict[str, Callable]:
+    """From a row's name to a function of ``(model, task, start, l2)`` to a :class:`Found`; l2 is the length of BAL's perturbations."""
+
+    def bal(name: str, setting: Setting | None, learners: int) -> Callable:
+        checkpoint = work / f"{name}.safetensors"
+        return lambda model, task, start, l2: sampled(setting, learners, model, task, scale, start, checkpoint)
+
+    def sized(make: Callable[[float], Attack]) -> Callable:
+        def train(model: torch.nn.Module, task: Task, start: Draws, l2: float) -> Found:
+            attack = of_size(make, l2, ab.PosteriorClassifier(model, stacked(start)), task)
+            return trained(attack, model, task, scale, start)
+
+        return train
+
+    def as_it_is(attack: Attack | None) -> Callable:
+        return lambda model, task, start, l2: trained(attack, model, task, scale, start)
+
+    steps = min(15, scale.pgd_steps)
+    usual = usual_learners(scale)
+    rows = {
+        "ERM": as_it_is(None),
+        f"BAL, {usual} learners": bal(f"bal-{usual}", MAIN, usual),
+        "PGD, eps 0.15": as_it_is(PGD(LARGEST, steps=steps)),
+        "FGSM, size of BAL": sized(FGSM),
+        "IFGSM, size of BAL": sized(partial(IFGSM, steps=steps)),
+        "WRM, size of BAL": sized(partial(WRM, steps=steps)),
+        "PGD, size of BAL": sized(partial(PGD, steps=steps)),
+        "BNN": bal("bnn", None, usual),
+    }
+    rows |= {f"BAL, {count} learners": bal(f"bal-{count}", MAIN, count) for count in scale.learners if count != usual}
+    rows |= {f"{name}, published size": as_it_is(attack) for name, attack in PUBLISHED.items()}
+    return rows | {f"settings: {name}": bal(f"settings-{name}", SEARCH[name], scale.search_learners) for name in SEARCH}
+
+
+def usual_learners(scale: Scale) -> int:
+    """The paper's number where it is among those of the scale."""
+    return 5 if 5 in scale.learners else max(scale.learners)
+
+
+# -------------------------------------------------------------------------------------------------------- numbers and pictures
 
 
 def measure(model: torch.nn.Module, samples: Draws, task: Task, scale: Scale) -> dict[str, Any]:
     """Accuracies, each with its binomial error, of the mean prediction."""
     classifier = ab.PosteriorClassifier(model, samples)
-    x, y = task.x_test, task.y_test
 
-    def accuracy(attack: Attack | None) -> tuple[float, float]:
-        right = []
+    def accuracy(attack: Attack | None, count: int = scale.num_test) -> tuple[float, float]:
+        right, x, y = [], task.x_test[:count], task.y_test[:count]
         for images, labels in zip(x.split(500), y.split(500), strict=True):
             attacked = images if attack is None else attack(classifier, images, labels)
             with torch.no_grad():
@@ -173,71 +287,54 @@ def measure(model: torch.nn.Module, samples: Draws, task: Task, scale: Scale) ->
 
     found: dict[str, Any] = {"FGSM": {str(eps): accuracy(FGSM(eps) if eps else None) for eps in EPS}}
     found["PGD"] = {str(LARGEST): accuracy(PGD(LARGEST, steps=scale.pgd_steps))}
-    found["Square"] = {str(LARGEST): accuracy(Square(LARGEST, queries=scale.queries))}
+    found["Square"] = {str(LARGEST): accuracy(Square(LARGEST, queries=scale.queries), scale.squared)}
     found["one-step C-W"] = accuracy(OneStepCarliniWagner())
     return found
 
 
-def methods(scale: Scale, size: float) -> dict[str, Callable]:
-    """From the name of a row to a function of ``(model, task, start)`` to draws and what is to be said about them; BAL's come first."""
-
-    def trained(attack: Attack) -> Callable:
-        return lambda model, task, start: (stacked(point(model, task, scale.epochs, attack, start)), {})
-
-    most = max(scale.learners)
-    usual = 5 if 5 in scale.learners else most
-    rows: dict[str, Callable] = {
-        f"BAL, {count} learners": lambda model, task, start, count=count: sampled(bal(scale), model, task, scale, count, start)
-        for count in scale.learners
-    }
-    rows["BAL, box 0.15"] = lambda model, task, start: sampled(boxed(scale, LARGEST), model, task, scale, usual, start)
-    rows["BNN"] = lambda model, task, start: sampled(bnn(scale), model, task, scale, usual, start)
-    return rows | {
-        "ERM": lambda model, task, start: (stacked(start), {}),
-        "FGSM": trained(FGSM(0.02)),
-        "IFGSM": trained(IFGSM(0.021, steps=15)),
-        "WRM": trained(WRM(1.3)),
-        "PGD, 0.15": trained(PGD(LARGEST, steps=min(15, scale.pgd_steps))),
-        "PGD, size of BAL's": trained(PGD(max(size, 1e-3), steps=min(15, scale.pgd_steps))),
-    }
-
-
-def stacked(values: Draws) -> Draws:
-    """One network as one draw."""
-    return {site: value.unsqueeze(0) for site, value in values.items()}
-
-
 def picture(rows: dict[str, Any], path: Path) -> None:
-    """Accuracy under FGSM against its size."""
+    """Accuracy under FGSM against its size, and the trade of clean for robust accuracy."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6.5), layout="constrained")
     curves = {}
     for name, row in rows.items():
-        values, errors = zip(*(row["FGSM"][str(eps)] for eps in EPS), strict=True)
-        curves[name] = dg.AccuracyCurve(*(torch.tensor(column) for column in (EPS, values, errors)))
-    figure, ax = plt.subplots(figsize=(9, 6), layout="constrained")
-    dg.plot_accuracy_curves(curves, xlabel="FGSM's eps", ax=ax)
+        if not name.startswith("settings"):
+            values, errors = zip(*(row["FGSM"][str(eps)] for eps in EPS), strict=True)
+            curves[name] = dg.AccuracyCurve(*(torch.tensor(column) for column in (EPS, values, errors)))
+    dg.plot_accuracy_curves(curves, xlabel="FGSM's eps", ax=left)
+    for name, row in rows.items():
+        (clean, clean_error), (robust, robust_error) = row["FGSM"]["0.0"], row["PGD"][str(LARGEST)]
+        colour = "tab:orange" if name.startswith("settings") else "tab:red" if name.startswith("BAL") else "tab:blue"
+        right.errorbar(clean, robust, robust_error, clean_error, fmt="o", color=colour)
+        right.annotate(name, (clean, robust), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    right.set(xlabel="clean accuracy", ylabel=f"accuracy under PGD, eps = {LARGEST}")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
 def table(rows: dict[str, Any]) -> str:
     """A line for each method."""
-    lines = [f"{'':22}{'clean':>14}{'FGSM .15':>14}{'PGD .15':>14}{'Square .15':>14}{'C-W step':>14}{'seconds':>9}"]
+    lines = [f"{'':34}{'clean':>14}{'FGSM .15':>14}{'PGD .15':>14}{'Square .15':>14}{'C-W step':>14}{'size L2':>9}{'seconds':>9}"]
     for name, row in rows.items():
-        numbers = (
-            row["FGSM"]["0.0"],
-            row["FGSM"][str(LARGEST)],
-            row["PGD"][str(LARGEST)],
-            row["Square"][str(LARGEST)],
-            row["one-step C-W"],
-        )
-        lines.append(f"{name:22}" + "".join(f"{value:>8.4f}±{error:.3f}" for value, error in numbers) + f"{row['seconds']:9.0f}")
+        numbers = (row["FGSM"]["0.0"], *(row[attack][str(LARGEST)] for attack in ("FGSM", "PGD", "Square")), row["one-step C-W"])
+        size = f"{row['size']['l2']:9.2f}" if row["size"] else " " * 9
+        lines.append(f"{name:34}" + "".join(f"{value:>8.4f}±{error:.3f}" for value, error in numbers) + f"{size}{row['seconds']:9.0f}")
     return "\n".join(lines)
+
+
+def first_network(model: torch.nn.Module, task: Task, scale: Scale, seed: int, path: Path) -> Draws:
+    """The network that all set out from, trained once."""
+    if not path.exists():
+        pyro.set_rng_seed(seed)
+        minibatches = scale.erm_epochs * -(-len(task.x) // BATCH_SIZE)
+        save_file(point(model, task, minibatches, None, None), path)
+    return {site: value.to(task.x.device) for site, value in load_file(path).items()}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Trains, samples and attacks what is not in the file yet; writes the files and prints the table."""
     parser = argparse.ArgumentParser(description="Bayesian Adversarial Learning on MNIST.")
-    parser.add_argument("--scale", choices=SCALES, default="cpu", help="smoke: only to see that everything runs; cpu: a sixth of the data")
+    scales = "smoke: only to see that everything runs; cpu: a quarter of the updates"
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help=scales)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, help="folder of MNIST's; by default PYRO_ADVBAYES_DATA")
     parser.add_argument("--device", default="cpu")
@@ -246,23 +343,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     scale = SCALES[args.scale]
     numbers = {"numbers": scale._asdict(), "eps": EPS, "batch_size": BATCH_SIZE}
     results = Results(args.out / f"bal_mnist-{args.scale}.json", settings(args.scale, args.seed, args.device, **numbers))
-    task, model, size = load(args.scale, scale, args.data, args.device), new_model(args.device), 0.0
-    start: Draws | None = None
-    names = list(methods(scale, size))
-    for name in tqdm(names, desc="BAL on MNIST", disable=None):
+    work = args.out / f"bal_mnist-{args.scale}-work"
+    work.mkdir(parents=True, exist_ok=True)
+    task, model, rows = load(args.scale, scale, args.data, args.device), new_model(args.device), methods(scale, work)
+    for name in tqdm(rows, desc="BAL on MNIST", disable=None):
         if name not in results:
-            if start is None:  # the same for all, whenever they are computed
-                pyro.set_rng_seed(args.seed)
-                start = point(model, task, scale.erm_epochs, None, None)
+            start = first_network(model, task, scale, args.seed, work / f"start-{args.seed}.safetensors")
             pyro.set_rng_seed(args.seed + 1)
             begin = time.perf_counter()
-            samples, about = methods(scale, size)[name](model, task, start)
+            bal = results.found.get(f"BAL, {usual_learners(scale)} learners")
+            found = rows[name](model, task, start, bal and bal["size"]["l2"])
             seconds = time.perf_counter() - begin
-            results.add(name, {"about": about, **measure(model, samples, task, scale), "seconds": seconds})
-        if name == f"BAL, {5 if 5 in scale.learners else max(scale.learners)} learners":
-            size = results.found[name]["about"]["perturbation"]["linf"]
-    ordered = {name: results.found[name] for name in names}
-    picture(ordered, results.path.with_suffix(".png"))
+            about = {"size": found.size, "about": found.about, "seconds": seconds}
+            results.add(name, {**about, **measure(model, found.samples, task, scale)})
+            picture({name: results.found[name] for name in rows if name in results}, results.path.with_suffix(".png"))
+    ordered = {name: results.found[name] for name in rows}
     print(table(ordered))
     return {"settings": results.settings, "results": ordered}
 
