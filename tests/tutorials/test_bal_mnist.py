@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from pathlib import Path
 
 import matplotlib.image
 import pyro
@@ -26,13 +27,13 @@ def test_every_method_has_every_number_with_its_error(rows):
     assert {"scale", "seed", "numbers", "eps", "batch_size", "device", "versions"} <= set(content["settings"])
     kinds = ("FGSM", "IFGSM", "WRM", "PGD")
     named = {"ERM", "BNN", "BAL, 1 learners", "BAL, 2 learners", "PGD, eps 0.15", *(f"{kind}, size of BAL" for kind in kinds)}
-    named |= {f"{kind}, published size" for kind in kinds[:3]} | {f"settings: {name}" for name in bal_mnist.SEARCH}
+    named |= {f"{kind}, published size" for kind in kinds[:3]}
     assert set(content["results"]) == named
     for name, row in content["results"].items():
         assert list(row["FGSM"]) == [str(eps) for eps in bal_mnist.EPS]
         for value, error in (*row["FGSM"].values(), *row["PGD"].values(), *row["Square"].values(), row["one-step C-W"]):
             assert 0.0 <= value <= 1.0 and error > 0.0
-        assert (row["about"].get("T_eff") is not None) == name.startswith(("BAL", "BNN", "settings"))
+        assert (row["about"].get("T_eff") is not None) == name.startswith(("BAL", "BNN"))
         assert (row["size"] is None) == (name in ("ERM", "BNN"))
 
 
@@ -71,6 +72,15 @@ def test_only_what_is_missing_is_computed_again_from_the_same_start(rows, tmp_pa
 def test_settings_are_not_mixed_in_one_file(rows):
     with pytest.raises(ValueError, match="was written with another seed: move it away"):
         bal_mnist.main(["--scale", "smoke", "--seed", "4", "--out", str(rows)])
+
+
+def test_settings_that_are_varied_are_settings_of_bal():
+    scale = bal_mnist.SCALES["cpu"]
+    model, rows = bal_mnist.new_model("cpu"), bal_mnist.methods(scale, Path())
+    for name, setting in bal_mnist.SEARCH.items():
+        assert f"settings: {name}" in rows and setting != bal_mnist.MAIN
+        kernel = bal_mnist.kernel_of(setting, model, scale, {})
+        assert (kernel.cost, kernel.copies, kernel.clean_share) == (setting.cost, setting.copies, setting.clean_share)
 
 
 def test_chains_that_were_interrupted_go_on_to_the_same_end(tmp_path, monkeypatch):

@@ -53,14 +53,13 @@ import pyro_advbayes as ab
 from models.bal_convnet import bal_convnet
 from pyro_advbayes import diagnostics as dg
 from pyro_advbayes.attacks import FGSM, IFGSM, PGD, WRM, Attack, OneStepCarliniWagner, Square
-from pyro_advbayes.infer.mcmc.schedules import Cyclical
 from tutorials.papers.experiments import Results, settings
 
 EPS = tuple(round(0.15 * i / 9, 4) for i in range(10))
 LARGEST = EPS[-1]
 BATCH_SIZE = 256
 CLIP = (0.0, 1.0)
-LOOKED_AT = 200  # images on which the size of an attack is measured
+LOOKED_AT = 100  # images on which the size of an attack is measured
 Draws = dict[str, Tensor]
 
 
@@ -73,14 +72,14 @@ class Scale(NamedTuple):
     minibatches: int  # that every method sees after ERM
     updates: int  # of inputs and of weights, at every minibatch of BAL's
     learners: tuple[int, ...]
-    search_learners: int
+    search_learners: int  # 0: settings are not varied
     pgd_steps: int  # of the attack
     queries: int  # of Square
     squared: int  # test images that Square is run on
 
 
 SCALES = {
-    "smoke": Scale(300, 40, 2, 2, 1, (1, 2), 1, 2, 3, 40),
+    "smoke": Scale(300, 40, 2, 2, 1, (1, 2), 0, 2, 3, 40),
     "cpu": Scale(60_000, 2000, 15, 120, 15, (1, 3, 5, 10), 3, 20, 500, 500),
     "paper": Scale(60_000, 10_000, 15, 470, 15, (1, 3, 5, 10), 5, 20, 1000, 1000),
 }
@@ -174,31 +173,34 @@ def trained(attack: Attack | None, model: torch.nn.Module, task: Task, scale: Sc
     return Found(samples, size_of(attack, ab.PosteriorClassifier(model, samples), task), {"attack": repr(attack)})
 
 
+def kernel_of(setting: Setting | None, model: torch.nn.Module, scale: Scale, start: Draws) -> ab.BAL | ab.SGAdaLD:
+    """BAL from the trained network. Without a setting there is no adversary: the same sampler of weights, as many updates, clean images."""
+    step: float | Callable[[int], float] = 0.015
+    if setting is None or setting.annealed:
+        step = ab.schedules.Cyclical(0.015, period=scale.minibatches * scale.updates)
+    common: dict[str, Any] = {"batch_size": BATCH_SIZE, "init_strategy": init_to_value(values=start)}
+    if setting is None:
+        return ab.SGAdaLD(model, step, temperature=1e-5, clamp=True, num_steps_per_sample=scale.updates, **common)
+    return ab.BAL(
+        model,
+        "x",
+        inputs=ab.SGLD.rule(step_size=setting.step_size, num_steps=scale.updates),
+        cost=setting.cost,
+        weights=ab.SGAdaLD.rule(step_size=step, num_steps=scale.updates, clamp=True),
+        temperature=setting.temperature,
+        input_temperature=setting.input_temperature,
+        clip=CLIP,
+        copies=setting.copies,
+        clean_share=setting.clean_share,
+        **common,
+    )
+
+
 def sampled(
     setting: Setting | None, learners: int, model: torch.nn.Module, task: Task, scale: Scale, start: Draws, checkpoint: Path
 ) -> Found:
-    """
-    The last states of chains that set out from the trained network, as in the paper. Without a setting there is no adversary: the
-    same sampler of weights with as many updates on clean images.
-    """
-    step: float | Cyclical = Cyclical(0.015, period=scale.minibatches * scale.updates) if setting is None or setting.annealed else 0.015
-    common: dict[str, Any] = {"batch_size": BATCH_SIZE, "init_strategy": init_to_value(values=start)}
-    if setting is None:
-        kernel = ab.SGAdaLD(model, step, temperature=1e-5, clamp=True, num_steps_per_sample=scale.updates, **common)
-    else:
-        kernel = ab.BAL(
-            model,
-            "x",
-            inputs=ab.SGLD.rule(step_size=setting.step_size, num_steps=scale.updates),
-            cost=setting.cost,
-            weights=ab.SGAdaLD.rule(step_size=step, num_steps=scale.updates, clamp=True),
-            temperature=setting.temperature,
-            input_temperature=setting.input_temperature,
-            clip=CLIP,
-            copies=setting.copies,
-            clean_share=setting.clean_share,
-            **common,
-        )
+    """The last states of chains, as in the paper; the chains go on from the checkpoint, if there is one."""
+    kernel = kernel_of(setting, model, scale, start)
     if checkpoint.exists():
         mcmc = ab.SGMCMC.resume(checkpoint, kernel, task.x, task.y)
     else:
@@ -262,7 +264,9 @@ def methods(scale: Scale, work: Path) -> dict[str, Callable]:
     }
     rows |= {f"BAL, {count} learners": bal(f"bal-{count}", MAIN, count) for count in scale.learners if count != usual}
     rows |= {f"{name}, published size": as_it_is(attack) for name, attack in PUBLISHED.items()}
-    return rows | {f"settings: {name}": bal(f"settings-{name}", SEARCH[name], scale.search_learners) for name in SEARCH}
+    if scale.search_learners:
+        rows |= {f"settings: {name}": bal(f"settings-{name}", setting, scale.search_learners) for name, setting in SEARCH.items()}
+    return rows
 
 
 def usual_learners(scale: Scale) -> int:
