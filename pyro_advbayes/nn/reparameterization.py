@@ -1,0 +1,352 @@
+"""
+Draws of weights that differ from row to row of a minibatch, so that gradients of an ELBO have less variance:
+:class:`LocalReparameterization`, :class:`Flipout` and :class:`ExemplarReparameterization`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from pyro.distributions import Delta
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Independent, Normal
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+LAYERS = (F.linear, *CONVOLUTIONS)
+NORMALISATIONS = (F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm)
+OTHERS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.embedding, F.prelu, F.rms_norm)
+
+_entered = threading.local()
+
+
+def rows_differ() -> bool:
+    """Whether one of the handlers of this module is at work in this thread."""
+    return getattr(_entered, "count", 0) > 0
+
+
+class DrawnSite:
+    """
+    A tensor that a guide drew, and what takes its place in the rows of a minibatch.
+
+    :ivar own: the rows' own values, or what they are made of; None before they were asked for.
+    :ivar uses: how many layers have met it.
+    """
+
+    def __init__(self, name: str, fn: Any) -> None:
+        self.name, self.fn = name, fn
+        self.own: Any = None
+        self.uses = 0
+
+
+class RowwiseMessenger(Messenger):
+    """
+    What the three handlers share. They go around a guide and its model together. They note the tensors that are drawn, and step in where
+    one of PyTorch's functions meets such a tensor as a layer's weight: by a ``TorchFunctionMode``, which is of one thread and changes
+    nothing outside the ``with`` block. Divergences from the prior are those of the guide's distributions, or of the one draw that the
+    handler does not touch; the likelihood of a row is that of a network of its own, with the guide's law.
+
+    :param shared: one pattern or several (as in :mod:`fnmatch`) for the names of sites that stay one draw for all rows.
+    :raises ValueError: naming the site, where the model first runs, or at the end of the block or the next draw, if a site that is not
+        ``shared`` meets no layer that the handler covers.
+
+    :ivar dict covered: site -> the names of the functions in which its rows had draws of their own.
+    """
+
+    def __init__(self, shared: str | Sequence[str] = ()) -> None:
+        super().__init__()
+        self.shared = (shared,) if isinstance(shared, str) else tuple(shared)
+        self.covered: dict[str, set[str]] = {}
+        self._sites: dict[int, DrawnSite] = {}
+        self._unmet: dict[str, DrawnSite] = {}
+        self._drawing: dict[str, Any] | None = None
+
+    def __enter__(self) -> RowwiseMessenger:
+        super().__enter__()
+        self._mode = _Mode(self)
+        self._mode.__enter__()
+        _entered.count = getattr(_entered, "count", 0) + 1
+        return self
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        _entered.count -= 1
+        self._mode.__exit__(exc_type, exc_value, traceback)
+        super().__exit__(exc_type, exc_value, traceback)
+        unmet, self._unmet, self._sites = self._unmet, {}, {}
+        if exc_type is None:
+            self._check_met(unmet)
+
+    # -------------------------------------------------------------------------------------------------------- what is drawn
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        # a value that is there already was drawn elsewhere: by the guide, when its model is replayed
+        self._drawing = None if msg["done"] or msg["value"] is not None else msg
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        name, value, fn = msg["name"], msg["value"], _base(msg["fn"])
+        if msg is not self._drawing or msg["is_observed"] or site_is_subsample(msg) or not isinstance(value, Tensor):
+            return
+        shared = any(fnmatchcase(name, pattern) for pattern in self.shared)
+        if isinstance(fn, Delta):  # AutoNormal draws an auxiliary site, and a point mass there
+            site = self._sites.pop(id(fn.v), None)
+            if site is not None:
+                self._unmet.pop(site.name)
+                site.name = name
+        else:
+            site = DrawnSite(name, msg["fn"]) if value.is_floating_point() else None
+        if site is not None and not shared:
+            self._check_met([name] if name in self._unmet else [])  # by now the draw before must have met its layer
+            self._note(value, site)
+
+    def _note(self, value: Tensor, site: DrawnSite) -> None:
+        key = id(value)
+        self._sites[key] = self._unmet[site.name] = site
+        weakref.finalize(value, self._sites.pop, key, None).atexit = False  # the number may become another tensor's
+
+    def _check_met(self, unmet: Collection[str]) -> None:
+        if unmet:
+            raise ValueError(
+                f"{type(self).__name__} covers no function in which {', '.join(map(repr, sorted(unmet)))} is used, or the site was drawn "
+                f"in another form than it is used in. Leave it one draw for all rows: shared={sorted(unmet)!r}"
+            )
+
+    # ----------------------------------------------------------------------------------------------------- PyTorch's functions
+
+    def call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Runs a function of PyTorch's, row by row where a layer meets a drawn tensor."""
+        met = [self._sites[id(v)] for v in (*args, *kwargs.values()) if id(v) in self._sites] if self._sites else []
+        if not met:
+            return func(*args, **kwargs)
+        if func in LAYERS:
+            result = self._layer(func, args, kwargs)
+        elif func in NORMALISATIONS:
+            result = self._normalise(func, inspect.signature(func).bind(*args, **kwargs).arguments)
+        elif func in OTHERS:
+            result = self.other(func, args, kwargs)
+        else:
+            result = NotImplemented
+        if result is NotImplemented:
+            return func(*args, **kwargs)
+        for site in met:
+            site.uses += 1
+            self._unmet.pop(site.name, None)
+            self.covered.setdefault(site.name, set()).add(func.__name__)
+        return result
+
+    def _layer(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        options = dict(zip(names, args, strict=False)) | kwargs
+        x, weight, bias = options.pop("input"), options.pop("weight"), options.pop("bias", None)
+        if x.dim() < (CONVOLUTIONS[func] + 2 if func in CONVOLUTIONS else 2):
+            raise ValueError(f"{type(self).__name__}: {func.__name__} is given {tuple(x.shape)}, which has no dimension for rows")
+        site = self._sites.get(id(weight))
+        out = func(x, weight, None, **options) if site is None else self.layer(func, x, weight, site, options)
+        return self._with(torch.add, out, bias, 1 if func in CONVOLUTIONS else out.dim() - 1)
+
+    def _normalise(self, func: Callable, arguments: dict[str, Any]) -> Tensor:
+        """Normalises, and then applies gain and shift."""
+        gain, shift = arguments.pop("weight", None), arguments.pop("bias", None)
+        out = func(**arguments)
+        channels = out.dim() - len(arguments["normalized_shape"]) if func is F.layer_norm else 1
+        return self._with(torch.add, self._with(torch.mul, out, gain, channels), shift, channels)
+
+    def _with(self, apply: Callable, out: Tensor, value: Tensor | None, channels: int) -> Tensor:
+        """Adds or multiplies a bias or a gain, whose dimensions are those of ``out`` from ``channels`` on; each row's own where drawn."""
+        if value is None:
+            return out
+        site = self._sites.get(id(value))
+        values = value.unsqueeze(0) if site is None else self.rows(value, site, len(out))
+        shape = (*[1] * (channels - 1), *value.shape, *[1] * (out.dim() - channels - value.dim()))
+        return apply(out, values.reshape(len(values), *shape))
+
+    def once(self, site: DrawnSite, rows: int, make: Callable[[], Any]) -> Any:
+        """
+        What the rows have of their own at a site: made where it is first met, the same wherever it is met again.
+
+        :raises ValueError: if it was made for another number of rows.
+        """
+        if site.own is None:
+            site.own = rows, make()
+        made, own = site.own
+        if made != rows:
+            raise ValueError(
+                f"site {site.name!r} meets inputs of {made} rows and of {rows}: {type(self).__name__} needs the rows of the minibatch in "
+                f"the first dimension everywhere; leave the site one draw for all rows, shared={site.name!r}"
+            )
+        return own
+
+    def normal(self, site: DrawnSite) -> Normal:
+        """
+        The Normal that a site was drawn from.
+
+        :raises ValueError: if it was drawn from another distribution.
+        """
+        fn = _base(site.fn)
+        if not isinstance(fn, Normal):
+            raise ValueError(
+                f"site {site.name!r} is drawn from {type(fn).__name__}, and {type(self).__name__} is for Normal ones: use "
+                f"ExemplarReparameterization, or leave the site one draw for all rows, shared={site.name!r}"
+            )
+        return fn
+
+    @abstractmethod
+    def rows(self, value: Tensor, site: DrawnSite, rows: int) -> Tensor:
+        """Values ``[rows, *shape]`` for a bias or a gain."""
+
+    @abstractmethod
+    def layer(self, func: Callable, x: Tensor, weight: Tensor, site: DrawnSite, options: dict[str, Any]) -> Tensor:
+        """A linear or convolutional layer without its bias."""
+
+    def other(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Another function that knows rows, or NotImplemented."""
+        return NotImplemented
+
+
+class ExemplarReparameterization(RowwiseMessenger):
+    r"""
+    Draws all weights anew for every row, :math:`\theta_i \sim q` for rows :math:`i = 1, \ldots, B`. ::
+
+        with ab.nn.ExemplarReparameterization():
+            svi.step(x, y)
+
+    The estimate of the expected log-likelihood stays unbiased, and the part of its gradient's variance that comes from the draw falls with
+    B, since rows no longer share it. Linear layers are one batched product, convolutions one grouped convolution, the gains and shifts of
+    normalisation layers are applied after it; transposed convolutions, embeddings, PReLU and RMSNorm go through ``torch.vmap``. Any
+    distribution that can be drawn from with gradients will do. Memory: B times that of the weights.
+
+    Source: Z. Deng, H. Zhang, X. Yang, Y. Dong and J. Zhu, BayesAdapter: being Bayesian, inexpensively and reliably, via Bayesian
+    fine-tuning, 2020.
+
+    Arguments, and what is raised: :class:`RowwiseMessenger`.
+    """
+
+    def rows(self, value: Tensor, site: DrawnSite, rows: int) -> Tensor:
+        return self.once(site, rows, lambda: site.fn.rsample((rows,)))
+
+    def layer(self, func: Callable, x: Tensor, weight: Tensor, site: DrawnSite, options: dict[str, Any]) -> Tensor:
+        own = self.rows(weight, site, len(x))
+        if func is F.linear:
+            out = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), own.mT)
+            return out.reshape(*x.shape[:-1], own.shape[1])
+        options = {**options, "groups": options.get("groups", 1) * len(x)}
+        out = func(x.reshape(1, -1, *x.shape[2:]), own.flatten(0, 1), None, **options)
+        return out.reshape(len(x), own.shape[1], *out.shape[2:])
+
+    def other(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        x, *others = args  # the rows come first in all of them
+        values = {**dict(enumerate(others)), **kwargs}
+        drawn = {key: self.rows(v, self._sites[id(v)], len(x)) for key, v in values.items() if id(v) in self._sites}
+
+        def of_row(row: Tensor, own: dict[Any, Tensor]) -> Tensor:
+            given = {**values, **own}
+            return func(row, *(given[i] for i in range(len(others))), **{name: given[name] for name in kwargs})
+
+        return torch.vmap(of_row)(x.unsqueeze(1), drawn).squeeze(1)  # a row is a minibatch of one
+
+
+class Flipout(RowwiseMessenger):
+    r"""
+    Gives every row i the one draw of a layer with signs of its own,
+
+    .. math:: W_i = \mu + (W - \mu) \circ r_i s_i^\top, \qquad r_i, s_i \in \{-1, 1\} \text{ at random},
+
+    over the layer's outputs and inputs (channels, in a convolution; all its positions share them). Each :math:`W_i` has the guide's law,
+    so that estimates stay unbiased, and different rows' are uncorrelated. It costs a second pass through the layer. ::
+
+        with ab.nn.Flipout():
+            svi.step(x, y)
+
+    Linear and convolutional layers, biases, and the gains and shifts of normalisation layers, drawn from a Normal.
+
+    Source: Y. Wen, P. Vicol, J. Ba, D. Tran and R. Grosse, Flipout: efficient pseudo-independent weight perturbations on mini-batches,
+    ICLR 2018, Eq. 3 and 4.
+
+    Arguments, and what is raised: :class:`RowwiseMessenger`.
+    """
+
+    def rows(self, value: Tensor, site: DrawnSite, rows: int) -> Tensor:
+        loc = self.normal(site).loc
+        signs = self.once(site, rows, lambda: _signs(value, rows, *value.shape))
+        return loc + (value - loc) * signs
+
+    def layer(self, func: Callable, x: Tensor, weight: Tensor, site: DrawnSite, options: dict[str, Any]) -> Tensor:
+        loc = self.normal(site).loc
+        channels = x.dim() - 1 if func is F.linear else 1
+        inputs, outputs = x.shape[channels], len(weight)
+        s, r = self.once(site, len(x), lambda: (_signs(x, len(x), inputs), _signs(x, len(x), outputs)))
+
+        def along(signs: Tensor) -> Tensor:
+            return signs.reshape(len(x), *[1] * (channels - 1), -1, *[1] * (x.dim() - channels - 1))
+
+        return func(x, loc, None, **options) + func(x * along(s), weight - loc, None, **options) * along(r)
+
+
+class LocalReparameterization(RowwiseMessenger):
+    r"""
+    Draws what a linear layer makes of a row, in place of its weights: with :math:`W_{jk} \sim \mathcal{N}(\mu_{jk}, \sigma_{jk}^2)` and a
+    row :math:`x`,
+
+    .. math:: a_j \sim \mathcal{N}\Big(\sum_k \mu_{jk} x_k,\; \sum_k \sigma_{jk}^2 x_k^2\Big),
+
+    independently from row to row. ::
+
+        with ab.nn.LocalReparameterization():
+            svi.step(x, y)
+
+    The law is that of a draw of the weights for every row, so that estimates stay unbiased; that takes an input ``[rows, features]``, of
+    which each row meets the layer once. Convolutions and sequences are refused, since their positions share weights: drawing positions
+    independently, as is often done, has another expectation. Gains and shifts of normalisation layers are drawn for every row.
+
+    Source: D. Kingma, T. Salimans and M. Welling, Variational dropout and the local reparameterization trick, NeurIPS 2015, Eq. 6.
+
+    Arguments, and what is raised: :class:`RowwiseMessenger`.
+    """
+
+    def rows(self, value: Tensor, site: DrawnSite, rows: int) -> Tensor:
+        return self.once(site, rows, lambda: self.normal(site).rsample((rows,)))
+
+    def layer(self, func: Callable, x: Tensor, weight: Tensor, site: DrawnSite, options: dict[str, Any]) -> Tensor:
+        if func is not F.linear or x.dim() != 2:
+            raise ValueError(
+                f"site {site.name!r}: in {func.__name__} on {tuple(x.shape)}, several positions of a row share the weights, and "
+                "LocalReparameterization would draw them apart: use Flipout or ExemplarReparameterization, or leave the site one draw for "
+                f"all rows, shared={site.name!r}"
+            )
+        if site.uses:
+            raise ValueError(
+                f"site {site.name!r} is used twice, and LocalReparameterization would draw the two outputs apart: use Flipout or "
+                f"ExemplarReparameterization, or leave the site one draw for all rows, shared={site.name!r}"
+            )
+        fn = self.normal(site)
+        variance = F.linear(x.square(), fn.scale.square())
+        tiny = torch.finfo(variance.dtype).tiny  # a row of zeros has no variance, and the root no slope there
+        return F.linear(x, fn.loc) + variance.clamp_min(tiny).sqrt() * torch.randn_like(variance)
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, messenger: RowwiseMessenger) -> None:
+        super().__init__()
+        self.messenger = messenger
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return self.messenger.call(func, args, kwargs or {})
+
+
+def _base(fn: Any) -> Any:
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return fn
+
+
+def _signs(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(0.5).mul_(2.0).sub_(1.0)

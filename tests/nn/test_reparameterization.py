@@ -1,0 +1,320 @@
+"""Handlers that give every row of a minibatch weights of its own: the law, what it gains, and what they refuse."""
+
+from __future__ import annotations
+
+import threading
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
+from pyro.optim import Adam
+from torch import nn
+from torch.nn import functional as F
+
+import pyro_advbayes as ab
+from models.classifier import Classifier
+from pyro_advbayes.nn import ExemplarReparameterization, Flipout, LocalReparameterization
+
+HANDLERS = [ExemplarReparameterization, Flipout, LocalReparameterization]
+ROWS = 16
+
+
+def dense():
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+def images():
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding="same", groups=2),
+        nn.GroupNorm(2, 4),
+        nn.Tanh(),
+        nn.Conv2d(4, 3, 2, stride=2),
+        nn.Flatten(),
+        nn.Linear(12, 2),
+    )
+    return net
+
+
+def others():
+    layers = (
+        nn.Conv1d(2, 3, 2, padding=1, bias=False),
+        nn.BatchNorm1d(3),
+        nn.PReLU(3),
+        nn.ConvTranspose1d(3, 2, 2, stride=2),
+        nn.LayerNorm(10),
+        nn.RMSNorm(10),
+        nn.Linear(10, 4, bias=False),
+        nn.InstanceNorm1d(2, affine=True),
+        nn.Flatten(),
+        nn.Linear(8, 2),
+    )
+    return nn.Sequential(*layers)
+
+
+INPUTS = {dense: (3,), images: (2, 4, 4), others: (2, 4)}
+
+
+def problem(make, rows=ROWS):
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    model = Classifier(ab.nn.bayesianize(make(), prior=dist.Normal(0.0, 1.0)))
+    x, y = torch.randn(rows, *INPUTS[make]), torch.randint(0, 2, (rows,))
+    guide = AutoNormal(model, init_scale=0.3)
+    guide(x, y)
+    return model, guide, x, y
+
+
+def outputs(model, guide, x, handler=None):
+    """The logits at a draw of the guide's."""
+    with pyro.poutine.block():
+        if handler is None:
+            return pyro.poutine.replay(model, pyro.poutine.trace(guide).get_trace(x, None))(x)
+        with handler:
+            return pyro.poutine.replay(model, pyro.poutine.trace(guide).get_trace(x, None))(x)
+
+
+def gradients(elbo, model, guide, x, y, count, handler=None):
+    """``[count, parameters]``."""
+    parameters, rows = list(guide.parameters()), []
+    for _ in range(count):
+        if handler is None:
+            loss = elbo.differentiable_loss(model, guide, x, y)
+        else:
+            with handler:
+                loss = elbo.differentiable_loss(model, guide, x, y)
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    return torch.stack(rows)
+
+
+# -------------------------------------------------------------------------------------------------------------- the law
+
+
+@pytest.mark.parametrize("make", [dense, images, others])
+def test_every_row_is_that_of_a_network_of_its_own(make):
+    model, guide, x, _ = problem(make)
+    taken = {}
+
+    class Watched(ExemplarReparameterization):
+        def rows(self, value, site, rows):
+            taken[site.name] = super().rows(value, site, rows)
+            return taken[site.name]
+
+    handler = Watched()
+    out = outputs(model, guide, x, handler)
+    plain = make().eval()
+    for row in range(ROWS):
+        weights = {name.removeprefix("net."): own[row] for name, own in taken.items()}
+        assert weights.keys() == dict(plain.named_parameters()).keys()
+        expected = torch.func.functional_call(plain, weights, x[row : row + 1])
+        torch.testing.assert_close(out[row : row + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+def test_a_row_of_a_linear_layer_has_the_law_of_the_guide(handler):
+    """Of all rows together, over many draws: mean μx + b, covariance diagonal with σ²x² + σ_b²; and rows are uncorrelated."""
+    torch.manual_seed(1)
+    model, guide, x, _ = problem(single, rows=3)
+    draws = torch.stack([outputs(model, guide, x, handler()).detach() for _ in range(1000)])
+    loc, scale = guide.median()["net.weight"], 0.3
+    mean = x @ loc.T + guide.median()["net.bias"]
+    variance = (scale**2 * (x.square().sum(1) + 1)).unsqueeze(1).expand_as(mean)
+    assert float(((draws.mean(0) - mean) / (variance / 1000).sqrt()).abs().max()) < 4.0
+    assert float((draws.var(0) / variance - 1).abs().max()) < 5.0 * (2 / 1000) ** 0.5
+    correlation = torch.corrcoef(draws.flatten(1).T) - torch.eye(mean.numel())
+    assert float(correlation.abs().max()) < 5.0 / 1000**0.5
+
+
+def single():
+    return nn.Linear(3, 2)
+
+
+INPUTS[single] = (3,)
+
+
+@pytest.mark.parametrize(
+    ("make", "handler", "elbo"),
+    [
+        *((dense, handler, TraceMeanField_ELBO) for handler in HANDLERS),
+        (dense, Flipout, Trace_ELBO),
+        (images, ExemplarReparameterization, TraceMeanField_ELBO),
+        (images, Flipout, TraceMeanField_ELBO),
+    ],
+)
+def test_gradients_are_unbiased_and_vary_less(make, handler, elbo):
+    model, guide, x, y = problem(make)
+    x, y = x + 1.0, torch.zeros_like(y)  # rows that are alike: sharing a draw, they err together
+    count = 100
+    plain = gradients(elbo(), model, guide, x, y, count)
+    own = gradients(elbo(), model, guide, x, y, count, handler())
+    error = ((plain.var(0) + own.var(0)) / count).sqrt()
+    assert float(((plain.mean(0) - own.mean(0)) / error).abs().max()) < 4.5
+    if elbo is TraceMeanField_ELBO:  # else the divergence, estimated at one draw, is most of it
+        assert float(own.var(0).sum()) < 0.5 * float(plain.var(0).sum())
+
+
+def test_weights_of_any_distribution_and_tied_ones_are_drawn_for_every_row():
+    class Tied(pyro.nn.PyroModule):
+        def forward(self, x, y=None):
+            w = pyro.sample("w", dist.LogNormal(torch.zeros(4, 4), 0.3).to_event(2))
+            out = F.linear(F.linear(x, w), w).sum(-1)
+            with pyro.plate("data", len(x)):
+                return pyro.sample("obs", dist.Normal(out, 1.0), obs=y)
+
+    def guide(x, y=None):
+        pyro.sample("w", dist.LogNormal(pyro.param("loc", torch.zeros(4, 4)), 0.1).to_event(2))
+
+    x, y = torch.randn(6, 4), torch.randn(6)
+    handler = ExemplarReparameterization()
+    with handler:
+        SVI(Tied(), guide, Adam({"lr": 0.01}), TraceMeanField_ELBO()).step(x, y)
+    assert handler.covered == {"w": {"linear"}}
+    with pytest.raises(ValueError, match=r"'w' is drawn from (TransformedDistribution|LogNormal)"), Flipout():
+        SVI(Tied(), guide, Adam({"lr": 0.01}), TraceMeanField_ELBO()).step(x, y)
+
+
+def test_sequences_share_a_row_s_weights_among_their_positions():
+    _, guide, x, _ = problem(single)
+    x = x.unsqueeze(1).expand(ROWS, 5, 3)
+    for handler in (ExemplarReparameterization(), Flipout()):
+        with handler:
+            values = guide(x[:, 0], torch.zeros(ROWS))
+            out = F.linear(x, values["net.weight"], values["net.bias"])
+        torch.testing.assert_close(out, out[:, :1].expand_as(out))
+        assert float(out[:, 0].detach().std()) > 0.0
+
+
+def test_running_statistics_of_an_evaluated_network_are_used():
+    model, guide, x, _ = problem(others)
+    before = model.net.get_submodule("1").running_mean.clone()
+    outputs(model, guide, x, ExemplarReparameterization())
+    assert torch.equal(model.net.get_submodule("1").running_mean, before)
+
+
+# ---------------------------------------------------------------------------------------------------------- as a handler
+
+
+def test_which_sites_are_covered_is_told():
+    model, guide, x, y = problem(images)
+    handler = Flipout(shared="net.5.*")
+    with handler:
+        TraceMeanField_ELBO().loss(model, guide, x, y)
+    assert handler.covered == {
+        **{f"net.{i}.{name}": {"conv2d"} for i in (0, 3) for name in ("weight", "bias")},
+        **{f"net.1.{name}": {"group_norm"} for name in ("weight", "bias")},
+    }
+
+
+def test_shared_sites_are_one_draw_for_all_rows():
+    model, guide, x, _ = problem(single)
+    x = x[:1].expand(ROWS, 3)
+    out = outputs(model, guide, x, ExemplarReparameterization(shared=("*.weight", "*.bias")))
+    torch.testing.assert_close(out, out[:1].expand_as(out))
+
+
+def test_handlers_nest_and_the_inner_one_goes_first():
+    model, guide, x, y = problem(images)
+    outer, inner = ExemplarReparameterization(shared="net.5.*"), LocalReparameterization(shared=("net.0.*", "net.1.*", "net.3.*"))
+    with outer, inner:
+        TraceMeanField_ELBO().loss(model, guide, x, y)
+    assert {name.split(".")[1] for name in outer.covered} == {"0", "1", "3"}
+    assert inner.covered == {"net.5.weight": {"linear"}, "net.5.bias": {"linear"}}
+
+
+def test_nothing_is_left_behind_and_other_threads_and_compiled_functions_are_as_they_were():
+    model, guide, x, y = problem(dense)
+    functions = F.linear, F.conv2d, F.batch_norm
+    weight, seen = torch.randn(2, 3), []
+    compiled = torch.compile(lambda x: F.linear(x, weight), backend="eager")
+    expected = F.linear(x, weight)
+
+    def elsewhere():
+        seen.append((F.linear(x, weight), torch.overrides.is_tensor_like(x)))
+
+    with ExemplarReparameterization():
+        TraceMeanField_ELBO().loss(model, guide, x, y)
+        other = threading.Thread(target=elsewhere)
+        other.start()
+        other.join()
+        assert torch.equal(F.linear(x, weight), expected)
+        assert torch.equal(compiled(x), expected)
+    assert torch.equal(seen[0][0], expected)
+    assert (F.linear, F.conv2d, F.batch_norm) == functions
+    pyro.set_rng_seed(0)
+    first = outputs(model, guide, x)
+    pyro.set_rng_seed(0)
+    assert torch.equal(outputs(model, guide, x), first)
+
+
+def test_it_trains_under_pyros_svi():
+    torch.manual_seed(0)
+    model, guide, _, _ = problem(single)
+    x = torch.randn(200, 3)
+    y = (x[:, 0] > 0).long()
+    svi = SVI(ab.minibatch(model, size=200), guide, Adam({"lr": 0.05}), TraceMeanField_ELBO())
+    with LocalReparameterization():
+        for batch in torch.randperm(200).repeat(15).split(50):
+            svi.step(x[batch], y[batch])
+    logits = x @ guide.median()["net.weight"].T + guide.median()["net.bias"]
+    assert float((logits.argmax(-1) == y).float().mean()) > 0.95
+
+
+# -------------------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+def test_a_weight_that_no_layer_meets_is_named(handler):
+    class ByHand(pyro.nn.PyroModule):
+        def forward(self, x, y=None):
+            w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            with pyro.plate("data", len(x)):
+                return pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    model, x = ByHand(), torch.randn(4, 3)
+    guide = AutoNormal(model)
+    guide(x, torch.zeros(4))
+    with pytest.raises(ValueError, match=r"covers no function in which 'w' is used.*shared="), handler():
+        TraceMeanField_ELBO().loss(model, guide, x, torch.zeros(4))
+    with handler(shared="w"):
+        TraceMeanField_ELBO().loss(model, guide, x, torch.zeros(4))
+    with pytest.raises(ValueError, match="'w' is used"), handler():  # at once, not at the end of training
+        for _ in range(2):
+            TraceMeanField_ELBO().loss(model, guide, x, torch.zeros(4))
+        pytest.fail("the second draw came after a first that met no layer")
+
+
+def test_the_local_trick_refuses_what_it_would_draw_from_another_law():
+    model, guide, x, y = problem(images)
+    with pytest.raises(ValueError, match=r"site 'net.0.weight': in conv2d .* share the weights"), LocalReparameterization():
+        TraceMeanField_ELBO().loss(model, guide, x, y)
+    model, guide, x, _ = problem(single)
+    with pytest.raises(ValueError, match="share the weights"), LocalReparameterization():
+        F.linear(x.unsqueeze(1).expand(ROWS, 5, 3), guide(x, torch.zeros(ROWS))["net.weight"])
+
+    def twice(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3, 3), 1.0).to_event(2))
+        return F.linear(F.linear(x, w), w)
+
+    with pytest.raises(ValueError, match="'w' is used twice"), LocalReparameterization():
+        twice(x)
+
+
+def test_rows_must_come_first_everywhere():
+    def turned(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3, 3), 1.0).to_event(2))
+        return F.linear(F.linear(x, w).T[:3, :3], w)
+
+    with pytest.raises(ValueError, match=r"'w' meets inputs of 16 rows and of 3"), ExemplarReparameterization():
+        turned(torch.randn(ROWS, 3))
+    with pytest.raises(ValueError, match="no dimension for rows"), Flipout():
+        F.linear(torch.randn(3), pyro.sample("w", dist.Normal(torch.zeros(3, 3), 1.0).to_event(2)))
+
+
+def test_a_guide_that_draws_all_weights_at_once_is_told_that_it_is_not_covered():
+    model, _, x, y = problem(dense)
+    guide = AutoLowRankMultivariateNormal(model, rank=1)
+    guide(x, y)
+    with pytest.raises(ValueError, match=r"_AutoLowRankMultivariateNormal_latent.*another form"), ExemplarReparameterization():
+        TraceMeanField_ELBO().loss(model, guide, x, y)
