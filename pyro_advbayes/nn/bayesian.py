@@ -58,7 +58,9 @@ class FanIn:
         return Normal(0.0, self.scale / math.sqrt(value[0].numel()))
 
 
-def bayesianize(net: torch.nn.Module, prior: Prior = Normal(0.0, 1.0), *, exclude: str | Sequence[str] = ()) -> PyroModule:
+def bayesianize(
+    net: torch.nn.Module, prior: Prior = Normal(0.0, 1.0), *, exclude: str | Sequence[str] = (), eval_only: bool = True
+) -> PyroModule:
     """
     Copies a network and gives every parameter of the copy a prior, so that calling it draws its weights. ::
 
@@ -71,7 +73,9 @@ def bayesianize(net: torch.nn.Module, prior: Prior = Normal(0.0, 1.0), *, exclud
     - Priors live on the device and in the dtype of their parameter, and follow ``.to()``, ``.double()`` and the like.
     - The copy is in eval mode and stays there, even when a module around it is put in train mode: a log-density must
       not depend on chance (Dropout), and running the model must not change it (BatchNorm's statistics, which stay
-      those of the original). Excluded layers are no exception.
+      those of the original). Excluded layers are no exception. Variational inference from scratch has no statistics
+      yet: there ``eval_only=False`` leaves the copy in the mode of the original, and lets it follow ``train()`` and
+      ``eval()``.
     - A module used in two places stays one module, with one site, under the last of its names.
     - Frozen parameters (``requires_grad=False``) get priors like all others.
     - Keep ``torch.func.functional_call`` to the original: on a Pyro module it deletes the priors for good.
@@ -83,6 +87,7 @@ def bayesianize(net: torch.nn.Module, prior: Prior = Normal(0.0, 1.0), *, exclud
     :param exclude: one pattern or several (as in :mod:`fnmatch`: ``"0.*"``, ``"*.bias"``) for the names of
         parameters that get no prior. They stay ``nn.Parameter`` s with the values of the original: samplers hold
         them fixed, variational inference optimises those that require a gradient.
+    :param bool eval_only: whether the copy stays in eval mode. Samplers refuse one that is in train mode.
     :returns: the copy, a :class:`~pyro.nn.PyroModule`.
     :raises ValueError: if ``net`` has no parameters, or none is left to get a prior; if a pattern matches nothing; if
         a prior does not fit its parameter; if one tensor is a parameter under two names; and for networks whose
@@ -92,9 +97,11 @@ def bayesianize(net: torch.nn.Module, prior: Prior = Normal(0.0, 1.0), *, exclud
     if not callable(prior):
         raise ValueError(f"prior must be a distribution of pyro.distributions or a function of (name, tensor), got {prior!r}.")
     _check_modules(net)
-    net = copy.deepcopy(net).eval()
+    net = copy.deepcopy(net)
     to_pyro_module_(net)
     net.__class__ = _bayesian_class(net.__class__)
+    net._eval_only = eval_only
+    net.train(net.training)
 
     parameters = {name: (module, attribute) for name, module, attribute in _named_parameters(net)}
     excluded = _matches(exclude, list(parameters))
@@ -118,8 +125,8 @@ class _Bayesian(PyroModule):
     """What the root of a bayesianized network adds to a PyroModule."""
 
     def train(self, mode: bool = True) -> PyroModule:
-        """Stays in eval mode, whatever a module around it is told; see :func:`bayesianize`."""
-        return super().train(False)
+        """Stays in eval mode, whatever a module around it is told, unless it was made to follow; see :func:`bayesianize`."""
+        return super().train(mode and not self._eval_only)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PyroModule:
         # PyTorch moves parameters and buffers only, and a PyroSample is neither.
