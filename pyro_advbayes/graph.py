@@ -14,9 +14,9 @@ aten = torch.ops.aten
 
 # An aten overload costs about 2 microseconds more a call than the public function of the same name and arguments: half the time
 # of a small network's step. Only operations whose two signatures agree are listed.
-_FUNCTIONS = ("mm", "bmm", "addmm", "baddbmm", "add", "sub", "mul", "div", "neg", "pow", "exp", "log", "log1p", "sqrt", "relu",
-              "tanh", "sigmoid", "cat", "where", "logsumexp", "sum", "gather", "scatter_add", "index_select", "unsqueeze", "squeeze",
-              "transpose", "permute", "t", "split_with_sizes")  # fmt: skip
+_FUNCTIONS = ("mm", "bmm", "addmm", "baddbmm", "dot", "addcmul", "addcdiv", "add", "sub", "mul", "div", "neg", "pow", "exp", "log",
+              "log1p", "sqrt", "relu", "tanh", "sigmoid", "cat", "where", "logsumexp", "sum", "gather", "scatter_add", "index_select",
+              "unsqueeze", "squeeze", "transpose", "permute", "t", "split_with_sizes")  # fmt: skip
 _METHODS = ("view", "expand")
 
 # Operations that change nothing but a shape: without effect where the shape stays the same, as vmap leaves many.

@@ -12,10 +12,13 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
+from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
+from pyro_advbayes.handlers import GivenMessenger
 from pyro_advbayes.infer.autoguide.adversarial import Adversary, BaseNormal, NoiseAscent, joint_norm
+from pyro_advbayes.infer.elbo_graph import Graphs, NotTraceable, Objective, Weights, tensors_of
 from pyro_advbayes.structure import kept_statistics
 
 
@@ -63,6 +66,10 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
     :param int num_particles: draws of each kind per loss, >= 1.
     :param float radius: d, >= 0, for steps along the gradient within a Wasserstein distance; None for sign steps.
     :param bool kl_in_mix: whether the divergence is weighted by 1 - mix, too.
+    :param str backend: ``"graph"`` runs a model and a guide through Pyro's handlers twice, and then traces them into a graph, which is
+        checked on its first calls; an attribute of the model that is no tensor must not change afterwards. Another guide than
+        ``AutoAdversarialNormal``, a model with parameters of its own or layers in training mode, and what cannot be traced, stay with
+        ``"handlers"``, with one warning that says why.
     :raises ValueError: naming an argument out of range; and at the first call, naming the site, if a site of the guide is not drawn from
         Normal base noise or is missing in the model (or the reverse), or the model observes nothing.
 
@@ -79,8 +86,11 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
         *,
         radius: float | None = None,
         kl_in_mix: bool = False,
+        backend: str = "graph",
     ) -> None:
         self.ascent = NoiseAscent(num_steps, step_size, radius)
+        if backend not in ("handlers", "graph"):
+            raise ValueError(f"backend={backend!r}: choose 'handlers' or 'graph'")
         if not 0 <= mix <= 1:
             raise ValueError(f"mix={mix!r}: the weight of the moved draws, from 0 to 1")
         if not 0 <= kl_scale < float("inf"):
@@ -88,9 +98,15 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
         if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
             raise ValueError(f"num_particles={num_particles!r}: the number of draws per loss, an int >= 1")
         super().__init__(num_particles=num_particles)
-        self.mix = mix if self.ascent.moves else 0.0
-        self.kl_weight = kl_scale * (1 - mix) if kl_in_mix else kl_scale
+        self.mix, self.kl_scale, self.kl_in_mix = mix, kl_scale, kl_in_mix
+        self._graphs = Graphs() if backend == "graph" else None
         self._moves: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def _weights(self) -> tuple[float, float, float]:
+        """What the plain draw's likelihood, the moved one's and the divergence count."""
+        moved = self.mix if self.ascent.moves else 0.0
+        return 1 - moved, moved, self.kl_scale * (1 - self.mix) if self.kl_in_mix else self.kl_scale
 
     @property
     def moved(self) -> Moved | None:
@@ -107,17 +123,65 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
         """
         Pyro's two traces, with weights for its terms; what the model makes of a moved draw is added to the model's as more observations.
         """
-        weigh = _Weights(1 - self.mix, self.kl_weight)
+        plain, moved, kl = self._weights
+        weigh = _Weights(plain, kl)
         model_trace, guide_trace = super()._get_trace(weigh(model), weigh(guide), args, kwargs)
         draw = Draw(model_trace, guide_trace)
-        if self.mix > 0:
+        if moved > 0:
             likelihood = Likelihood(model, args, kwargs, weigh.rows)
             adversary = draw.adversary(self.ascent, likelihood)
-            self._moves.append(draw.distances(adversary))
-            trace = likelihood.trace(draw.values(adversary.values(draw.locs, draw.scales)), self.mix)
+            self._moves.append(distances(adversary, draw.noises, draw.scales))
+            trace = likelihood.trace(draw.values(adversary.values(draw.locs, draw.scales)), moved)
             for name in trace.observation_nodes:
                 model_trace.add_node(f"{name} (adversarial)", **trace.nodes[name])
         return model_trace, guide_trace
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """The loss, after a backward pass."""
+        particles = self._by_graph(model, guide, args, kwargs)
+        if particles is None:
+            return super().loss_and_grads(model, guide, *args, **kwargs)
+        for _, parameters, gradients in particles:
+            torch.autograd.backward(parameters, gradients)
+        loss = sum(value.item() for value, _, _ in particles)
+        warn_if_nan(loss, "loss")
+        return loss
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss, attached to the parameters; what ``TraceAdversarial_ELBO(...)(model, guide)`` returns when it is called."""
+        particles = self._by_graph(model, guide, args, kwargs) if torch.is_grad_enabled() else None
+        if particles is None:
+            return super().differentiable_loss(model, guide, *args, **kwargs)
+        return sum(_Attached.apply(value, gradients, *parameters) for value, parameters, gradients in particles)
+
+    def _by_graph(
+        self, model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> list[tuple[Tensor, list[Tensor], list[Tensor]]] | None:
+        """Each particle's share of the loss, the tensors it depends on, and its gradients; None where there is no graph."""
+        objective = None if self._graphs is None else self._graphs.get(model, guide, args, kwargs)
+        if objective is None:
+            return None
+        self._moves = []
+        try:
+            return [self._particle(objective, args, kwargs) for _ in range(self.num_particles)]
+        except NotTraceable as error:
+            self._graphs.drop(objective, error)
+            return None
+
+    def _particle(self, objective: Objective, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        parameters = list(zip(*objective.parameters().values(), strict=True))
+        tensors = tensors_of(args, kwargs)
+        with torch.no_grad():
+            locs, scales = ([value.detach() for value in values] for values in parameters)
+            noises = [torch.randn_like(loc) for loc in locs]
+            adversary = None
+            if self._weights[1] > 0:
+                start = [torch.randn_like(loc) for loc in locs]
+                adversary = self.ascent.run(locs, scales, start, lambda values: objective.gradient(values, tensors))
+                self._moves.append(distances(adversary, start, scales))
+            weights = Weights(*(locs[0].new_tensor(weight / self.num_particles) for weight in self._weights))
+            value, gradients = objective.loss_and_gradients(weights, locs, scales, noises, adversary, tensors)
+        return value, [*parameters[0], *parameters[1]], gradients
 
     def adversarial_draw(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """
@@ -129,7 +193,7 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
             weigh = _Weights(1.0, 1.0)
             draw = Draw(*super()._get_trace(weigh(model), guide, args, kwargs))
             adversary = draw.adversary(self.ascent, Likelihood(model, args, kwargs, weigh.rows))
-            self._moves = [draw.distances(adversary)]
+            self._moves = [distances(adversary, draw.noises, draw.scales)]
             return draw.values(adversary.values(draw.locs, draw.scales))
 
 
@@ -173,16 +237,31 @@ class Draw:
         with torch.no_grad():
             return ascent.run(locs, scales, self.noises, gradient)
 
-    @torch.no_grad()
-    def distances(self, adversary: Adversary) -> tuple[Tensor, Tensor]:
-        """How far an adversary moved, in noise and in distance, as in :class:`Moved`."""
-        noises = [moved - noise for moved, noise in zip(adversary.noises, self.noises, strict=True)]
-        if adversary.shifts is None:
-            shifts = [noise * scale for noise, scale in zip(noises, self.scales, strict=True)]
-        else:
-            shifts = adversary.shifts
-            noises = [shift / scale for shift, scale in zip(shifts, self.scales, strict=True)]
-        return torch.stack([noise.abs().max() for noise in noises]).max(), joint_norm(shifts)
+
+@torch.no_grad()
+def distances(adversary: Adversary, start: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """How far an adversary moved from its first noise, in noise and in distance, as in :class:`Moved`."""
+    if adversary.shifts is None:
+        noises = [moved - noise for moved, noise in zip(adversary.noises, start, strict=True)]
+        shifts = [noise * scale for noise, scale in zip(noises, scales, strict=True)]
+    else:
+        shifts = adversary.shifts
+        noises = [shift / scale for shift, scale in zip(shifts, scales, strict=True)]
+    return torch.stack([noise.abs().max() for noise in noises]).max(), joint_norm(shifts)
+
+
+class _Attached(torch.autograd.Function):
+    """A number whose gradients with respect to ``parameters`` are known."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(gradient * outer for gradient in ctx.gradients)
 
 
 class Likelihood:
@@ -197,7 +276,7 @@ class Likelihood:
 
     def trace(self, values: Mapping[str, Tensor], weight: float = 1.0) -> Trace:
         """The model's trace where its latent sites have other values; running statistics stay as they are."""
-        with kept_statistics(), _Weights(weight, 1.0), _Given({**self.rows, **values}):
+        with kept_statistics(), _Weights(weight, 1.0), GivenMessenger({**self.rows, **values}):
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
         trace.compute_log_prob(lambda name, site: site["is_observed"])
         return trace
@@ -223,18 +302,6 @@ class _Weights(Messenger):
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if site_is_subsample(msg):
             self.rows[msg["name"]] = msg["value"]
-
-
-class _Given(Messenger):
-    """Gives latent sites and plates their values."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
 def _drawn(trace: Trace) -> dict[str, dict[str, Any]]:
