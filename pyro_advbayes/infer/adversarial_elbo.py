@@ -49,8 +49,9 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
         svi = SVI(ab.minibatch(model, size=50_000), guide, ClippedAdam({"lr": 1e-3}), loss=TraceAdversarial_ELBO(mix=0.8))
 
     Where nothing is moved (``mix=0``, ``num_steps=0`` or ``radius=0``) the adversary's pass is left out, and loss and gradients are
-    those of ``TraceMeanField_ELBO`` to the last bit. Otherwise the plain draw comes first, and the adversary starts from one of its own.
-    Its steps leave running statistics (BatchNorm in training mode) as they are: only the plain draw counts for them.
+    those of ``TraceMeanField_ELBO``: through Pyro's handlers to the last bit, from graphs to rounding. Otherwise the plain draw comes
+    first, and the adversary starts from one of its own. Its steps leave running statistics (BatchNorm in training mode) as they are:
+    only the plain draw counts for them.
 
     The divergence is analytic where PyTorch or Pyro knows it for the pair of distributions, and estimated at the plain draw elsewhere;
     it counts every weight as often as the model has it, in nats over the whole data set, so scale minibatches:

@@ -35,7 +35,7 @@ def loss_and_gradients(elbo, model, seed=3, guide=AutoAdversarialNormal, size=60
 @pytest.mark.parametrize("still", [{"mix": 0}, {"radius": 0.0}, {"num_steps": 0}, {"mix": 0, "kl_in_mix": True}], ids=str)
 def test_where_nothing_moves_loss_and_gradients_are_pyros_to_the_last_bit(model, particles, still):
     loss, gradients = loss_and_gradients(TraceMeanField_ELBO(particles), model)
-    elbo = TraceAdversarial_ELBO(num_particles=particles, **still)
+    elbo = TraceAdversarial_ELBO(num_particles=particles, backend="handlers", **still)
     ours, our_gradients = loss_and_gradients(elbo, model)
     assert ours == loss and elbo.moved is None
     assert gradients.keys() == our_gradients.keys() and all(torch.equal(our_gradients[name], g) for name, g in gradients.items())
@@ -100,7 +100,7 @@ class Recorded:
     """An ascent whose ends are kept, and given again when ``frozen``."""
 
     def __init__(self, ascent):
-        self.ascent, self.ends, self.frozen = ascent, [], False
+        self.ascent, self.ends, self.frozen, self.moves = ascent, [], False, True
 
     def run(self, *args):
         end = self.ends.pop(0) if self.frozen else self.ascent.run(*args)
