@@ -227,6 +227,8 @@ class AutoAdversarialNormal(AutoNormal):
         if self._given_model is not None:
             _check_observations(self._given_model[0], args, kwargs)
         super()._setup_prototype(*args, **kwargs)
+        for loc in self.locs.parameters():  # or learning would write into the tensors that init_loc_fn gave, a trained network's, say
+            loc.data = loc.data.clone()
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """

@@ -206,6 +206,13 @@ def test_a_guide_survives_copying_and_pickling(remake):
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
+def test_learning_leaves_the_tensors_that_it_started_from_as_they_were():
+    start = {"w": torch.ones(3), "b": torch.zeros(())}
+    guide = trained(init_loc_fn=init_to_value(values=start))
+    assert not torch.equal(guide.locs.w, torch.ones(3))
+    assert torch.equal(start["w"], torch.ones(3)) and start["b"] == 0
+
+
 def test_noise_of_another_shape_is_refused():
     guide = AutoAdversarialNormal(logistic)
     guide(*data())
