@@ -110,6 +110,21 @@ def test_without_an_adversary_they_are_those_of_pyros_mean_field_elbo(model, use
     assert len(used) == 6
 
 
+def test_parameters_that_are_held_fixed_get_no_gradient(used):
+    guide, elbo = AutoAdversarialNormal(logistic), TraceAdversarial_ELBO()
+    guide(*data())
+    for parameter in guide.locs.parameters():
+        parameter.requires_grad_(False)
+    for module in (False, True):
+        for _ in range(3):
+            if module:
+                elbo(logistic, guide)(*data()).backward()
+            else:
+                elbo.loss_and_grads(logistic, guide, *data())
+    assert all(p.grad is None for p in guide.locs.parameters()) and all(p.grad is not None for p in guide.scales.parameters())
+    assert len(used) == 4
+
+
 @pytest.mark.parametrize("particles", [1, 3])
 def test_as_a_module_they_attach_the_loss_to_the_parameters(particles, used):
     torch.set_default_dtype(torch.double)
