@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyro
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_advbayes.batches import Batch, Loader
-from pyro_advbayes.handlers import minibatch
+from pyro_advbayes.handlers import GivenMessenger, minibatch
 from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
 from pyro_advbayes.nn import bayesianize
-from pyro_advbayes.structure import refuse_random_layers
+from pyro_advbayes.structure import kept_statistics, refuse_random_layers
 
 Weights = nn.Module | Mapping[str, Tensor]
 Groups = list[dict[str, Any]]
@@ -43,6 +44,55 @@ def weight_decay_prior(weight_decay: float, num_data: int) -> Normal:
     if not 0 < weight_decay < math.inf:
         raise ValueError(f"weight_decay={weight_decay!r}: the factor that the network was trained with, > 0")
     return Normal(0.0, (num_data * weight_decay) ** -0.5)
+
+
+@dataclass(frozen=True)
+class UncertaintyRegularizer:
+    r"""
+    Asks for disagreement on inputs that are no data: with two draws' class probabilities :math:`p_1, p_2` at
+    :math:`\tilde x = x + \mathrm{Uniform}(-\text{eps}, \text{eps})`,
+
+    .. math:: \text{weight} \cdot \mathrm{mean}_{\tilde x} \max\Bigl(0,\; \text{threshold} - H\bigl(\tfrac{p_1 + p_2}{2}\bigr)
+        + \tfrac12 \bigl(H(p_1) + H(p_2)\bigr)\Bigr),
+
+    in nats. Two draws cannot disagree by more than log 2 = 0.69, so that the authors' threshold of 0.75 always pulls.
+
+    Source: Deng et al., BayesAdapter, 2020.
+
+    :param float eps: half the width of the noise, > 0, in the units of the inputs.
+    :param float threshold: how much disagreement is enough, > 0.
+    :param float weight: of the term beside the loss per data point, > 0.
+    """
+
+    eps: float
+    threshold: float = 0.75
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("eps", "threshold", "weight"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r}: a number > 0")
+
+    def loss(self, model: Callable, guide: Callable, x: Tensor, *rest: Tensor) -> Tensor:
+        """
+        :param x: inputs ``[N, ...]``; with ``rest`` the model's arguments.
+        :raises ValueError: if the model does not return logits ``[N, K]``.
+        """
+        moved = x + torch.empty_like(x).uniform_(-self.eps, self.eps)
+        probs = torch.stack([self._logits(model, guide, moved, *rest).softmax(-1) for _ in range(2)])
+        disagreement = _entropy(probs.mean(0)) - _entropy(probs).mean(0)
+        return self.weight * (self.threshold - disagreement).relu().mean()
+
+    def _logits(self, model: Callable, guide: Callable, x: Tensor, *rest: Tensor) -> Tensor:
+        with poutine.block(), kept_statistics():
+            logits = GivenMessenger(guide(x, *rest))(model)(x, *rest)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
+            raise ValueError(f"uncertainty: the model must return logits [N, K], not {getattr(logits, 'shape', type(logits).__name__)}")
+        return logits
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    return torch.special.entr(probs.clamp(min=torch.finfo(probs.dtype).tiny)).sum(-1)  # whose slope at 0 is infinite
 
 
 class Adapted(NamedTuple):
@@ -71,6 +121,7 @@ def bayes_adapter(
     init_scale: float = math.exp(-5.5),
     num_data: int | None = None,
     loss: ELBO | None = None,
+    uncertainty: UncertaintyRegularizer | None = None,
     optim: Callable[[Groups], torch.optim.Optimizer] | None = None,
 ) -> Adapted:
     r"""
@@ -89,7 +140,7 @@ def bayes_adapter(
     Under the prior of :func:`weight_decay_prior` the gradient of the second term is :math:`\text{weight\_decay}\,\mu` for a mean, and
     :math:`\text{weight\_decay}\,\sigma^2 - 1/N` for the logarithm of a standard deviation: weight decay, and a pull towards more
     uncertainty. (So leave weight decay out of the optimiser: the authors' example counts it twice.) Normalisation layers keep their
-    statistics, and their gains and biases are Bayesian, too.
+    statistics, and their gains and biases are Bayesian, too. Draws are shared by the rows of a minibatch.
 
     Source: Deng et al., BayesAdapter, 2020; ScalableBDL. Theirs are ``lr`` for CIFAR, ``scale_lr`` and the optimiser, SGD with Nesterov
     momentum 0.9; they draw the logarithms of the standard deviations from (-6, -5), which start in the middle here.
@@ -106,6 +157,7 @@ def bayes_adapter(
     :param float init_scale: standard deviations at the start, > 0.
     :param int num_data: N, where the loader does not tell it.
     :param ELBO loss: ``TraceAdversarial_ELBO(mix=0)`` by default, Pyro's mean-field ELBO; with another ``mix`` fine-tuning is adversarial.
+    :param UncertaintyRegularizer uncertainty: what is added to ask for disagreement beside the data; nothing by default.
     :param optim: function of parameter groups, means first, to their optimiser.
     :raises ValueError: before any training: naming every name or shape in ``pretrained`` that does not fit, or the argument.
     """
@@ -119,18 +171,23 @@ def bayes_adapter(
     groups = [{"params": list(guide.locs.parameters()), "lr": lr}, {"params": list(guide.scales.parameters()), "lr": scale_lr}]
     optimiser = torch.optim.SGD(groups, momentum=0.9, nesterov=True) if optim is None else optim(groups)
     scaled, losses = minibatch(model, size=batches.num_data), []
-    objective = TraceAdversarial_ELBO(mix=0) if loss is None else loss
+    elbo = TraceAdversarial_ELBO(mix=0) if loss is None else loss
+
+    def objective(*batch: Tensor) -> Tensor:
+        value = elbo.differentiable_loss(scaled, guide, *batch) / batches.num_data
+        return value if uncertainty is None else value + uncertainty.loss(model, guide, *batch)
+
     with tqdm(total=num_epochs * len(loader), desc="bayes_adapter", disable=None) as bar:
         for _ in range(num_epochs):
-            losses.append(_epoch(objective, scaled, guide, batches, optimiser, bar))
+            losses.append(_epoch(objective, batches, optimiser, bar))
     return Adapted(model, guide, losses)
 
 
-def _epoch(objective: ELBO, model: Callable, guide: AutoAdversarialNormal, batches: Loader, optimiser: Any, bar: tqdm) -> float:
+def _epoch(objective: Callable[..., Tensor], batches: Loader, optimiser: torch.optim.Optimizer, bar: tqdm) -> float:
     total, rows = 0.0, 0
     for batch, size in batches.epoch():
         optimiser.zero_grad()
-        loss = objective.differentiable_loss(model, guide, *batch) / batches.num_data
+        loss = objective(*batch)
         loss.backward()
         optimiser.step()
         total, rows = total + loss.item() * size, rows + size

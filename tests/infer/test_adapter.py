@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_advbayes as ab
 from models.classifier import Classifier
-from pyro_advbayes.infer.adapter import bayes_adapter, weight_decay_prior
+from pyro_advbayes.diagnostics import mutual_information
+from pyro_advbayes.infer.adapter import UncertaintyRegularizer, bayes_adapter, weight_decay_prior
 from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
 from pyro_advbayes.nn import bayesianize
@@ -112,7 +113,7 @@ def test_one_call_makes_a_fitted_posterior_of_a_trained_network(trained):
     network = ab.PosteriorClassifier(model, guide=guide, num_samples=20)
     quality = ab.diagnostics.draw_quality(network.log_probs(x), y)
     assert quality.ensembled.value > 0.9
-    scales = torch.cat([scale.flatten() for _, scale in guide.parameters_by_site().values()])
+    scales = torch.cat([scale.detach().flatten() for _, scale in guide.parameters_by_site().values()])
     assert scales.std().item() > 1e-3
 
 
@@ -121,8 +122,10 @@ def test_means_and_scales_have_learning_rates_of_their_own(trained):
     for lr, scale_lr in ((1e-3, 1e-12), (1e-12, 0.1)):
         _, guide, _ = bayes_adapter(convnet(), trained, loader(), weight_decay=1e-3, lr=lr, scale_lr=scale_lr)
         parameters = guide.parameters_by_site()
-        means = max(float((mean - trained.state_dict()[name.removeprefix("net.")]).abs().max()) for name, (mean, _) in parameters.items())
-        scales = max(float((scale - math.exp(-5.5)).abs().max()) for _, scale in parameters.values())
+        means = max(
+            float((mean.detach() - trained.state_dict()[name.removeprefix("net.")]).abs().max()) for name, (mean, _) in parameters.items()
+        )
+        scales = max(float((scale.detach() - math.exp(-5.5)).abs().max()) for _, scale in parameters.values())
         moved.append((means > 1e-6, scales > 1e-6))
     assert moved == [(True, False), (False, True)]
 
@@ -159,6 +162,49 @@ def test_weights_go_to_sites_and_to_what_is_no_site_and_other_sites_start_by_the
     assert torch.equal(guide.locs.get_submodule("inner.5").weight_unconstrained, state["5.weight"])
     assert torch.equal(model.inner[0].weight, state["0.weight"]) and torch.equal(model.inner[1].running_mean, state["1.running_mean"])
     assert guide.median()["sharpness"] > 0
+
+
+def test_the_uncertainty_regulariser_is_its_equation(trained):
+    model, guide, _ = bayes_adapter(convnet(), trained, loader(), weight_decay=1e-3, num_epochs=0, init_scale=0.5)
+    x, y = images()
+    for threshold in (0.75, 0.05):
+        pyro.set_rng_seed(0)
+        found = UncertaintyRegularizer(eps=0.5, threshold=threshold, weight=3.0).loss(model, guide, x, y)
+        pyro.set_rng_seed(0)
+        moved = x + torch.empty_like(x).uniform_(-0.5, 0.5)
+        probs = []
+        for _ in range(2):
+            weights = {name.removeprefix("net."): value for name, value in guide().items()}
+            probs.append(torch.func.functional_call(trained, weights, moved).softmax(-1))
+        probs = torch.stack(probs)
+        disagreement = mutual_information(probs)
+        assert bool((disagreement > 0.05).any()) and bool((disagreement < 0.05).any())
+        torch.testing.assert_close(found, 3 * (threshold - disagreement).clamp(min=0).mean())
+    with torch.no_grad():
+        guide.locs.get_submodule("net.5").weight_unconstrained *= 1e4  # where softmax is 0 and 1
+    found = found + UncertaintyRegularizer(eps=0.5).loss(model, guide, x, y)
+    found.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in guide.parameters())
+
+
+def test_the_uncertainty_regulariser_makes_draws_disagree_beside_the_data(trained):
+    x, disagreement = images()[0], []
+    noisy = x + 2 * torch.rand_like(x) - 1
+    for uncertainty in (None, UncertaintyRegularizer(eps=1.0, weight=10.0)):
+        pyro.set_rng_seed(0)
+        settings = {"weight_decay": 1e-3, "num_epochs": 6, "lr": 1e-3, "scale_lr": 0.3, "init_scale": 0.1}
+        model, guide, _ = bayes_adapter(convnet(), trained, loader(), **settings, uncertainty=uncertainty)
+        logits = ab.Predictive(model, guide=guide, num_samples=30, return_sites=["_RETURN"])(noisy)["_RETURN"]
+        disagreement.append(mutual_information(logits.softmax(-1)).mean())
+    assert disagreement[1] > 1.5 * disagreement[0]
+
+
+def test_the_uncertainty_regulariser_wants_logits_and_numbers(trained):
+    for wrong in ({"eps": 0.0}, {"eps": 1.0, "threshold": -1.0}, {"eps": 1.0, "weight": 0.0}):
+        with pytest.raises(ValueError, match="a number > 0"):
+            UncertaintyRegularizer(**wrong)
+    with pytest.raises(ValueError, match=r"must return logits \[N, K\], not NoneType"):
+        bayes_adapter(Excluded(), trained, loader(), uncertainty=UncertaintyRegularizer(eps=0.1))
 
 
 def test_weights_that_do_not_fit_are_listed_before_training(trained):
