@@ -55,7 +55,8 @@ class Graphs:
         entry.calls += 1
         if entry.calls > CALLS_BEFORE and entry.objective is None and not entry.refused:
             try:
-                entry.objective = Objective(model, guide, Arguments(model, args, kwargs))
+                # unwrapped: a wrapped network has no signature, and the message about that prints it, which draws its weights
+                entry.objective = Objective(model, guide, Arguments(poutine.unwrap(model), args, kwargs))
             except NotTraceable as error:
                 entry.refuse(error)
         return entry.objective

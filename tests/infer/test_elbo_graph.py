@@ -135,6 +135,21 @@ def test_as_a_module_they_attach_the_loss_to_the_parameters(particles, used):
     assert len(used) == 3 * particles
 
 
+def test_graphs_take_the_random_numbers_that_the_handlers_take(used):
+    model, (x, y) = mlp((3, 5, 2)), data()
+    guide, scaled = AutoAdversarialNormal(model), ab.minibatch(model, size=600)
+    guide(x, y.long())
+    elbos = [TraceAdversarial_ELBO(backend=backend) for backend in ("graph", "handlers")]
+    for step in range(5):
+        losses, following = [], []
+        for elbo in elbos:
+            pyro.set_rng_seed(step)
+            losses.append(elbo.loss_and_grads(scaled, guide, x, y.long()))
+            following.append(torch.rand(()))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5) and torch.equal(*following)
+    assert len(used) == 3
+
+
 def test_how_far_draws_were_moved_is_told_alike():
     torch.set_default_dtype(torch.double)
     for options in ({}, {"radius": 0.5}):
