@@ -144,7 +144,8 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
             return super().loss_and_grads(model, guide, *args, **kwargs)
         for _, parameters, gradients in particles:
             learnt = [(parameter, g) for parameter, g in zip(parameters, gradients, strict=True) if parameter.requires_grad]
-            torch.autograd.backward(*zip(*learnt, strict=True))
+            if learnt:
+                torch.autograd.backward(*zip(*learnt, strict=True))
         loss = sum(value.item() for value, _, _ in particles)
         warn_if_nan(loss, "loss")
         return loss

@@ -122,7 +122,10 @@ def test_parameters_that_are_held_fixed_get_no_gradient(used):
             else:
                 elbo.loss_and_grads(logistic, guide, *data())
     assert all(p.grad is None for p in guide.locs.parameters()) and all(p.grad is not None for p in guide.scales.parameters())
-    assert len(used) == 4
+    for parameter in guide.parameters():
+        parameter.requires_grad_(False)
+    assert elbo.loss_and_grads(logistic, guide, *data()) > 0
+    assert len(used) == 5
 
 
 @pytest.mark.parametrize("particles", [1, 3])
