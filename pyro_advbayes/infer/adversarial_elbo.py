@@ -68,7 +68,7 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
     :param float radius: d, >= 0, for steps along the gradient within a Wasserstein distance; None for sign steps.
     :param bool kl_in_mix: whether the divergence is weighted by 1 - mix, too.
     :param str backend: ``"graph"`` runs a model and a guide through Pyro's handlers twice, and then traces them into a graph, which is
-        checked on its first calls; an attribute of the model that is no tensor must not change afterwards. Another guide than
+        checked on its first calls; what the model holds beside its buffers must not change afterwards. Another guide than
         ``AutoAdversarialNormal``, a model with parameters of its own or layers in training mode, and what cannot be traced, stay with
         ``"handlers"``, with one warning that says why.
     :raises ValueError: naming an argument out of range; and at the first call, naming the site, if a site of the guide is not drawn from

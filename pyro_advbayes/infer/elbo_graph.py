@@ -138,7 +138,7 @@ class Objective:
         self.others = self.names
         locs, scales = ([value.detach().requires_grad_() for value in values] for values in zip(*parameters.values(), strict=True))
         try:
-            with refuse_random_layers(self.model), torch.enable_grad():
+            with refuse_random_layers(poutine.unwrap(self.model)), torch.enable_grad():
                 model_trace, guide_trace = self._traces(locs, scales, [torch.zeros_like(loc) for loc in locs], self.arguments.tensors)
         except ValueError as error:
             raise NotTraceable(str(error)) from error

@@ -18,7 +18,7 @@ from models.mlp import mlp
 from pyro_advbayes.infer import elbo_graph
 from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
-from tests.small_models import data, logistic, regression, subsampling
+from tests.small_models import data, logistic, mixed, regression, subsampling
 
 
 def hierarchical(x, y=None):
@@ -101,6 +101,22 @@ def test_graphs_give_the_losses_and_gradients_of_the_handlers(model, options, us
     ours = run(TraceAdversarial_ELBO(**options), model)
     assert len(used) == 3  # the first two calls are the handlers'
     assert_alike(ours, run(TraceAdversarial_ELBO(**options, backend="handlers"), model))
+
+
+def test_sites_of_different_dtypes_are_treated_like_the_handlers_do():
+    x, y = data()
+    results = []
+    for backend in ("graph", "handlers"):
+        pyro.clear_param_store()
+        guide, elbo = AutoAdversarialNormal(mixed), TraceAdversarial_ELBO(backend=backend)
+        guide(x, y)
+        for step in range(4):
+            pyro.set_rng_seed(step)
+            loss = elbo.loss_and_grads(mixed, guide, x, y)
+        results.append((torch.tensor(loss), *(p.grad.clone() for p in guide.parameters())))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", [regression, network])
