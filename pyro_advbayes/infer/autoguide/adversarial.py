@@ -290,9 +290,8 @@ def _check_observations(model: Callable, args: Sequence[Any], kwargs: Mapping[st
             "guide(x, y), or train it"
         )
     call = _bound(model, args, kwargs)
-    missing = (
-        [] if call is None else [n for n, p in call.signature.parameters.items() if p.default is None and call.arguments.get(n) is None]
-    )
+    parameters = {} if call is None else call.signature.parameters
+    missing = [name for name, p in parameters.items() if call.arguments.get(name, p.default) is None]
     latents = _latents(model, args, kwargs) if missing else {}
     for name in missing:
         call.arguments[name] = torch.zeros(())

@@ -187,6 +187,20 @@ def test_a_first_call_from_a_prediction_is_refused(predictive):
         predictive(regression, guide=AutoAdversarialNormal(regression), num_samples=3)(data()[0])
 
 
+def test_none_where_the_model_wants_observations_is_refused_too():
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    guide = AutoAdversarialNormal(ab.minibatch(model, size=600))
+    with pytest.raises(ValueError, match="site 'obs' is a local latent"):
+        guide(data()[0], None)
+    with pytest.raises(ValueError, match=r"site 'obs' would become a latent site.*argument 'y'"):
+        AutoAdversarialNormal(model)(data()[0], None)
+    assert list(guide(*data())) == ["w"]
+
+
 def test_local_latents_beside_an_optional_argument_are_no_observations():
     def model(y, mask=None):
         with pyro.plate("data", len(y)):
