@@ -148,8 +148,9 @@ def bayes_adapter(
     :param model: a Pyro model of the loader's items; or a plain network, a module from inputs to the logits of a class, of which a copy
         is made Bayesian.
     :param pretrained: a trained network, or its ``state_dict``: values for every site of the model's network, by the names of the
-        parameters, and for its buffers and parameters that are no sites, which are written into the model.
-    :param loader: a ``DataLoader``, or any iterable of ``(x, y)`` with a length.
+        parameters, and for its buffers and parameters that are no sites, which are written into the model; of these, parameters that
+        require a gradient are learnt like the means.
+    :param loader: a ``DataLoader``, or any iterable of ``(x, y)`` with a length; batches go to where the model's parameters are.
     :param float weight_decay: of the training, > 0, for the prior; with a plain network only, since a Pyro model has its own.
     :param int num_epochs: >= 0; 0 makes the guide and fits nothing.
     :param float lr: learning rate of the means, > 0, for losses per data point.
@@ -162,13 +163,15 @@ def bayes_adapter(
     :raises ValueError: before any training: naming every name or shape in ``pretrained`` that does not fit, or the argument.
     """
     _check_numbers(num_epochs=num_epochs, lr=lr, scale_lr=scale_lr)
-    batches = Loader(loader, num_data)
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    batches = Loader(loader, num_data, None if first is None else first.device)
     model = _as_model(model, weight_decay, batches.num_data)
     values = _fitting_values(model, pretrained, batches.example)
     guide = AutoAdversarialNormal(model, init_loc_fn=init_to_value(values=values), init_scale=float(init_scale))
     guide._pyro_name = f"adapted{next(_COUNT)}"  # Pyro's guides of one class share their parameters in its store, by name
     guide(*batches.example)
-    groups = [{"params": list(guide.locs.parameters()), "lr": lr}, {"params": list(guide.scales.parameters()), "lr": scale_lr}]
+    own = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    groups = [{"params": [*guide.locs.parameters(), *own], "lr": lr}, {"params": list(guide.scales.parameters()), "lr": scale_lr}]
     optimiser = torch.optim.SGD(groups, momentum=0.9, nesterov=True) if optim is None else optim(groups)
     scaled, losses = minibatch(model, size=batches.num_data), []
     elbo = TraceAdversarial_ELBO(mix=0) if loss is None else loss

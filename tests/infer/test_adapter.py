@@ -164,6 +164,15 @@ def test_weights_go_to_sites_and_to_what_is_no_site_and_other_sites_start_by_the
     assert guide.median()["sharpness"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:backend='graph' falls back")
+def test_parameters_that_are_no_sites_are_learnt_like_the_means(trained):
+    state = trained.state_dict()
+    for lr, moves in ((1e-3, True), (1e-12, False)):
+        model, _, _ = bayes_adapter(Excluded(), trained, loader(), lr=lr)
+        moved = (model.inner[0].weight - state["0.weight"]).abs().max().item()
+        assert (moved > 1e-6) is moves
+
+
 def test_the_uncertainty_regulariser_is_its_equation(trained):
     model, guide, _ = bayes_adapter(convnet(), trained, loader(), weight_decay=1e-3, num_epochs=0, init_scale=0.5)
     x, y = images()
