@@ -69,8 +69,8 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
     :param bool kl_in_mix: whether the divergence is weighted by 1 - mix, too.
     :param str backend: ``"graph"`` runs a model and a guide through Pyro's handlers twice, and then traces them into a graph, which is
         checked on its first calls; what the model holds beside its buffers must not change afterwards. Another guide than
-        ``AutoAdversarialNormal``, a model with parameters of its own or layers in training mode, and what cannot be traced, stay with
-        ``"handlers"``, with one warning that says why.
+        ``AutoAdversarialNormal``, a model with layers in training mode or a ``pyro.param`` of its own, and what cannot be traced, stay
+        with ``"handlers"``, with one warning that says why.
     :raises ValueError: naming an argument out of range; and at the first call, naming the site, if a site of the guide is not drawn from
         Normal base noise or is missing in the model (or the reverse), or the model observes nothing.
 
@@ -184,7 +184,7 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
                 self._moves.append(distances(adversary, start, scales))
             weights = Weights(*(locs[0].new_tensor(weight / self.num_particles) for weight in self._weights))
             value, gradients = objective.loss_and_gradients(weights, locs, scales, noises, adversary, tensors)
-        return value, [*parameters[0], *parameters[1]], gradients
+        return value, [*parameters[0], *parameters[1], *objective.own], gradients
 
     def adversarial_draw(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """

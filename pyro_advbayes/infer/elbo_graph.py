@@ -15,7 +15,6 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
-from torch.func import grad, grad_and_value
 
 from pyro_advbayes.batches import Arguments
 from pyro_advbayes.graph import trace_graph
@@ -85,11 +84,13 @@ def _key(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
     """What graphs hold as constants: shapes, plain arguments, modes of layers, and the model's buffers."""
     module = poutine.unwrap(model)
     modules = list(module.modules()) if isinstance(module, nn.Module) else []
+    parameters = [parameter for each in modules for parameter in each.parameters(recurse=False)]
     buffers = [buffer for each in modules for buffer in each.buffers(recurse=False)]
     return (
         [(t.shape, t.dtype, t.device, t.requires_grad) if isinstance(t, Tensor) else repr(t) for t in (*args, *kwargs.values())],
         tuple(kwargs),
         [each.training for each in modules],
+        [(id(p), p.requires_grad) for p in parameters],
         [(id(t), t._version) for t in buffers],  # torch has no public way to tell that a tensor was written to
     )
 
@@ -129,6 +130,8 @@ class Objective:
             raise NotTraceable("an argument of the model requires a gradient")
         self._graphs: dict[str, Callable[..., Any]] = {}
         self._compared: dict[str, int] = {}
+        self._own_names: list[str] = []
+        self.own: list[Tensor] = []
         self._look()
 
     def _look(self) -> None:
@@ -148,12 +151,21 @@ class Objective:
         self.bases = {name: BaseNormal(name, guide_trace.nodes[name]["fn"]) for name in self.names}
         self.priors = {name: _constant_prior(model_trace.nodes[name], guide_trace.nodes[name]) for name in self.names}
         self.others = [name for name in self.names if self.priors[name] is None]
-        leaves = _leaves(model_trace.log_prob_sum())
-        if any(all(leaf is not value for value in (*locs, *scales)) for leaf in leaves):
-            raise NotTraceable("the model has parameters of its own, which are learnt beside the guide's")
+        self._find_own([leaf for leaf in _leaves(model_trace.log_prob_sum()) if all(leaf is not value for value in (*locs, *scales))])
+        self._own_names = [name for name in model_trace.param_nodes if name in pyro.get_param_store()]
+
+    def _find_own(self, leaves: list[Tensor]) -> None:
+        """What the model learns by itself."""
+        module = poutine.unwrap(self.model)
+        known = list(module.parameters()) if isinstance(module, nn.Module) else []
+        if any(all(leaf is not parameter for parameter in known) for leaf in leaves):
+            raise NotTraceable("the model learns tensors of its own which are no parameters of a torch.nn.Module")
+        self.own = leaves
 
     def parameters(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The guide's, attached: site -> mean and standard deviation."""
+        for name in self._own_names:  # SVI learns what it sees being read
+            pyro.param(name)
         return self.guide.parameters_by_site()
 
     # ------------------------------------------------------------------------------------------------- what is evaluated
@@ -167,7 +179,7 @@ class Objective:
     ) -> tuple[Tensor, Tensors]:
         """
         :param adversary: the moved draw, if there is one.
-        :return: the weighted sum, and its gradients with respect to the means and then the standard deviations.
+        :return: the weighted sum, and its gradients with respect to the means, the standard deviations, and :attr:`own`.
         """
         moved = [] if adversary is None else [*adversary.noises, *(adversary.shifts or ())]
         kind = "plain" if adversary is None else "noise" if adversary.shifts is None else "shift"
@@ -187,7 +199,7 @@ class Objective:
         function = self._gradient if kind == "gradient" else self._loss_and_gradients
         if kind not in self._graphs:
             try:
-                self._graphs[kind] = trace_graph(function, inputs)
+                self._graphs[kind] = trace_graph(function, inputs, self.own)
             except Exception as error:  # whatever a model's Python does under a tracer: the handlers still run it
                 raise NotTraceable(f"it cannot be traced: {str(error).splitlines()[0]}") from error
             rest = len(inputs) - len(self.arguments.tensors)
@@ -208,33 +220,34 @@ class Objective:
     def _gradient(self, *inputs: Tensor) -> Tensors:
         count = len(self.names)
 
-        def nll(values: list[Tensor]) -> Tensor:
-            return self._nll({n: self.bases[n].value(u) for n, u in zip(self.names, values, strict=True)}, inputs[count:])
-
-        return tuple(grad(nll)(list(inputs[:count])))
+        with torch.enable_grad():
+            values = [value.detach().requires_grad_() for value in inputs[:count]]
+            nll = self._nll(self._pushed(values), inputs[count:])
+            return torch.autograd.grad(nll, values, materialize_grads=True)
 
     def _loss_and_gradients(self, plain: Tensor, moved: Tensor, kl: Tensor, *inputs: Tensor) -> Tensors:
         count, rest = len(self.names), len(self.arguments.tensors)
         groups = [inputs[i : i + count] for i in range(0, len(inputs) - rest, count)]
-        (locs, scales, noises), tensors = groups[:3], inputs[len(inputs) - rest :]
-
-        def weighted(locs: Tensors, scales: Tensors) -> Tensor:
+        noises, tensors = groups[2], inputs[len(inputs) - rest :]
+        with torch.enable_grad():
+            locs, scales = ([value.detach().requires_grad_() for value in group] for group in groups[:2])
             nll, divergence = self._terms(locs, scales, noises, tensors)
-            total = plain * nll if divergence is None else plain * nll + kl * divergence
+            loss = plain * nll if divergence is None else plain * nll + kl * divergence
             if len(groups) > 3:
                 values = Adversary(groups[3], groups[4] if len(groups) > 4 else None).values(locs, scales)
-                total = total + moved * self._nll({n: self.bases[n].value(u) for n, u in zip(self.names, values, strict=True)}, tensors)
-            return total
-
-        (loc_gradients, scale_gradients), loss = grad_and_value(weighted, argnums=(0, 1))(list(locs), list(scales))
-        divergences = []
+                loss = loss + moved * self._nll(self._pushed(values), tensors)
+            gradients = list(torch.autograd.grad(loss, [*locs, *scales, *self.own], materialize_grads=True))
+        divergences, loss = [], loss.detach()
         for i, name in enumerate(self.names):
             if self.priors[name] is not None:
-                value, *slopes = normal_divergence(locs[i], scales[i], self.priors[name], kl, loc_gradients[i], scale_gradients[i])
+                loc, scale, of_loc, of_scale = groups[0][i], groups[1][i], gradients[i], gradients[count + i]
+                value, gradients[i], gradients[count + i] = normal_divergence(loc, scale, self.priors[name], kl, of_loc, of_scale)
                 divergences.append(value)
-                loc_gradients[i], scale_gradients[i] = slopes
-        loss = loss + kl * sum(divergences) if divergences else loss
-        return (loss, *loc_gradients, *scale_gradients)
+        return (loss + kl * sum(divergences) if divergences else loss, *gradients)
+
+    def _pushed(self, values: Tensors) -> dict[str, Tensor]:
+        """The sites' values, from unconstrained ones."""
+        return {name: self.bases[name].value(value) for name, value in zip(self.names, values, strict=True)}
 
     def _nll(self, values: Mapping[str, Tensor], tensors: Tensors) -> Tensor:
         model_trace = self._model_trace(values, tensors)

@@ -164,7 +164,6 @@ def test_weights_go_to_sites_and_to_what_is_no_site_and_other_sites_start_by_the
     assert guide.median()["sharpness"] > 0
 
 
-@pytest.mark.filterwarnings("ignore:backend='graph' falls back")
 def test_parameters_that_are_no_sites_are_learnt_like_the_means(trained):
     state = trained.state_dict()
     for lr, moves in ((1e-3, True), (1e-12, False)):

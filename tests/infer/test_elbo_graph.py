@@ -281,6 +281,34 @@ class Learnt(PyroModule):
             pyro.sample("obs", dist.Bernoulli(logits=logits), obs=y)
 
 
+def test_parameters_of_the_model_are_learnt_beside_the_guides(used):
+    torch.set_default_dtype(torch.double)
+    x, y = (value.double() for value in data())
+    learnt, start = [], Learnt().state_dict()
+    for backend in ("graph", "handlers"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        model = Learnt()
+        model.load_state_dict(start)
+        guide, elbo = AutoAdversarialNormal(model), TraceAdversarial_ELBO(backend=backend)
+        svi = SVI(ab.minibatch(model, size=600), guide, Adam({"lr": 0.01}), elbo)
+        losses = [svi.step(x, y) for _ in range(6)]
+        model.first.weight.grad = None
+        elbo(ab.minibatch(model, size=600), guide)(x, y).backward()
+        learnt.append((torch.tensor(losses), model.first.weight.detach(), guide.locs.last.weight.detach(), model.first.weight.grad))
+        assert not torch.equal(model.first.weight, start["first.weight"])
+    for ours, theirs in zip(*learnt, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert len(used) == 4
+
+
+def with_param(x, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    offset = pyro.param("offset", torch.tensor(0.5), constraint=dist.constraints.positive)
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Bernoulli(logits=x @ w + offset), obs=y)
+
+
 class Dropped(Learnt):
     """Random masks in training mode."""
 
@@ -306,12 +334,12 @@ def one_weight(x, y):
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: (Learnt(), AutoAdversarialNormal), "parameters of its own"),
+        (lambda: (with_param, AutoAdversarialNormal), "tensors of its own"),
         (lambda: (Dropped(), AutoAdversarialNormal), r"layer 'dropout' \(Dropout\) is in training mode"),
         (lambda: (subsampling, AutoAdversarialNormal), "a plate subsamples itself"),
         (lambda: (logistic, lambda model: hand_written), "the guide is function"),
     ],
-    ids=["own parameters", "dropout", "subsampling", "another guide"],
+    ids=["own tensors", "dropout", "subsampling", "another guide"],
 )
 def test_where_there_is_no_graph_the_handlers_go_on_and_one_warning_says_why(make, why, used):
     model, guide = make()
@@ -321,8 +349,7 @@ def test_where_there_is_no_graph_the_handlers_go_on_and_one_warning_says_why(mak
         losses = [elbo.loss_and_grads(model, guide, *data()) for _ in range(5)]
     assert len(losses) == 5 and not used
     assert sum("falls back" in str(w.message) for w in caught) == 1
-    if isinstance(model, Learnt) and not isinstance(model, Dropped):
-        assert all(p.grad is not None for p in model.parameters())
+    assert model is not with_param or pyro.param("offset").unconstrained().grad is not None
 
 
 def test_an_argument_that_requires_a_gradient_gets_one():
