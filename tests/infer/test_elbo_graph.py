@@ -276,7 +276,7 @@ class Learnt(PyroModule):
         self.last.weight = PyroSample(dist.Normal(torch.zeros(1, 3), 1.0).to_event(2))
 
     def forward(self, x, y=None):
-        logits = self.last(self.first(x)).squeeze(-1)
+        logits = self.last(self.first(x)).squeeze(-1) * self.first.bias.square().sum().exp()
         with pyro.plate("data", len(x)):
             pyro.sample("obs", dist.Bernoulli(logits=logits), obs=y)
 
