@@ -14,16 +14,16 @@ aten = torch.ops.aten
 
 # An aten overload costs about 2 microseconds more a call than the public function of the same name and arguments: half the time
 # of a small network's step. Only operations whose two signatures agree are listed.
-_FUNCTIONS = ("mm", "bmm", "addmm", "baddbmm", "add", "sub", "mul", "div", "neg", "pow", "exp", "log", "log1p", "sqrt", "relu",
-              "tanh", "sigmoid", "cat", "where", "logsumexp", "sum", "gather", "scatter_add", "index_select", "unsqueeze", "squeeze",
-              "transpose", "permute", "t", "split_with_sizes")  # fmt: skip
+_FUNCTIONS = ("mm", "bmm", "addmm", "baddbmm", "dot", "addcmul", "addcdiv", "add", "sub", "mul", "div", "neg", "pow", "exp", "log",
+              "log1p", "sqrt", "relu", "tanh", "sigmoid", "cat", "where", "logsumexp", "sum", "gather", "scatter_add", "index_select",
+              "unsqueeze", "squeeze", "transpose", "permute", "t", "split_with_sizes")  # fmt: skip
 _METHODS = ("view", "expand")
 
 # Operations that change nothing but a shape: without effect where the shape stays the same, as vmap leaves many.
-_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
+_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.alias.default, aten.detach.default)
 
 
-def trace_graph(fn: Callable[..., Any], example_inputs: Sequence[Tensor]) -> fx.GraphModule:
+def trace_graph(fn: Callable[..., Any], example_inputs: Sequence[Tensor], live: Sequence[Tensor] = ()) -> fx.GraphModule:
     """
     Traces ``fn`` on example inputs into a graph of aten operations that computes the same numbers for other inputs of the same
     shapes, dtypes and device, without the Python that ``fn`` consists of (Pyro's handlers, ``torch.func`` transforms).
@@ -35,6 +35,7 @@ def trace_graph(fn: Callable[..., Any], example_inputs: Sequence[Tensor]) -> fx.
 
     :param fn: function of tensors to a tensor, or to a tuple or dict of tensors; random operations stay random.
     :param example_inputs: one tensor per argument.
+    :param live: tensors that ``fn`` takes from elsewhere and whose values change in place: nothing that depends on them is kept.
     :raises RuntimeError: from PyTorch, where ``fn`` takes a Python number from a tensor's values (``.item()``, a branch).
     """
     with torch.no_grad():
@@ -42,7 +43,7 @@ def trace_graph(fn: Callable[..., Any], example_inputs: Sequence[Tensor]) -> fx.
     written = _written(module.graph)
     _cut_seeds(module, written)
     module.graph.eliminate_dead_code(_is_impure)
-    _fold_constants(module, written)
+    _fold_constants(module, written, live)
     _drop_identities(module, written)
     module.graph.eliminate_dead_code(_is_impure)
     _call_directly(module.graph)
@@ -95,12 +96,14 @@ def _cut_seeds(module: fx.GraphModule, written: set[fx.Node]) -> None:
             _make_constant(module, node, torch.ones(value.shape, dtype=value.dtype, device=value.device))
 
 
-def _fold_constants(module: fx.GraphModule, written: set[fx.Node]) -> None:
+def _fold_constants(module: fx.GraphModule, written: set[fx.Node], live: Sequence[Tensor]) -> None:
     """Computes the nodes that no input, random draw or in-place write reaches, once."""
     known: dict[fx.Node, Any] = {}
     for node in list(module.graph.nodes):
         if node.op == "get_attr" and node not in written:
-            known[node] = _attribute(module, node.target)
+            value = _attribute(module, node.target)
+            if all(value is not tensor for tensor in live):
+                known[node] = value
         elif node.op == "call_function" and not (_is_random(node) or _mutates(node) or node in written):
             if all(arg in known for arg in node.all_input_nodes):
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)

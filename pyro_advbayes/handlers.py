@@ -1,13 +1,14 @@
-"""Effect handlers: scaling a data plate to the whole data set, and running a model where values cannot be looked at."""
+"""Effect handlers: scaling a data plate to the whole data set, giving sites values, running a model where none can be looked at."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 from torch.distributions import Distribution
 
 
@@ -103,6 +104,22 @@ def minibatch(fn: Callable | None = None, size: int | None = None, plate: str | 
     """
     messenger = MinibatchMessenger(size, plate)
     return messenger if fn is None else messenger(fn)
+
+
+class GivenMessenger(Messenger):
+    """
+    Gives latent sites their values, and plates that subsample themselves their indices: as ``poutine.replay`` does, from plain tensors.
+
+    :param dict values: site or plate -> value; the others are drawn as usual.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
 class UnvalidatedMessenger(Messenger):

@@ -111,6 +111,32 @@ def look(
     return found._replace(sites=sites)
 
 
+@contextlib.contextmanager
+def kept_statistics() -> Iterator[None]:
+    """
+    Within it, layers in training mode write their statistics (BatchNorm's running mean, say) into copies, which are dropped at the end:
+    what they compute is the same, and nothing of it is remembered.
+    """
+    originals: dict[nn.Module, dict[str, Tensor]] = {}
+
+    def keep(module: nn.Module, _: Any) -> None:
+        if module.training and module not in originals:
+            buffers = dict(module.named_buffers(recurse=False))
+            if buffers:
+                originals[module] = buffers
+                for name, value in buffers.items():  # not restored in place: what autograd has saved must stay as it was
+                    setattr(module, name, value.clone())
+
+    handle = register_module_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for module, buffers in originals.items():
+            for name, value in buffers.items():
+                setattr(module, name, value)
+
+
 class _Refused(ValueError):
     """A refusal that already names culprit and remedy."""
 

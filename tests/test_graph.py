@@ -426,3 +426,16 @@ def test_a_fallback_is_told_at_every_run_and_never_used_for_another_model(traces
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ab.SGMCMC(kernel, 2, 0, disable_progbar=True).run(*doubles(ROWS))
+
+
+def test_what_depends_on_live_tensors_follows_them():
+    held = torch.randn(3)
+
+    def fn(x):
+        return x * held.exp()
+
+    x = torch.randn(3)
+    live, kept = trace_graph(fn, (x,), live=(held,)), trace_graph(fn, (x,))
+    before = fn(x)
+    held += 1.0
+    assert torch.equal(live(x), fn(x)) and torch.equal(kept(x), before)

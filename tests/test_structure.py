@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -10,7 +12,7 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_advbayes.structure import look, refuse_random_layers
+from pyro_advbayes.structure import kept_statistics, look, refuse_random_layers
 from tests.small_models import data, logistic, mixed, regression, subsampling, weights
 
 X, Y = data()
@@ -187,3 +189,19 @@ def test_a_random_layer_is_named_and_the_guard_ends_with_its_block():
 def test_every_layer_that_draws_or_changes_is_known(layer):
     with pytest.raises(ValueError, match=type(layer).__name__), refuse_random_layers(layer):
         layer(torch.randn(2, 3, *[2] * {"BatchNorm2d": 2, "BatchNorm3d": 3}.get(type(layer).__name__, 0)))
+
+
+def test_statistics_are_kept_where_layers_normalise_by_the_batch():
+    net, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)), torch.randn(8, 3)
+    twin = copy.deepcopy(net)
+    loss = net(x).square().sum()
+    held = {name: (value, value.clone()) for name, value in net.named_buffers()}
+    with kept_statistics():
+        again = [net(x + shift) for shift in (0.0, 5.0)]
+    assert torch.allclose(again[0], twin(x))
+    for name, value in net.named_buffers():
+        assert value is held[name][0] and torch.equal(value, held[name][1])
+    (loss + again[1].sum()).backward()  # nothing that autograd holds was written to
+    with kept_statistics():
+        net.eval()(x)
+    assert net[1].num_batches_tracked == 1

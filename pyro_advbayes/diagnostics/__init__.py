@@ -7,12 +7,16 @@ inputs that look less like the data; :func:`auroc`, :func:`aupr_out` and :func:`
 
 from pyro_advbayes.diagnostics.arviz import save_netcdf, to_inference_data
 from pyro_advbayes.diagnostics.calibration import Reliability, accuracy, brier, ece, nll, reliability
+from pyro_advbayes.diagnostics.draws import DrawQuality, RetainedAccuracy, draw_quality, retained_accuracy
 from pyro_advbayes.diagnostics.ood import aupr_in, aupr_out, auroc
 from pyro_advbayes.diagnostics.plots import (
     plot_accuracy_curves,
     plot_accuracy_robustness,
+    plot_draw_curves,
+    plot_draw_quality,
     plot_gradient_norms,
     plot_reliability,
+    plot_retained_accuracy,
     plot_scores,
 )
 from pyro_advbayes.diagnostics.robustness import (
@@ -35,9 +39,11 @@ from pyro_advbayes.diagnostics.uncertainty import (
 
 __all__ = [
     "AccuracyCurve",
+    "DrawQuality",
     "Estimate",
     "GradientNorms",
     "Reliability",
+    "RetainedAccuracy",
     "accuracy",
     "accuracy_curve",
     "accuracy_under_attack",
@@ -45,6 +51,7 @@ __all__ = [
     "aupr_out",
     "auroc",
     "brier",
+    "draw_quality",
     "ece",
     "expected_entropy",
     "gradient_norms",
@@ -53,11 +60,15 @@ __all__ = [
     "nll",
     "plot_accuracy_curves",
     "plot_accuracy_robustness",
+    "plot_draw_curves",
+    "plot_draw_quality",
     "plot_gradient_norms",
     "plot_reliability",
+    "plot_retained_accuracy",
     "plot_scores",
     "predictive_entropy",
     "reliability",
+    "retained_accuracy",
     "save_netcdf",
     "softmax_robustness",
     "to_inference_data",

@@ -3,12 +3,14 @@ legend; matplotlib is imported on the first call."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pyro_advbayes.diagnostics.calibration import Reliability
+from pyro_advbayes.diagnostics.draws import DrawQuality, RetainedAccuracy
 from pyro_advbayes.diagnostics.robustness import AccuracyCurve, GradientNorms
 
 if TYPE_CHECKING:
@@ -121,6 +123,68 @@ def plot_accuracy_robustness(points: dict[str, tuple[Tensor, Tensor]], *, ax: Ax
         label = f"{name} (r = {torch.corrcoef(both)[0, 1]:.2f}, {both.shape[1]} points)" if varied else name
         ax.scatter(*both, s=20, alpha=0.7, label=label)
     ax.set(xlabel="accuracy", ylabel="softmax robustness")
+    ax.legend()
+    return ax
+
+
+def plot_draw_quality(qualities: dict[str, DrawQuality], *, ax: Axes | None = None) -> Axes:
+    """Accuracies of single draws, a column of dots for each posterior, with the mean prediction's as a line across.
+
+    :param qualities: from the name of a posterior to what :func:`~pyro_advbayes.diagnostics.draw_quality` gave; the legend adds the
+        lowest, the highest and the ensembled accuracy.
+    :raises ValueError: if there are none.
+    """
+    if not qualities:
+        raise ValueError("qualities must name at least one posterior")
+    ax = ax if ax is not None else _axes()
+    for place, (name, quality) in enumerate(qualities.items()):
+        ensembled = quality.ensembled.value
+        label = f"{name} ({quality.lowest:.3f} to {quality.highest:.3f}, together {ensembled:.3f})"
+        # beside each other, in the order of the draws: where many agree, dots on one spot would hide how many
+        across = place + torch.linspace(-0.3, 0.3, len(quality.accuracy))
+        dots = ax.scatter(across, quality.accuracy.cpu(), s=8, alpha=0.7, label=label)
+        ax.hlines(ensembled, place - 0.35, place + 0.35, color=dots.get_facecolor()[0], alpha=1.0)
+    ax.set_xticks(range(len(qualities)), list(qualities))
+    ax.set(ylabel="accuracy of a draw")
+    ax.legend()
+    return ax
+
+
+def plot_draw_curves(curves: dict[str, Sequence[DrawQuality]], *, xlabel: str = "epoch", ax: Axes | None = None) -> Axes:
+    """How draws fare in the course of training: the mean prediction's accuracy as a line, the worst to the best draw as a band.
+
+    :param curves: from the name of a run to what :func:`~pyro_advbayes.diagnostics.draw_quality` gave after each epoch; the legend adds
+        the ensembled and the lowest accuracy at the end.
+    :param xlabel: what is counted, from 1.
+    :raises ValueError: if there are no runs, or a run has no epochs.
+    """
+    if not curves or not all(curves.values()):
+        raise ValueError("curves must name at least one run, of one epoch or more")
+    ax = ax if ax is not None else _axes()
+    for name, run in curves.items():
+        epochs = range(1, len(run) + 1)
+        label = f"{name} ({run[-1].ensembled.value:.3f}, lowest {run[-1].lowest:.3f})"
+        (line,) = ax.plot(epochs, [quality.ensembled.value for quality in run], marker="o", markersize=3, label=label)
+        low, high = ([getattr(quality, end) for quality in run] for end in ("lowest", "highest"))
+        ax.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    ax.set(xlabel=xlabel, ylabel="accuracy")
+    ax.legend()
+    return ax
+
+
+def plot_retained_accuracy(curves: dict[str, RetainedAccuracy], *, ax: Axes | None = None) -> Axes:
+    """Accuracy against the share of inputs that are kept, the most certain first.
+
+    :param curves: from the name of a posterior to what :func:`~pyro_advbayes.diagnostics.retained_accuracy` gave; the legend adds the
+        accuracy at the smallest and at the largest share.
+    :raises ValueError: if there are no curves.
+    """
+    if not curves:
+        raise ValueError("curves must name at least one posterior")
+    ax = ax if ax is not None else _axes()
+    for name, (share, accuracy) in curves.items():
+        ax.plot(share, accuracy, marker="o", markersize=3, label=f"{name} ({accuracy[0]:.3f} to {accuracy[-1]:.3f})")
+    ax.set(xlabel="share of inputs kept", ylabel="accuracy")
     ax.legend()
     return ax
 

@@ -11,14 +11,19 @@ import numpy as np
 
 from pyro_advbayes.diagnostics import (
     accuracy_curve,
+    draw_quality,
     gradient_norms,
     plot_accuracy_curves,
     plot_accuracy_robustness,
+    plot_draw_curves,
+    plot_draw_quality,
     plot_gradient_norms,
     plot_reliability,
+    plot_retained_accuracy,
     plot_scores,
     predictive_entropy,
     reliability,
+    retained_accuracy,
 )
 
 
@@ -133,3 +138,43 @@ def test_plots_of_nothing_are_refused(plot):
 def test_points_without_a_partner_are_refused():
     with pytest.raises(ValueError, match=r"points\['HMC'\] must be two vectors of one length, not \[3\] and \[2\]"):
         plot_accuracy_robustness({"HMC": (torch.ones(3), torch.ones(2))})
+
+
+def qualities(count: int) -> list:
+    labels = torch.randint(4, (100,))
+    hints = torch.nn.functional.one_hot(labels, 4)
+    return [draw_quality((torch.randn(7, 100, 4) + epoch * hints).log_softmax(-1), labels) for epoch in range(1, count + 1)]
+
+
+def test_the_accuracies_of_draws_are_drawn_as_they_are_with_the_ensemble_across():
+    one, two = qualities(2)
+    ax = plot_draw_quality({"plain": one, "adversarial": two})
+    dots = [c for c in ax.collections if len(c.get_offsets()) == 7]
+    assert np.allclose(dots[1].get_offsets()[:, 1], two.accuracy)
+    lines = [c for c in ax.collections if c not in dots]
+    assert lines[0].get_segments()[0][0, 1] == pytest.approx(one.ensembled.value)
+    assert legend(ax)[0] == f"plain ({one.lowest:.3f} to {one.highest:.3f}, together {one.ensembled.value:.3f})"
+    with pytest.raises(ValueError, match="at least one posterior"):
+        plot_draw_quality({})
+
+
+def test_the_spread_of_draws_in_training_is_a_band_around_the_ensemble():
+    run = qualities(3)
+    ax = plot_draw_curves({"plain": run})
+    (line,), (band,) = ax.lines, ax.collections
+    assert np.allclose(line.get_xdata(), [1, 2, 3]) and np.allclose(line.get_ydata(), [q.ensembled.value for q in run])
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert heights.min() == pytest.approx(min(q.lowest for q in run)) and heights.max() == pytest.approx(max(q.highest for q in run))
+    for wrong in ({}, {"plain": []}):
+        with pytest.raises(ValueError, match="at least one run"):
+            plot_draw_curves(wrong)
+
+
+def test_retained_accuracy_is_drawn_as_it_is():
+    probs, labels = predictions(2.0)
+    curve = retained_accuracy(probs, labels)
+    ax = plot_retained_accuracy({"plain": curve})
+    assert np.allclose(ax.lines[0].get_xdata(), curve.share) and np.allclose(ax.lines[0].get_ydata(), curve.accuracy)
+    assert legend(ax) == [f"plain ({curve.accuracy[0]:.3f} to {curve.accuracy[-1]:.3f})"]
+    with pytest.raises(ValueError, match="at least one posterior"):
+        plot_retained_accuracy({})

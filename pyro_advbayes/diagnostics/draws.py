@@ -1,0 +1,125 @@
+r"""What single draws of a posterior are worth as classifiers, and what their mean is worth where it is sure: the measures of Zhang et
+al., "Improving Bayesian neural networks by adversarial sampling", AAAI 2022.
+
+A network that was trained on average may still be bad at some draws: :func:`draw_quality` looks at the lowest and the highest of
+them, beside the mean prediction. ::
+
+    network = ab.PosteriorClassifier(model, guide=guide, num_samples=100)
+    quality = draw_quality(network.log_probs(x), y)
+    quality.lowest, quality.highest, quality.ensembled.value
+    retained_accuracy(quality.probs, y)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_advbayes.diagnostics.checks import check_labels, check_probs, predictive_mean
+from pyro_advbayes.diagnostics.robustness import Estimate, accuracy_under_attack
+from pyro_advbayes.diagnostics.uncertainty import predictive_entropy
+
+
+class DrawQuality(NamedTuple):
+    r"""
+    Accuracies of S draws and of their mean, on N inputs.
+
+    :ivar accuracy: ``[S]``, of each draw by itself, in [0, 1].
+    :ivar ensembled: of the mean prediction :math:`\bar p`, with its standard error over inputs.
+    :ivar probs: ``[N, K]``, the mean prediction.
+    """
+
+    accuracy: Tensor
+    ensembled: Estimate
+    probs: Tensor
+
+    @property
+    def lowest(self) -> float:
+        """The accuracy of the worst draw; it falls as there are more draws, so compare equal numbers of them."""
+        return self.accuracy.min().item()
+
+    @property
+    def highest(self) -> float:
+        """The accuracy of the best draw."""
+        return self.accuracy.max().item()
+
+    @property
+    def mean(self) -> float:
+        """The mean accuracy of a draw."""
+        return self.accuracy.mean().item()
+
+    @property
+    def spread(self) -> float:
+        """From the worst to the best."""
+        return self.highest - self.lowest
+
+
+def draw_quality(log_probs: Tensor | Iterable[Tensor], labels: Tensor) -> DrawQuality:
+    """How good the draws of a posterior are, one by one and together.
+
+    :param log_probs: logarithms of each draw's probabilities, ``[draws, N, K]``, or chunks of draws of this form, one after the other,
+        of which one is in memory at a time: what ``PosteriorClassifier.log_probs(x)`` gives, or ``Predictive``'s logits after
+        ``log_softmax(-1)``.
+    :param labels: ``[N]``, integers from 0 to K - 1.
+    :raises ValueError: if these are no logarithms of probabilities, there is no draw, or the labels do not fit.
+    """
+    chunks = [log_probs] if isinstance(log_probs, Tensor) else log_probs
+    right, total, count = [], 0.0, 0
+    for chunk in chunks:
+        if not isinstance(chunk, Tensor) or not chunk.is_floating_point() or chunk.dim() != 3:
+            raise ValueError("log_probs must be a tensor [draws, N, K] of floating type, or chunks of draws of this form")
+        if chunk.numel() and not (chunk <= 1e-4).all():
+            raise ValueError("log_probs has entries above 0: give logarithms of probabilities, logits.log_softmax(-1) or probs.log()")
+        probs = check_probs(chunk.detach().double().exp(), ranks=(3,))
+        right.append((probs.argmax(-1) == check_labels(labels, probs)).double().mean(-1))
+        total, count = total + probs.sum(0), count + len(probs)
+    if not count:
+        raise ValueError("log_probs holds no draws")
+    mean = total / count
+    return DrawQuality(torch.cat(right), accuracy_under_attack(mean, labels), mean)
+
+
+class RetainedAccuracy(NamedTuple):
+    """Accuracy on the inputs that a posterior is most certain of.
+
+    :ivar share: ``[R]``, the share of the inputs that are kept, growing.
+    :ivar accuracy: ``[R]``, on these.
+    """
+
+    share: Tensor
+    accuracy: Tensor
+
+
+def retained_accuracy(
+    probs: Tensor, labels: Tensor, shares: Sequence[float] = (0.2, 0.4, 0.6, 0.8, 1.0), *, uncertainty: Tensor | None = None
+) -> RetainedAccuracy:
+    r"""Uncertainty-retained accuracy: of the mean prediction, on the share of inputs with the lowest uncertainty.
+
+    Inputs of equal uncertainty at the edge count with the share of them that fits, so that the order of the inputs is of no matter.
+
+    :param probs: ``[draws, N, K]`` or ``[N, K]``.
+    :param labels: ``[N]``, integers from 0 to K - 1.
+    :param shares: which shares are kept, in (0, 1], growing; a share of N inputs is rounded to whole ones, one at least.
+    :param uncertainty: ``[N]``, higher for less certain; by default the total uncertainty, :math:`H(\bar p)`.
+    :raises ValueError: if a share is out of range, or the arguments do not fit each other.
+    """
+    mean = predictive_mean(probs)
+    right = (mean.argmax(-1) == check_labels(labels, mean)).double()
+    kept = [float(share) for share in shares]
+    if not kept or not all(0 < share <= 1 for share in kept) or any(not low < high for low, high in pairwise(kept)):
+        raise ValueError(f"shares must be numbers in (0, 1], growing, got {kept}")
+    score = predictive_entropy(mean) if uncertainty is None else uncertainty.detach().to(mean.device, torch.double)
+    if score.shape != right.shape or not score.isfinite().all():
+        raise ValueError(f"uncertainty must be [{len(right)}], one finite number per input of probs, not {list(score.shape)}")
+    accuracies = []
+    for share in kept:
+        size = max(1, round(share * len(right)))
+        edge = score.kthvalue(size).values
+        inside, at_edge = score < edge, score == edge
+        fits = (size - inside.sum()) / at_edge.sum()
+        accuracies.append((right[inside].sum() + fits * right[at_edge].sum()) / size)
+    return RetainedAccuracy(torch.tensor(kept, dtype=torch.double), torch.stack(accuracies).cpu())

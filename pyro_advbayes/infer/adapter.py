@@ -1,0 +1,272 @@
+"""A trained network as a variational Bayesian one: :func:`bayes_adapter`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Categorical, Normal
+from pyro.infer import ELBO
+from pyro.infer.autoguide import init_to_value
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyro_advbayes.batches import Batch, Loader
+from pyro_advbayes.handlers import GivenMessenger, minibatch
+from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
+from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
+from pyro_advbayes.nn import bayesianize
+from pyro_advbayes.structure import kept_statistics, refuse_random_layers
+
+Weights = nn.Module | Mapping[str, Tensor]
+Groups = list[dict[str, Any]]
+
+_COUNT = itertools.count()
+
+
+def weight_decay_prior(weight_decay: float, num_data: int) -> Normal:
+    r"""
+    The prior under which a MAP estimate is what training with weight decay minimises, the mean loss of N data points and
+    :math:`\tfrac12 \text{weight\_decay}\,\|w\|^2`:
+
+    .. math:: w \sim \mathrm{Normal}\bigl(0, (N\,\text{weight\_decay})^{-1/2}\bigr).
+
+    :param float weight_decay: > 0.
+    :param int num_data: N, >= 1.
+    """
+    if not 0 < weight_decay < math.inf:
+        raise ValueError(f"weight_decay={weight_decay!r}: the factor that the network was trained with, > 0")
+    return Normal(0.0, (num_data * weight_decay) ** -0.5)
+
+
+@dataclass(frozen=True)
+class UncertaintyRegularizer:
+    r"""
+    Asks for disagreement on inputs that are no data: with two draws' class probabilities :math:`p_1, p_2` at
+    :math:`\tilde x = x + \mathrm{Uniform}(-\text{eps}, \text{eps})`,
+
+    .. math:: \text{weight} \cdot \mathrm{mean}_{\tilde x} \max\Bigl(0,\; \text{threshold} - H\bigl(\tfrac{p_1 + p_2}{2}\bigr)
+        + \tfrac12 \bigl(H(p_1) + H(p_2)\bigr)\Bigr),
+
+    in nats. Two draws cannot disagree by more than log 2 = 0.69, so that the authors' threshold of 0.75 always pulls.
+
+    Source: Deng et al., BayesAdapter, 2020.
+
+    :param float eps: half the width of the noise, > 0, in the units of the inputs.
+    :param float threshold: how much disagreement is enough, > 0.
+    :param float weight: of the term beside the loss per data point, > 0.
+    """
+
+    eps: float
+    threshold: float = 0.75
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("eps", "threshold", "weight"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r}: a number > 0")
+
+    def loss(self, model: Callable, guide: Callable, x: Tensor, *rest: Tensor) -> Tensor:
+        """
+        :param x: inputs ``[N, ...]``; with ``rest`` the model's arguments.
+        :raises ValueError: if the model does not return logits ``[N, K]``.
+        """
+        moved = x + torch.empty_like(x).uniform_(-self.eps, self.eps)
+        probs = torch.stack([self._logits(model, guide, moved, *rest).softmax(-1) for _ in range(2)])
+        disagreement = _entropy(probs.mean(0)) - _entropy(probs).mean(0)
+        return self.weight * (self.threshold - disagreement).relu().mean()
+
+    def _logits(self, model: Callable, guide: Callable, x: Tensor, *rest: Tensor) -> Tensor:
+        with poutine.block(), kept_statistics():
+            logits = GivenMessenger(guide(x, *rest))(model)(x, *rest)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
+            raise ValueError(f"uncertainty: the model must return logits [N, K], not {getattr(logits, 'shape', type(logits).__name__)}")
+        return logits
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    return torch.special.entr(probs.clamp(min=torch.finfo(probs.dtype).tiny)).sum(-1)  # whose slope at 0 is infinite
+
+
+class Adapted(NamedTuple):
+    """
+    A fitted variational network.
+
+    :ivar model: the Pyro model of ``(x, y)``; its logits are its return value if it was made of a plain network.
+    :ivar guide: its posterior, for ``PosteriorClassifier(model, guide=guide, num_samples=100)`` and ``Predictive``.
+    :ivar losses: the mean loss of each epoch, in nats per data point.
+    """
+
+    model: Callable
+    guide: AutoAdversarialNormal
+    losses: list[float]
+
+
+def bayes_adapter(
+    model: Callable,
+    pretrained: Weights,
+    loader: Iterable[Any],
+    *,
+    weight_decay: float | None = None,
+    num_epochs: int = 1,
+    lr: float = 8e-4,
+    scale_lr: float = 0.1,
+    init_scale: float = math.exp(-5.5),
+    num_data: int | None = None,
+    loss: ELBO | None = None,
+    uncertainty: UncertaintyRegularizer | None = None,
+    optim: Callable[[Groups], torch.optim.Optimizer] | None = None,
+) -> Adapted:
+    r"""
+    Makes a trained network Bayesian: a mean-field guide whose means start at the trained weights and whose standard deviations start
+    small, fitted for a few epochs to
+
+    .. math:: \frac1N \mathcal{L} = \frac1B \sum_{i \in \mathrm{batch}} -\log p(y_i \mid x_i, \mu + \sigma\varepsilon)
+        + \frac1N \mathrm{KL}(q \,\|\, p).
+
+    ::
+
+        net = torchvision.models.resnet18(weights="DEFAULT")
+        model, guide, losses = bayes_adapter(net, net, loader, weight_decay=1e-4, num_epochs=12)
+        network = PosteriorClassifier(model, guide=guide, num_samples=100)
+
+    Under the prior of :func:`weight_decay_prior` the gradient of the second term is :math:`\text{weight\_decay}\,\mu` for a mean, and
+    :math:`\text{weight\_decay}\,\sigma^2 - 1/N` for the logarithm of a standard deviation: weight decay, and a pull towards more
+    uncertainty. (So leave weight decay out of the optimiser: the authors' example counts it twice.) Normalisation layers keep their
+    statistics, and their gains and biases are Bayesian, too. Draws are shared by the rows of a minibatch.
+
+    Source: Deng et al., BayesAdapter, 2020; ScalableBDL. Theirs are ``lr`` for CIFAR, ``scale_lr`` and the optimiser, SGD with Nesterov
+    momentum 0.9; they draw the logarithms of the standard deviations from (-6, -5), which start in the middle here.
+
+    :param model: a Pyro model of the loader's items; or a plain network, a module from inputs to the logits of a class, of which a copy
+        is made Bayesian.
+    :param pretrained: a trained network, or its ``state_dict``: values for every site of the model's network, by the names of the
+        parameters, and for its buffers and parameters that are no sites, which are written into the model; of these, parameters that
+        require a gradient are learnt like the means.
+    :param loader: a ``DataLoader``, or any iterable of ``(x, y)`` with a length; batches go to where the model's parameters are.
+    :param float weight_decay: of the training, > 0, for the prior; with a plain network only, since a Pyro model has its own.
+    :param int num_epochs: >= 0; 0 makes the guide and fits nothing.
+    :param float lr: learning rate of the means, > 0, for losses per data point.
+    :param float scale_lr: of the standard deviations, as PyTorch's softplus makes them: of their logarithms, while they are small.
+    :param float init_scale: standard deviations at the start, > 0.
+    :param int num_data: N, where the loader does not tell it.
+    :param ELBO loss: ``TraceAdversarial_ELBO(mix=0)`` by default, Pyro's mean-field ELBO; with another ``mix`` fine-tuning is adversarial.
+    :param UncertaintyRegularizer uncertainty: what is added to ask for disagreement beside the data; nothing by default.
+    :param optim: function of parameter groups, means first, to their optimiser.
+    :raises ValueError: before any training: naming every name or shape in ``pretrained`` that does not fit, or the argument.
+    """
+    _check_numbers(num_epochs=num_epochs, lr=lr, scale_lr=scale_lr)
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    batches = Loader(loader, num_data, None if first is None else first.device)
+    model = _as_model(model, weight_decay, batches.num_data)
+    values = _fitting_values(model, pretrained, batches.example)
+    guide = AutoAdversarialNormal(model, init_loc_fn=init_to_value(values=values), init_scale=float(init_scale))
+    guide._pyro_name = f"adapted{next(_COUNT)}"  # Pyro's guides of one class share their parameters in its store, by name
+    guide(*batches.example)
+    own = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    groups = [{"params": [*guide.locs.parameters(), *own], "lr": lr}, {"params": list(guide.scales.parameters()), "lr": scale_lr}]
+    optimiser = torch.optim.SGD(groups, momentum=0.9, nesterov=True) if optim is None else optim(groups)
+    scaled, losses = minibatch(model, size=batches.num_data), []
+    elbo = TraceAdversarial_ELBO(mix=0) if loss is None else loss
+
+    def objective(*batch: Tensor) -> Tensor:
+        value = elbo.differentiable_loss(scaled, guide, *batch) / batches.num_data
+        return value if uncertainty is None else value + uncertainty.loss(model, guide, *batch)
+
+    with tqdm(total=num_epochs * len(loader), desc="bayes_adapter", disable=None) as bar:
+        for _ in range(num_epochs):
+            losses.append(_epoch(objective, batches, optimiser, bar))
+    return Adapted(model, guide, losses)
+
+
+def _epoch(objective: Callable[..., Tensor], batches: Loader, optimiser: torch.optim.Optimizer, bar: tqdm) -> float:
+    total, rows = 0.0, 0
+    for batch, size in batches.epoch():
+        optimiser.zero_grad()
+        loss = objective(*batch)
+        loss.backward()
+        optimiser.step()
+        total, rows = total + loss.item() * size, rows + size
+        bar.update()
+    return total / rows
+
+
+class _Classifier(PyroModule):
+    """A network's outputs as the logits of a class."""
+
+    def __init__(self, net: PyroModule) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        logits = self.net(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", Categorical(logits=logits), obs=y)
+        return logits
+
+
+def _as_model(model: Callable, weight_decay: float | None, num_data: int) -> Callable:
+    plain = isinstance(model, nn.Module) and not isinstance(model, PyroModule)
+    if plain and weight_decay is None:
+        raise ValueError("weight_decay: a plain network has no priors; give the factor that it was trained with, from which they follow")
+    if not plain and weight_decay is not None:
+        raise ValueError(
+            f"weight_decay={weight_decay}: the model has priors of its own; make them with bayesianize(net, prior=weight_decay_prior(...))"
+        )
+    return _Classifier(bayesianize(model, prior=weight_decay_prior(weight_decay, num_data))) if plain else model
+
+
+def _fitting_values(model: Callable, pretrained: Weights, batch: Batch) -> dict[str, Tensor]:
+    """
+    The sites' values among trained weights. The others are written into the model's buffers and parameters.
+
+    The model's names are those of the weights after one prefix, the network's name in the model.
+    """
+    given = dict(pretrained.state_dict() if isinstance(pretrained, nn.Module) else pretrained)
+    with torch.no_grad(), poutine.block(), refuse_random_layers(model):
+        trace = poutine.trace(model).get_trace(*batch)
+    sites = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes}
+    module = poutine.unwrap(model)
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())} if isinstance(module, nn.Module) else {}
+    known = {**tensors, **sites}
+    prefix = _prefix(given, known)
+    problems = [f"{name!r} is missing" for name in known if name.startswith(prefix) and name[len(prefix) :] not in given]
+    for name, value in given.items():
+        own = known.get(prefix + name)
+        if own is None:
+            problems.append(f"{name!r} is unknown to the model")
+        elif own.shape != value.shape:
+            problems.append(f"{name!r} has shape {list(value.shape)}, the model {list(own.shape)}")
+    if problems:
+        raise ValueError(f"pretrained does not fit the model: {'; '.join(problems)}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name.startswith(prefix):
+                tensor.copy_(given[name[len(prefix) :]])
+    return {name: given[name[len(prefix) :]].detach().to(value) for name, value in sites.items() if name.startswith(prefix)}
+
+
+def _prefix(given: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> str:
+    """The prefix under which most of the given names are known."""
+    found: dict[str, int] = {"": 0}
+    for name in known:
+        for end in given:
+            if name == end or name.endswith("." + end):
+                prefix = name[: len(name) - len(end)]
+                found[prefix] = found.get(prefix, 0) + 1
+    return max(found, key=found.__getitem__)
+
+
+def _check_numbers(num_epochs: int, **rates: float) -> None:
+    if isinstance(num_epochs, bool) or not isinstance(num_epochs, int) or num_epochs < 0:
+        raise ValueError(f"num_epochs={num_epochs!r}: an int >= 0")
+    for name, rate in rates.items():
+        if not 0 < rate < math.inf:
+            raise ValueError(f"{name}={rate!r}: a learning rate, > 0")

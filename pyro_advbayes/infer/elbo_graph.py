@@ -1,0 +1,355 @@
+"""The objective of :class:`~pyro_advbayes.TraceAdversarial_ELBO` as graphs of tensors, traced once from Pyro's handlers and replayed."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal, kl_divergence
+
+from pyro_advbayes.batches import Arguments
+from pyro_advbayes.graph import trace_graph
+from pyro_advbayes.handlers import GivenMessenger, UnvalidatedMessenger
+from pyro_advbayes.infer.autoguide.adversarial import Adversary, AutoAdversarialNormal, BaseNoise, BaseNormal
+from pyro_advbayes.structure import refuse_random_layers
+
+Tensors = Sequence[Tensor]
+
+# A trace costs as much as a hundred steps of a small network: what is called no more often than this goes through Pyro's handlers.
+CALLS_BEFORE = 2
+
+# For how many models, guides and shapes of data graphs are kept.
+KEPT = 8
+
+# On how many calls a graph is compared with the handlers: on the first, at other parameters, and on the second, with its other data.
+COMPARED = 2
+
+
+class NotTraceable(Exception):
+    """Why a graph would not be the objective."""
+
+
+class Graphs:
+    """Graphs by model, guide and shapes of their arguments, for each of them from its third call on."""
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry] = []
+
+    def get(self, model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Objective | None:
+        """The graphs for such arguments; None where Pyro's handlers are to be used."""
+        key = _key(model, args, kwargs)
+        entry = next((e for e in self._entries if e.model is model and e.guide is guide and e.key == key), None)
+        if entry is None:
+            entry = _Entry(model, guide, key)
+            self._entries = [entry, *self._entries[: KEPT - 1]]
+        entry.calls += 1
+        if entry.calls > CALLS_BEFORE and entry.objective is None and not entry.refused:
+            try:
+                # unwrapped: a wrapped network has no signature, and the message about that prints it, which draws its weights
+                entry.objective = Objective(model, guide, Arguments(poutine.unwrap(model), args, kwargs))
+            except NotTraceable as error:
+                entry.refuse(error)
+        return entry.objective
+
+    def drop(self, objective: Objective, why: NotTraceable) -> None:
+        """Pyro's handlers from now on, where this was used."""
+        for entry in self._entries:
+            if entry.objective is objective:
+                entry.refuse(why)
+
+
+class _Entry:
+    """How often a model and a guide were called with arguments of one kind, and the graphs made of them."""
+
+    def __init__(self, model: Callable, guide: Callable, key: Any) -> None:
+        self.model, self.guide, self.key = model, guide, key
+        self.calls, self.refused = 0, False
+        self.objective: Objective | None = None
+
+    def refuse(self, why: NotTraceable) -> None:
+        self.objective, self.refused = None, True
+        warnings.warn(f"backend='graph' falls back to 'handlers', which is slower, for this model and guide: {why}", stacklevel=2)
+
+
+def _key(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What graphs hold as constants: shapes, plain arguments, modes of layers, and the model's buffers."""
+    module = poutine.unwrap(model)
+    modules = list(module.modules()) if isinstance(module, nn.Module) else []
+    parameters = [parameter for each in modules for parameter in each.parameters(recurse=False)]
+    buffers = [buffer for each in modules for buffer in each.buffers(recurse=False)]
+    return (
+        [(t.shape, t.dtype, t.device, t.requires_grad) if isinstance(t, Tensor) else repr(t) for t in (*args, *kwargs.values())],
+        tuple(kwargs),
+        [each.training for each in modules],
+        [(id(p), p.requires_grad) for p in parameters],
+        [(id(t), t._version) for t in buffers],  # torch has no public way to tell that a tensor was written to
+    )
+
+
+def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among a model's arguments, in the order of :class:`~pyro_advbayes.batches.Arguments`."""
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+
+
+class Prior(NamedTuple):
+    """A Normal prior that depends on nothing: a number for each of its parameters, or a tensor of the site's shape."""
+
+    loc: float | Tensor
+    scale: float | Tensor
+
+
+class Weights(NamedTuple):
+    """What the plain draw's likelihood, the moved one's and the divergence count, numbers in tensors."""
+
+    plain: Tensor
+    moved: Tensor
+    kl: Tensor
+
+
+class Objective:
+    """
+    The objective and its gradients at given base noise, for one model, guide and shape of arguments.
+
+    :raises NotTraceable: where a graph would not be this objective.
+    """
+
+    def __init__(self, model: Callable, guide: Callable, arguments: Arguments) -> None:
+        self.model, self.guide, self.arguments = model, guide, arguments
+        if not isinstance(guide, AutoAdversarialNormal):
+            raise NotTraceable(f"the guide is {type(guide).__name__}, and only AutoAdversarialNormal is traced")
+        if any(t.requires_grad for t in arguments.tensors):
+            raise NotTraceable("an argument of the model requires a gradient")
+        self._graphs: dict[str, Callable[..., Any]] = {}
+        self._compared: dict[str, int] = {}
+        self._own_names: list[str] = []
+        self.own: list[Tensor] = []
+        self._look()
+
+    def _look(self) -> None:
+        """Finds the sites, and whose divergence is written down in :func:`normal_divergence`."""
+        parameters = self.parameters()
+        self.names, self.bases = list(parameters), {}
+        self.others = self.names
+        locs, scales = ([value.detach().requires_grad_() for value in values] for values in zip(*parameters.values(), strict=True))
+        try:
+            with refuse_random_layers(poutine.unwrap(self.model)), torch.enable_grad():
+                model_trace, guide_trace = self._traces(locs, scales, [torch.zeros_like(loc) for loc in locs], self.arguments.tensors)
+        except ValueError as error:
+            raise NotTraceable(str(error)) from error
+        for trace in (model_trace, guide_trace):
+            if any(site_is_subsample(node) for node in trace.nodes.values() if node["type"] == "sample" and _subsamples(node)):
+                raise NotTraceable("a plate subsamples itself")
+        self.bases = {name: BaseNormal(name, guide_trace.nodes[name]["fn"]) for name in self.names}
+        self.priors = {name: _constant_prior(model_trace.nodes[name], guide_trace.nodes[name]) for name in self.names}
+        self.others = [name for name in self.names if self.priors[name] is None]
+        self._find_own([leaf for leaf in _leaves(model_trace.log_prob_sum()) if all(leaf is not value for value in (*locs, *scales))])
+        self._own_names = [name for name in model_trace.param_nodes if name in pyro.get_param_store()]
+
+    def _find_own(self, leaves: list[Tensor]) -> None:
+        """What the model learns by itself."""
+        module = poutine.unwrap(self.model)
+        known = list(module.parameters()) if isinstance(module, nn.Module) else []
+        if any(all(leaf is not parameter for parameter in known) for leaf in leaves):
+            raise NotTraceable("the model learns tensors of its own which are no parameters of a torch.nn.Module")
+        self.own = leaves
+
+    def parameters(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The guide's, attached: site -> mean and standard deviation."""
+        for name in self._own_names:  # SVI learns what it sees being read
+            pyro.param(name)
+        return self.guide.parameters_by_site()
+
+    # ------------------------------------------------------------------------------------------------- what is evaluated
+
+    def gradient(self, values: Tensors, tensors: Tensors) -> Tensors:
+        """The gradient of the negative log-likelihood with respect to unconstrained values, a tensor per site."""
+        return self._run("gradient", [*values, *tensors])
+
+    def loss_and_gradients(
+        self, weights: Weights, locs: Tensors, scales: Tensors, noises: Tensors, adversary: Adversary | None, tensors: Tensors
+    ) -> tuple[Tensor, Tensors]:
+        """
+        :param adversary: the moved draw, if there is one.
+        :return: the weighted sum, and its gradients with respect to the means, the standard deviations, and :attr:`own`.
+        """
+        moved = [] if adversary is None else [*adversary.noises, *(adversary.shifts or ())]
+        kind = "plain" if adversary is None else "noise" if adversary.shifts is None else "shift"
+        loss, *gradients = self._run(kind, [*weights, *locs, *scales, *noises, *moved, *tensors])
+        return loss, gradients
+
+    def _run(self, kind: str, inputs: Tensors) -> Any:
+        """Evaluates a graph, which is compared with what it was traced from on its first calls."""
+        if self._compared.get(kind, 0) >= COMPARED:
+            return self._graphs[kind](*inputs)
+        with pyro.validation_enabled(False):  # which looks at values
+            self._check(kind, inputs)
+        self._compared[kind] = self._compared.get(kind, 0) + 1
+        return self._graphs[kind](*inputs)
+
+    def _check(self, kind: str, inputs: Tensors) -> None:
+        function = self._gradient if kind == "gradient" else self._loss_and_gradients
+        if kind not in self._graphs:
+            try:
+                self._graphs[kind] = trace_graph(function, inputs, self.own)
+            except Exception as error:  # whatever a model's Python does under a tracer: the handlers still run it
+                raise NotTraceable(f"it cannot be traced: {str(error).splitlines()[0]}") from error
+            rest = len(inputs) - len(self.arguments.tensors)
+            self._compare(kind, function, [*(t * 1.01 + 0.01 for t in inputs[:rest]), *inputs[rest:]])
+        self._compare(kind, function, inputs)
+
+    def _compare(self, kind: str, function: Callable[..., Any], inputs: Tensors) -> None:
+        for ours, theirs in zip(self._graphs[kind](*inputs), function(*inputs), strict=True):
+            tolerance = 1e-3 if ours.dtype != torch.double else 1e-7
+            if not bool((ours - theirs).norm() <= tolerance * theirs.norm() + 1e-30):
+                raise NotTraceable(
+                    "the graph's numbers differ from the handlers' on another batch: the model takes a Python number from the data's "
+                    "values (len(torch.unique(y)), say), or draws random numbers beside its sites"
+                )
+
+    # --------------------------------------------------------------------------------------------------- what is traced
+
+    def _gradient(self, *inputs: Tensor) -> Tensors:
+        count = len(self.names)
+
+        with torch.enable_grad():
+            values = [value.detach().requires_grad_() for value in inputs[:count]]
+            nll = self._nll(self._pushed(values), inputs[count:])
+            return torch.autograd.grad(nll, values, materialize_grads=True)
+
+    def _loss_and_gradients(self, plain: Tensor, moved: Tensor, kl: Tensor, *inputs: Tensor) -> Tensors:
+        count, rest = len(self.names), len(self.arguments.tensors)
+        groups = [inputs[i : i + count] for i in range(0, len(inputs) - rest, count)]
+        noises, tensors = groups[2], inputs[len(inputs) - rest :]
+        with torch.enable_grad():
+            locs, scales = ([value.detach().requires_grad_() for value in group] for group in groups[:2])
+            nll, divergence = self._terms(locs, scales, noises, tensors)
+            loss = plain * nll if divergence is None else plain * nll + kl * divergence
+            if len(groups) > 3:
+                values = Adversary(groups[3], groups[4] if len(groups) > 4 else None).values(locs, scales)
+                loss = loss + moved * self._nll(self._pushed(values), tensors)
+            gradients = list(torch.autograd.grad(loss, [*locs, *scales, *self.own], materialize_grads=True))
+        divergences, loss = [], loss.detach()
+        for i, name in enumerate(self.names):
+            if self.priors[name] is not None:
+                loc, scale, of_loc, of_scale = groups[0][i], groups[1][i], gradients[i], gradients[count + i]
+                value, gradients[i], gradients[count + i] = normal_divergence(loc, scale, self.priors[name], kl, of_loc, of_scale)
+                divergences.append(value)
+        return (loss + kl * sum(divergences) if divergences else loss, *gradients)
+
+    def _pushed(self, values: Tensors) -> dict[str, Tensor]:
+        """The sites' values, from unconstrained ones."""
+        return {name: self.bases[name].value(value) for name, value in zip(self.names, values, strict=True)}
+
+    def _nll(self, values: Mapping[str, Tensor], tensors: Tensors) -> Tensor:
+        model_trace = self._model_trace(values, tensors)
+        model_trace.compute_log_prob(lambda name, site: site["is_observed"])
+        return _observed(model_trace)
+
+    def _terms(self, locs: Tensors, scales: Tensors, noises: Tensors, tensors: Tensors) -> tuple[Tensor, Tensor | None]:
+        """The plain draw's negative log-likelihood, and the divergence of the sites that are not in :attr:`priors`."""
+        model_trace, guide_trace = self._traces(locs, scales, noises, tensors)
+        divergences = [_divergence(guide_trace.nodes[name], model_trace.nodes[name]) for name in self.others]
+        return _observed(model_trace), sum(divergences) if divergences else None
+
+    def _traces(self, locs: Tensors, scales: Tensors, noises: Tensors, tensors: Tensors) -> tuple[Trace, Trace]:
+        """The model's trace at the values of these base noises; the guide's, of :attr:`others`. Both with log-densities."""
+        args, kwargs = self.arguments.replace(tensors)
+        values = {}
+        with poutine.block(), pyro.validation_enabled(False), UnvalidatedMessenger():
+            plates = self.guide._create_plates(*args, **kwargs)
+            with poutine.trace() as guide_trace, BaseNoise(dict(zip(self.names, noises, strict=True))):
+                for name, loc, scale, noise in zip(self.names, locs, scales, noises, strict=True):
+                    alone = name not in self.others
+                    values[name] = loc + noise * scale if alone else self.guide.sample(name, plates, (loc, scale))
+        model_trace = self._model_trace(values, tensors)
+        model_trace.compute_log_prob(lambda name, site: site["is_observed"] or name in self.others)
+        guide_trace.trace.compute_log_prob()
+        return model_trace, guide_trace.trace
+
+    def _model_trace(self, values: Mapping[str, Tensor], tensors: Tensors) -> Trace:
+        args, kwargs = self.arguments.replace(tensors)
+        with poutine.block(), pyro.validation_enabled(False), UnvalidatedMessenger():
+            return poutine.trace(GivenMessenger(values)(self.model)).get_trace(*args, **kwargs)
+
+
+def normal_divergence(
+    loc: Tensor, scale: Tensor, prior: Prior, weight: Tensor, loc_gradient: Tensor, scale_gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""
+    The divergence of a Normal from a Normal prior,
+
+    .. math:: \sum \tfrac12 \frac{(\mu - \mu_0)^2 + \sigma^2}{\sigma_0^2} - \log\frac{\sigma}{\sigma_0} - \tfrac12,
+
+    and its gradients, ``weight`` times, added to other ones: in half as many passes over the weights as by automatic differentiation.
+    """
+    away = loc if isinstance(prior.loc, float) and prior.loc == 0.0 else loc - prior.loc
+    precision = prior.scale**-2
+    if isinstance(precision, float):
+        squares = (0.5 * precision) * (away.flatten().dot(away.flatten()) + scale.flatten().dot(scale.flatten()))
+        constant = scale.numel() * (math.log(prior.scale) - 0.5)
+    else:
+        squares = 0.5 * (precision * (away.square() + scale.square())).sum()
+        constant = prior.scale.log().sum() - 0.5 * scale.numel()
+    value = squares - scale.log().sum() + constant
+    pull = weight * precision
+    return value, torch.addcmul(loc_gradient, away, pull), torch.addcmul(scale_gradient, scale, pull).addcdiv_(weight, scale, value=-1)
+
+
+def _constant_prior(model_site: Mapping[str, Any], guide_site: Mapping[str, Any]) -> Prior | None:
+    """The prior, if both distributions are plain Normals and the prior depends on no other site."""
+    prior, posterior = (_without_dependence(site["fn"]) for site in (model_site, guide_site))
+    weighted = any(
+        site["mask"] is not None or not isinstance(site["scale"], float) or site["scale"] != 1 for site in (model_site, guide_site)
+    )
+    if weighted or not (isinstance(prior, Normal) and isinstance(posterior, Normal)):
+        return None
+    parameters = (prior.loc, prior.scale)
+    if any(p.requires_grad or p.shape != posterior.loc.shape or p.dtype != posterior.loc.dtype for p in parameters):
+        return None
+    return Prior(*(p.flatten()[0].item() if bool((p == p.flatten()[0]).all()) else p.detach() for p in parameters))
+
+
+def _without_dependence(fn: Distribution) -> Distribution:
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return fn
+
+
+def _divergence(guide_site: Mapping[str, Any], model_site: Mapping[str, Any]) -> Tensor:
+    """Analytic where it is known, else estimated at the draw: as Pyro's ``TraceMeanField_ELBO``."""
+    try:
+        divergence = kl_divergence(guide_site["fn"], model_site["fn"])
+    except NotImplementedError:
+        return guide_site["log_prob_sum"] - model_site["log_prob_sum"]
+    return scale_and_mask(divergence, scale=guide_site["scale"], mask=guide_site["mask"]).sum()
+
+
+def _observed(trace: Trace) -> Tensor:
+    return -sum(trace.nodes[name]["log_prob_sum"] for name in trace.observation_nodes)
+
+
+def _subsamples(node: Mapping[str, Any]) -> bool:
+    return site_is_subsample(node) and len(node["value"]) != node["fn"].size
+
+
+def _leaves(value: Tensor) -> list[Tensor]:
+    """Tensors that a value's gradient reaches."""
+    seen, leaves, wanting = set(), [], [value.grad_fn]
+    while wanting:
+        node = wanting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        wanting.extend(following for following, _ in node.next_functions)
+    return leaves

@@ -1,0 +1,265 @@
+"""``bayes_adapter``: from a trained network to a posterior around it."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.nn import PyroModule
+from pyro.optim import Adam
+from torch import nn
+from torch.distributions import kl_divergence
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_advbayes as ab
+from models.classifier import Classifier
+from pyro_advbayes.diagnostics import mutual_information
+from pyro_advbayes.infer.adapter import UncertaintyRegularizer, bayes_adapter, weight_decay_prior
+from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
+from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
+from pyro_advbayes.nn import bayesianize
+from tests.small_models import data, logistic
+
+
+def images(rows=64):
+    """Stripes, across or along, in noise."""
+    y = torch.arange(rows) % 2
+    stripes = torch.tensor([1.0, -1.0]).repeat(4).expand(8, 8)
+    x = torch.where(y[:, None, None] == 0, stripes, stripes.T) + 0.5 * torch.randn(rows, 8, 8)
+    return x[:, None], y
+
+
+def convnet():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 2))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    net, (x, y) = convnet(), images()
+    optimiser = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(30):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimiser.step()
+    return net.eval()
+
+
+def loader(batch_size=16):
+    return DataLoader(TensorDataset(*images()), batch_size=batch_size, shuffle=True)
+
+
+def test_at_zero_scale_it_predicts_exactly_as_the_trained_network(trained):
+    state = {name: value.clone() for name, value in trained.state_dict().items()}
+    for pretrained in (trained, state):
+        model, guide, losses = bayes_adapter(convnet(), pretrained, loader(), weight_decay=1e-3, num_epochs=0, init_scale=1e-30)
+        x, _ = images()
+        results = ab.Predictive(model, guide=guide, num_samples=3, return_sites=["_RETURN"])(x)["_RETURN"]
+        assert all(torch.equal(logits, trained(x)) for logits in results) and losses == []
+
+
+def test_the_divergences_gradients_are_weight_decay_and_a_pull_towards_uncertainty():
+    torch.set_default_dtype(torch.double)
+    weight_decay, num_data = 2e-4, 50_000
+    mean, log_scale = torch.randn(20).requires_grad_(), (torch.randn(20) - 5).requires_grad_()
+    prior = weight_decay_prior(weight_decay, num_data)
+    assert float(prior.scale) ** 2 == pytest.approx(0.1)
+    kl = kl_divergence(dist.Normal(mean, log_scale.exp()), prior).sum() / num_data
+    slopes = torch.autograd.grad(kl, (mean, log_scale))
+    torch.testing.assert_close(slopes[0], weight_decay * mean)
+    torch.testing.assert_close(slopes[1], weight_decay * log_scale.exp() ** 2 - 1 / num_data)
+
+
+def test_those_are_the_gradients_that_the_guide_gets(trained):
+    weight_decay, (x, y) = 1e-3, images()
+    model, guide, _ = bayes_adapter(convnet(), trained, loader(), weight_decay=weight_decay, num_epochs=0)
+    gradients = []
+    for kl_scale in (0.0, 1.0):
+        guide.zero_grad()
+        pyro.set_rng_seed(0)
+        elbo = TraceAdversarial_ELBO(mix=0, kl_scale=kl_scale)
+        (elbo.differentiable_loss(ab.minibatch(model, size=64), guide, x, y) / 64).backward()
+        gradients.append({name: p.grad.clone() for name, p in guide.named_parameters()})
+    for name, (mean, scale) in guide.parameters_by_site().items():
+        mean, scale = mean.detach(), scale.detach()
+        of_mean, of_scale = (
+            gradients[1][key] - gradients[0][key] for key in (f"{part}.{name}_unconstrained" for part in ("locs", "scales"))
+        )
+        torch.testing.assert_close(of_mean, weight_decay * mean, rtol=1e-3, atol=1e-6)
+        slope = -torch.expm1(-scale) / scale  # of the softplus' logarithm: nearly 1 for small scales
+        torch.testing.assert_close(of_scale, (weight_decay * scale**2 - 1 / 64) * slope, rtol=1e-3, atol=1e-6)
+
+
+def test_one_call_makes_a_fitted_posterior_of_a_trained_network(trained):
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    model, guide, losses = bayes_adapter(
+        trained,
+        trained,
+        loader(),
+        weight_decay=1e-3,
+        num_epochs=12,
+        lr=1e-3,
+        scale_lr=0.05,
+        init_scale=0.3,
+        loss=TraceAdversarial_ELBO(mix=0),
+    )
+    assert len(losses) == 12 and losses[-1] < losses[0]
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+    x, y = images()
+    network = ab.PosteriorClassifier(model, guide=guide, num_samples=20)
+    quality = ab.diagnostics.draw_quality(network.log_probs(x), y)
+    assert quality.ensembled.value > 0.9
+    scales = torch.cat([scale.detach().flatten() for _, scale in guide.parameters_by_site().values()])
+    assert scales.std().item() > 1e-3
+
+
+def test_means_and_scales_have_learning_rates_of_their_own(trained):
+    moved = []
+    for lr, scale_lr in ((1e-3, 1e-12), (1e-12, 0.1)):
+        _, guide, _ = bayes_adapter(convnet(), trained, loader(), weight_decay=1e-3, lr=lr, scale_lr=scale_lr)
+        parameters = guide.parameters_by_site()
+        means = max(
+            float((mean.detach() - trained.state_dict()[name.removeprefix("net.")]).abs().max()) for name, (mean, _) in parameters.items()
+        )
+        scales = max(float((scale.detach() - math.exp(-5.5)).abs().max()) for _, scale in parameters.values())
+        moved.append((means > 1e-6, scales > 1e-6))
+    assert moved == [(True, False), (False, True)]
+
+
+def test_another_optimiser_and_another_loss_may_be_given(trained):
+    model = Classifier(bayesianize(convnet(), prior=weight_decay_prior(1e-3, 64)))
+    seen = []
+
+    def optim(groups):
+        seen.extend(group["lr"] for group in groups)
+        return torch.optim.Adam(groups)
+
+    _, _, losses = bayes_adapter(model, trained, loader(), loss=TraceMeanField_ELBO(), optim=optim, lr=1e-3, scale_lr=2e-3, num_epochs=2)
+    assert seen == [1e-3, 2e-3] and len(losses) == 2
+
+
+class Excluded(PyroModule):
+    """A Bayesian last layer on a feature extractor that is none, with a site beside the network's."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = bayesianize(convnet(), exclude=["0.*", "1.*"])
+
+    def forward(self, x, y=None):
+        sharpness = pyro.sample("sharpness", dist.LogNormal(0.0, 0.1))
+        logits = sharpness * self.inner(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+
+def test_weights_go_to_sites_and_to_what_is_no_site_and_other_sites_start_by_themselves(trained):
+    model, guide, _ = bayes_adapter(Excluded(), trained, loader(), num_epochs=0)
+    state = trained.state_dict()
+    assert torch.equal(guide.locs.get_submodule("inner.5").weight_unconstrained, state["5.weight"])
+    assert torch.equal(model.inner[0].weight, state["0.weight"]) and torch.equal(model.inner[1].running_mean, state["1.running_mean"])
+    assert guide.median()["sharpness"] > 0
+
+
+def test_parameters_that_are_no_sites_are_learnt_like_the_means(trained):
+    state = trained.state_dict()
+    for lr, moves in ((1e-3, True), (1e-12, False)):
+        model, _, _ = bayes_adapter(Excluded(), trained, loader(), lr=lr)
+        moved = (model.inner[0].weight - state["0.weight"]).abs().max().item()
+        assert (moved > 1e-6) is moves
+
+
+def test_the_uncertainty_regulariser_is_its_equation(trained):
+    model, guide, _ = bayes_adapter(convnet(), trained, loader(), weight_decay=1e-3, num_epochs=0, init_scale=0.5)
+    x, y = images()
+    for threshold in (0.75, 0.05):
+        pyro.set_rng_seed(0)
+        found = UncertaintyRegularizer(eps=0.5, threshold=threshold, weight=3.0).loss(model, guide, x, y)
+        pyro.set_rng_seed(0)
+        moved = x + torch.empty_like(x).uniform_(-0.5, 0.5)
+        probs = []
+        for _ in range(2):
+            weights = {name.removeprefix("net."): value for name, value in guide().items()}
+            probs.append(torch.func.functional_call(trained, weights, moved).softmax(-1))
+        probs = torch.stack(probs)
+        disagreement = mutual_information(probs)
+        assert bool((disagreement > 0.05).any()) and bool((disagreement < 0.05).any())
+        torch.testing.assert_close(found, 3 * (threshold - disagreement).clamp(min=0).mean())
+    with torch.no_grad():
+        guide.locs.get_submodule("net.5").weight_unconstrained *= 1e4  # where softmax is 0 and 1
+    found = found + UncertaintyRegularizer(eps=0.5).loss(model, guide, x, y)
+    found.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in guide.parameters())
+
+
+def test_the_uncertainty_regulariser_makes_draws_disagree_beside_the_data(trained):
+    x, disagreement = images()[0], []
+    noisy = x + 2 * torch.rand_like(x) - 1
+    for uncertainty in (None, UncertaintyRegularizer(eps=1.0, weight=10.0)):
+        pyro.set_rng_seed(0)
+        settings = {"weight_decay": 1e-3, "num_epochs": 6, "lr": 1e-3, "scale_lr": 0.3, "init_scale": 0.1}
+        model, guide, _ = bayes_adapter(convnet(), trained, loader(), **settings, uncertainty=uncertainty)
+        logits = ab.Predictive(model, guide=guide, num_samples=30, return_sites=["_RETURN"])(noisy)["_RETURN"]
+        disagreement.append(mutual_information(logits.softmax(-1)).mean())
+    assert disagreement[1] > 1.5 * disagreement[0]
+
+
+def test_the_uncertainty_regulariser_wants_logits_and_numbers(trained):
+    for wrong in ({"eps": 0.0}, {"eps": 1.0, "threshold": -1.0}, {"eps": 1.0, "weight": 0.0}):
+        with pytest.raises(ValueError, match="a number > 0"):
+            UncertaintyRegularizer(**wrong)
+    with pytest.raises(ValueError, match=r"must return logits \[N, K\], not NoneType"):
+        bayes_adapter(Excluded(), trained, loader(), uncertainty=UncertaintyRegularizer(eps=0.1))
+
+
+def test_weights_that_do_not_fit_are_listed_before_training(trained):
+    state = dict(trained.state_dict())
+    state["7.weight"] = state.pop("5.weight")
+    state["0.bias"] = torch.zeros(5)
+    with pytest.raises(ValueError, match="pretrained does not fit the model") as caught:
+        bayes_adapter(convnet(), state, loader(), weight_decay=1e-3)
+    for part in ("'net.5.weight' is missing", "'7.weight' is unknown to the model", r"'0.bias' has shape [5], the model [4]"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "culprit"),
+    [
+        ({"weight_decay": 0.0}, "weight_decay=0.0"),
+        ({"weight_decay": None}, "weight_decay: a plain network has no priors"),
+        ({"num_epochs": -1}, "num_epochs=-1"),
+        ({"lr": 0.0}, "lr=0.0"),
+        ({"scale_lr": -1.0}, "scale_lr=-1.0"),
+        ({"init_scale": 0.0}, "init_scale"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(trained, settings, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        bayes_adapter(convnet(), trained, loader(), **{"weight_decay": 1e-3, **settings})
+
+
+def test_weight_decay_for_a_model_with_priors_is_refused(trained):
+    with pytest.raises(ValueError, match="the model has priors of its own"):
+        bayes_adapter(Classifier(bayesianize(convnet())), trained, loader(), weight_decay=1e-3)
+
+
+def test_posteriors_in_one_process_are_apart(trained):
+    SVI(logistic, AutoAdversarialNormal(logistic), Adam({}), TraceMeanField_ELBO()).step(*data())
+    x, _ = images()
+    posteriors, means = [], []
+    for scale_lr in (0.1, 1.0):
+        model, guide, _ = bayes_adapter(convnet(), trained, loader(), weight_decay=1e-3, scale_lr=scale_lr)
+        posteriors.append((model, guide))
+        means.append(guide.scales.get_submodule("net.5").weight_unconstrained.clone())
+    assert not torch.equal(*means)
+    for _ in range(2):
+        for (model, guide), mean in zip(posteriors, means, strict=True):
+            ab.Predictive(model, guide=guide, num_samples=2)(x)
+            assert torch.equal(guide.scales.get_submodule("net.5").weight_unconstrained, mean)
+    pyro.clear_param_store()
+    posteriors[0][1]()
+    posteriors[1][1]()
+    assert torch.equal(posteriors[0][1].scales.get_submodule("net.5").weight_unconstrained, means[0])

@@ -1,0 +1,388 @@
+"""The graphs of ``TraceAdversarial_ELBO``: the handlers' numbers from the third call on, and the handlers where there can be no graph."""
+
+from __future__ import annotations
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.nn import PyroModule, PyroSample
+from pyro.optim import Adam
+from torch import nn
+
+import pyro_advbayes as ab
+from models.mlp import mlp
+from pyro_advbayes.infer import elbo_graph
+from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
+from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
+from tests.small_models import data, logistic, mixed, regression, subsampling
+
+
+def hierarchical(x, y=None):
+    """A prior that depends on another site, priors whose divergence nobody knows, and one that differs from weight to weight."""
+    scale = pyro.sample("scale", dist.LogNormal(torch.zeros((), dtype=x.dtype), 0.5))
+    w = pyro.sample("w", dist.Normal(x.new_zeros(3), scale).to_event(1))
+    v = pyro.sample("v", dist.StudentT(x.new_full((3,), 4.0), 0.0, 1.0).to_event(1))
+    u = pyro.sample("u", dist.Normal(torch.arange(3.0).to(x), torch.arange(1.0, 4.0).to(x)).to_event(1))
+    share = pyro.sample("share", dist.Dirichlet(x.new_ones(3)))
+    noise = pyro.sample("noise", dist.HalfCauchy(x.new_ones(())))
+    with pyro.plate("groups", 2):
+        b = pyro.sample("b", dist.Normal(x.new_zeros(()), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(x @ (w + v * share + u) + b.sum(), 1 + noise), obs=y)
+
+
+def weighed(x, y=None):
+    with pyro.poutine.scale(scale=0.1):
+        w = pyro.sample("w", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)), pyro.poutine.mask(mask=x[:, 0] > 0):
+        pyro.sample("obs", dist.Bernoulli(logits=x @ w), obs=y)
+
+
+NETWORK = mlp((3, 5, 4, 2), nn.Tanh).double()
+
+
+def network(x, y=None):
+    return NETWORK(x, None if y is None else y.long())
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Counts the losses that graphs gave."""
+    calls, original = [], elbo_graph.Objective.loss_and_gradients
+
+    def counted(self, *args):
+        result = original(self, *args)
+        calls.append(self)
+        return result
+
+    monkeypatch.setattr(elbo_graph.Objective, "loss_and_gradients", counted)
+    return calls
+
+
+def run(elbo, model, steps=5, rows=(25, 25, 25, 25, 25), module=False):
+    """Losses and gradients of some steps, each on other rows, at parameters that move."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    x, y = (value.double() for value in data(sum(rows)))
+    guide, model = AutoAdversarialNormal(model, init_scale=0.3), ab.minibatch(model, size=200)
+    guide(x, y)
+    results, start = [], 0
+    for step, size in enumerate(rows[:steps]):
+        pyro.set_rng_seed(step)
+        batch = x[start : start + size], y[start : start + size]
+        start += size
+        if module:
+            loss = elbo(model, guide)(*batch)
+            loss.backward()
+        else:
+            loss = elbo.loss_and_grads(model, guide, *batch)
+        results.append([torch.as_tensor(loss).detach(), *(p.grad.clone() for p in guide.parameters())])
+        with torch.no_grad():
+            for parameter in guide.parameters():
+                parameter -= 0.01 * parameter.grad.sign()
+                parameter.grad = None
+    return results
+
+
+def assert_alike(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("model", [logistic, regression, hierarchical, weighed, network])
+@pytest.mark.parametrize("options", [{"mix": 0}, {"mix": 0.7, "kl_scale": 0.3}, {"mix": 0.7, "radius": 0.5}], ids=str)
+def test_graphs_give_the_losses_and_gradients_of_the_handlers(model, options, used):
+    torch.set_default_dtype(torch.double)
+    ours = run(TraceAdversarial_ELBO(**options), model)
+    assert len(used) == 3  # the first two calls are the handlers'
+    assert_alike(ours, run(TraceAdversarial_ELBO(**options, backend="handlers"), model))
+
+
+def test_sites_of_different_dtypes_are_treated_like_the_handlers_do():
+    x, y = data()
+    results = []
+    for backend in ("graph", "handlers"):
+        pyro.clear_param_store()
+        guide, elbo = AutoAdversarialNormal(mixed), TraceAdversarial_ELBO(backend=backend)
+        guide(x, y)
+        for step in range(4):
+            pyro.set_rng_seed(step)
+            loss = elbo.loss_and_grads(mixed, guide, x, y)
+        results.append((torch.tensor(loss), *(p.grad.clone() for p in guide.parameters())))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", [regression, network])
+def test_without_an_adversary_they_are_those_of_pyros_mean_field_elbo(model, used):
+    torch.set_default_dtype(torch.double)
+    assert_alike(run(TraceAdversarial_ELBO(mix=0, num_particles=2), model), run(TraceMeanField_ELBO(num_particles=2), model))
+    assert len(used) == 6
+
+
+def test_parameters_that_are_held_fixed_get_no_gradient(used):
+    guide, elbo = AutoAdversarialNormal(logistic), TraceAdversarial_ELBO()
+    guide(*data())
+    for parameter in guide.locs.parameters():
+        parameter.requires_grad_(False)
+    for module in (False, True):
+        for _ in range(3):
+            if module:
+                elbo(logistic, guide)(*data()).backward()
+            else:
+                elbo.loss_and_grads(logistic, guide, *data())
+    assert all(p.grad is None for p in guide.locs.parameters()) and all(p.grad is not None for p in guide.scales.parameters())
+    for parameter in guide.parameters():
+        parameter.requires_grad_(False)
+    assert elbo.loss_and_grads(logistic, guide, *data()) > 0
+    assert len(used) == 5
+
+
+@pytest.mark.parametrize("particles", [1, 3])
+def test_as_a_module_they_attach_the_loss_to_the_parameters(particles, used):
+    torch.set_default_dtype(torch.double)
+    options = {"num_particles": particles, "mix": 0.5}
+    assert_alike(
+        run(TraceAdversarial_ELBO(**options), logistic, module=True), run(TraceAdversarial_ELBO(**options, backend="handlers"), logistic)
+    )
+    assert len(used) == 3 * particles
+
+
+def test_graphs_take_the_random_numbers_that_the_handlers_take(used):
+    model, (x, y) = mlp((3, 5, 2)), data()
+    guide, scaled = AutoAdversarialNormal(model), ab.minibatch(model, size=600)
+    guide(x, y.long())
+    elbos = [TraceAdversarial_ELBO(backend=backend) for backend in ("graph", "handlers")]
+    for step in range(5):
+        losses, following = [], []
+        for elbo in elbos:
+            pyro.set_rng_seed(step)
+            losses.append(elbo.loss_and_grads(scaled, guide, x, y.long()))
+            following.append(torch.rand(()))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5) and torch.equal(*following)
+    assert len(used) == 3
+
+
+def test_how_far_draws_were_moved_is_told_alike():
+    torch.set_default_dtype(torch.double)
+    for options in ({}, {"radius": 0.5}):
+        moved = []
+        for backend in ("graph", "handlers"):
+            elbo = TraceAdversarial_ELBO(**options, num_particles=2, backend=backend)
+            run(elbo, regression)
+            moved.append(elbo.moved)
+        torch.testing.assert_close(*moved)
+        assert moved[0].noise.shape == (2,)
+
+
+def test_svi_learns_the_same_with_and_without_graphs(used):
+    torch.set_default_dtype(torch.double)
+    x, y = (value.double() for value in data())
+    learnt = []
+    for backend in ("graph", "handlers"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = AutoAdversarialNormal(regression)
+        svi = SVI(ab.minibatch(regression, size=60), guide, Adam({"lr": 0.01}), TraceAdversarial_ELBO(backend=backend))
+        losses = [svi.step(x[rows], y[rows]) for _ in range(10) for rows in torch.arange(60).split(25)]
+        learnt.append((torch.tensor(losses), *guide.median().values()))
+    torch.testing.assert_close(*learnt)
+    assert len(used) == 30 - 2 * 2  # full batches, and the last, shorter one
+
+
+def test_weights_may_be_changed_from_step_to_step_without_new_graphs(used):
+    torch.set_default_dtype(torch.double)
+    x, y = (value.double() for value in data())
+    guide = AutoAdversarialNormal(logistic)
+    guide(x, y)
+    ours, theirs = (TraceAdversarial_ELBO(num_steps=2, backend=backend) for backend in ("graph", "handlers"))
+    for step in range(6):
+        losses = []
+        for elbo in (ours, theirs):
+            elbo.mix, elbo.kl_scale = 0.1 + 0.1 * step, step / 5
+            pyro.set_rng_seed(step)
+            losses.append(elbo.loss_and_grads(logistic, guide, x, y))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+    assert len(used) == 4 and len(used[0]._graphs) == 2 and used[0] is used[-1]
+
+
+class Frozen(PyroModule):
+    """Bayesian weights on features that are normalised by statistics from elsewhere, in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, affine=False).eval()
+        self.last = PyroModule[nn.Linear](3, 1, bias=False)
+        self.last.weight = PyroSample(dist.Normal(torch.zeros(1, 3), 1.0).to_event(2))
+
+    def forward(self, x, y=None):
+        logits = self.last(self.norm(x)).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Bernoulli(logits=logits), obs=y)
+
+
+def test_statistics_that_are_loaded_later_count(used):
+    model, (x, y) = Frozen(), data()
+    guide, elbo = AutoAdversarialNormal(model, init_scale=1.0), TraceAdversarial_ELBO()
+    guide(x, y)
+    for _ in range(5):
+        elbo.loss_and_grads(model, guide, x, y)
+    model.norm.running_mean += 3.0
+    for step in range(4):
+        losses = []
+        for each in (elbo, TraceAdversarial_ELBO(backend="handlers")):
+            pyro.set_rng_seed(step)
+            losses.append(each.loss_and_grads(model, guide, x, y))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len({id(objective) for objective in used}) == 2
+
+
+def test_a_graph_is_dropped_where_the_models_python_follows_the_data(used):
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+        factor = 1.0 + len(torch.unique(y))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(factor * (x @ w), 1.0), obs=y)
+
+    (x, _), guide = data(), AutoAdversarialNormal(model)
+    batches = [(x, (torch.arange(60) % classes).float()) for classes in (2, 2, 2, 5, 7)]
+    guide(*batches[0])
+    elbos = [TraceAdversarial_ELBO(backend=backend) for backend in ("graph", "handlers")]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step, batch in enumerate(batches):
+            losses = []
+            for elbo in elbos:
+                pyro.set_rng_seed(step)
+                losses.append(elbo.loss_and_grads(model, guide, *batch))
+            if step != 3:  # where the graph is dropped, the draw is another
+                assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert [str(w.message) for w in caught if "falls back" in str(w.message)] and len(used) == 1
+
+
+class Learnt(PyroModule):
+    """A weight of its own beside a Bayesian one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = PyroModule[nn.Linear](3, 3)
+        self.last = PyroModule[nn.Linear](3, 1, bias=False)
+        self.last.weight = PyroSample(dist.Normal(torch.zeros(1, 3), 1.0).to_event(2))
+
+    def forward(self, x, y=None):
+        logits = self.last(self.first(x)).squeeze(-1) * self.first.bias.square().sum().exp()
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Bernoulli(logits=logits), obs=y)
+
+
+def test_parameters_of_the_model_are_learnt_beside_the_guides(used):
+    torch.set_default_dtype(torch.double)
+    x, y = (value.double() for value in data())
+    learnt, start = [], Learnt().state_dict()
+    for backend in ("graph", "handlers"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        model = Learnt()
+        model.load_state_dict(start)
+        guide, elbo = AutoAdversarialNormal(model), TraceAdversarial_ELBO(backend=backend)
+        svi = SVI(ab.minibatch(model, size=600), guide, Adam({"lr": 0.01}), elbo)
+        losses = [svi.step(x, y) for _ in range(6)]
+        model.first.weight.grad = None
+        elbo(ab.minibatch(model, size=600), guide)(x, y).backward()
+        learnt.append((torch.tensor(losses), model.first.weight.detach(), guide.locs.last.weight.detach(), model.first.weight.grad))
+        assert not torch.equal(model.first.weight, start["first.weight"])
+    for ours, theirs in zip(*learnt, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert len(used) == 4
+
+
+def with_param(x, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    offset = pyro.param("offset", torch.tensor(0.5), constraint=dist.constraints.positive)
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Bernoulli(logits=x @ w + offset), obs=y)
+
+
+class Dropped(Learnt):
+    """Random masks in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+        for parameter in self.first.parameters():
+            parameter.requires_grad_(False)
+
+    def forward(self, x, y=None):
+        return super().forward(self.dropout(x), y)
+
+
+def hand_written(x, y):
+    for name, shape in (("w", (3,)), ("b", ())):
+        pyro.sample(name, dist.Normal(pyro.param(f"{name}_loc", torch.zeros(shape)), 0.1).to_event(len(shape)))
+
+
+def one_weight(x, y):
+    pyro.sample("w", dist.Normal(pyro.param("loc", torch.zeros(3)), 0.1).to_event(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: (with_param, AutoAdversarialNormal), "tensors of its own"),
+        (lambda: (Dropped(), AutoAdversarialNormal), r"layer 'dropout' \(Dropout\) is in training mode"),
+        (lambda: (subsampling, AutoAdversarialNormal), "a plate subsamples itself"),
+        (lambda: (logistic, lambda model: hand_written), "the guide is function"),
+    ],
+    ids=["own tensors", "dropout", "subsampling", "another guide"],
+)
+def test_where_there_is_no_graph_the_handlers_go_on_and_one_warning_says_why(make, why, used):
+    model, guide = make()
+    guide, elbo = guide(model), TraceAdversarial_ELBO()
+    guide(*data())
+    with pytest.warns(UserWarning, match=rf"falls back to 'handlers'.*{why}") as caught:
+        losses = [elbo.loss_and_grads(model, guide, *data()) for _ in range(5)]
+    assert len(losses) == 5 and not used
+    assert sum("falls back" in str(w.message) for w in caught) == 1
+    assert model is not with_param or pyro.param("offset").unconstrained().grad is not None
+
+
+def test_an_argument_that_requires_a_gradient_gets_one():
+    x, y = data()
+    guide, elbo = AutoAdversarialNormal(logistic), TraceAdversarial_ELBO()
+    guide(x, y)
+    with pytest.warns(UserWarning, match="an argument of the model requires a gradient"):
+        for _ in range(4):
+            moved = x.clone().requires_grad_()
+            elbo.loss_and_grads(logistic, guide, moved, y)
+            assert moved.grad is not None
+
+
+def test_the_divergence_of_normals_and_its_gradients_are_pytorchs():
+    torch.set_default_dtype(torch.double)
+    loc, scale, weight = torch.randn(4, 3), torch.rand(4, 3) + 0.1, torch.tensor(0.7)
+    for prior in ((0.0, 1.0), (0.5, 0.15), (torch.randn(4, 3), torch.rand(4, 3) + 0.5)):
+        m, s = (value.clone().requires_grad_() for value in (loc, scale))
+        expected = torch.distributions.kl_divergence(dist.Normal(m, s), dist.Normal(*prior)).sum()
+        slopes = torch.autograd.grad(weight * expected, (m, s))
+        zero = torch.zeros(4, 3)
+        found = elbo_graph.normal_divergence(loc, scale, elbo_graph.Prior(*prior), weight, zero, zero)
+        torch.testing.assert_close(found, (expected, *slopes))
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="backend='jit'"):
+        TraceAdversarial_ELBO(backend="jit")
+
+
+def test_few_graphs_are_kept():
+    guide, elbo = AutoAdversarialNormal(logistic), TraceAdversarial_ELBO(mix=0)
+    guide(*data())
+    for rows in range(2, 20):
+        elbo.loss_and_grads(logistic, guide, *(value[:rows] for value in data()))
+    assert len(elbo._graphs._entries) == elbo_graph.KEPT
