@@ -2,7 +2,10 @@
 
 from pyro_advbayes import attacks, datasets, diagnostics, nn
 from pyro_advbayes.handlers import minibatch
+from pyro_advbayes.infer.adapter import UncertaintyRegularizer, bayes_adapter, weight_decay_prior
+from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.arviz import to_arviz
+from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal, BaseNoise
 from pyro_advbayes.infer.classifier import PosteriorClassifier
 from pyro_advbayes.infer.elbo import TraceRobust_ELBO
 from pyro_advbayes.infer.ensemble import deep_ensemble
@@ -26,6 +29,8 @@ __all__ = [
     "SGHMC",
     "SGLD",
     "SGMCMC",
+    "AutoAdversarialNormal",
+    "BaseNoise",
     "Box",
     "Flow",
     "Generator",
@@ -33,8 +38,11 @@ __all__ = [
     "Potential",
     "Predictive",
     "SGAdaLD",
+    "TraceAdversarial_ELBO",
     "TraceRobust_ELBO",
+    "UncertaintyRegularizer",
     "attacks",
+    "bayes_adapter",
     "datasets",
     "deep_ensemble",
     "diagnostics",
@@ -44,4 +52,5 @@ __all__ = [
     "read_draws",
     "schedules",
     "to_arviz",
+    "weight_decay_prior",
 ]

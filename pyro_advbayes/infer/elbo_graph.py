@@ -20,6 +20,7 @@ from pyro_advbayes.batches import Arguments
 from pyro_advbayes.graph import trace_graph
 from pyro_advbayes.handlers import GivenMessenger, UnvalidatedMessenger
 from pyro_advbayes.infer.autoguide.adversarial import Adversary, AutoAdversarialNormal, BaseNoise, BaseNormal
+from pyro_advbayes.nn.reparameterization import rows_differ
 from pyro_advbayes.structure import refuse_random_layers
 
 Tensors = Sequence[Tensor]
@@ -46,6 +47,8 @@ class Graphs:
 
     def get(self, model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Objective | None:
         """The graphs for such arguments; None where Pyro's handlers are to be used."""
+        if rows_differ():  # a graph has one draw for all rows
+            return None
         key = _key(model, args, kwargs)
         entry = next((e for e in self._entries if e.model is model and e.guide is guide and e.key == key), None)
         if entry is None:

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from pyro_advbayes import Predictive, init_to_fan_in, minibatch
 from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
+from pyro_advbayes.nn import ExemplarReparameterization
 from tests.benchmarks.measure import Contender, Result, Stopwatch, Target
 from tests.benchmarks.rows_sampling import compare
-from tests.benchmarks.workloads import BATCH, LARGE, ROWS, SMALL, Network, data, mlp_of
+from tests.benchmarks.workloads import BATCH, CONVNET, LARGE, ROWS, SMALL, Network, data, mlp_of
 
 OURS, HAND, PYROS = "TraceAdversarial_ELBO", "hand-written PyTorch", "TraceMeanField_ELBO and AutoNormal"
 MIDDLE = mlp_of(784, 100, 100, 10)
@@ -143,3 +144,45 @@ def guide_prediction(watch: Stopwatch) -> list[Result]:
         what = f"{draws} draws of {network.name}, {BATCH} inputs"
         results.append(compare(watch, what, makers, [("Pyro's Predictive", "Predictive", Target(">=", faster))]))
     return results
+
+
+def _exemplar(x: Tensor, y: Tensor) -> Contender:
+    model = CONVNET.model().to(x.device)
+    guide = AutoAdversarialNormal(model, init_loc_fn=init_to_fan_in)
+    guide(x, y)
+    elbo, parameters = TraceMeanField_ELBO(), list(guide.parameters())
+
+    def call() -> tuple[Tensor, ...]:
+        with pyro.validation_enabled(False), ExemplarReparameterization():
+            loss = elbo.differentiable_loss(model, guide, x, y)
+        return torch.autograd.grad(loss, parameters)
+
+    return Contender(call)
+
+
+def _example_by_example(x: Tensor, y: Tensor) -> Contender:
+    trainer = HandWritten(CONVNET, x.device, 0.0)
+
+    def call() -> tuple[Tensor, ...]:
+        scales = [F.softplus(s) for s in trainer.scales]
+        losses = []
+        for i in range(len(x)):
+            weights = [m + s * torch.randn_like(m) for m, s in zip(trainer.means, scales, strict=True)]
+            losses.append(trainer.loss(weights, x[i : i + 1], y[i : i + 1]))
+        divergence = sum(((s**2 + m**2 - 1) / 2 - s.log()).sum() for m, s in zip(trainer.means, scales, strict=True))
+        return torch.autograd.grad(sum(losses) / len(x) + divergence, [*trainer.means, *trainer.scales])
+
+    return Contender(call)
+
+
+def exemplar_gradient(watch: Stopwatch) -> list[Result]:
+    """A gradient with a draw of the ConvNet for each of 64 images: times faster than a loop over the images."""
+    pyro.clear_param_store()
+    rows = 4 if watch.quick else 64
+    x, y = (t[:rows] for t in data(CONVNET.inputs, CONVNET.classes, ROWS, watch.device))
+    makers: dict[str, Callable[[], Contender]] = {
+        "ExemplarReparameterization": partial(_exemplar, x, y),
+        "loop over images": partial(_example_by_example, x, y),
+    }
+    wanted = [("loop over images", "ExemplarReparameterization", Target(">=", 10.0))]
+    return [compare(watch, f"a gradient of the ELBO of {CONVNET.name}, a draw for each of {rows} images", makers, wanted)]

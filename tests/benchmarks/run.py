@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `models` and `tests` are not installed
 
-from tests.benchmarks import rows_attacks, rows_bal, rows_memory, rows_prediction, rows_sampling
+from tests.benchmarks import rows_attacks, rows_bal, rows_memory, rows_prediction, rows_sampling, rows_variational
 from tests.benchmarks.measure import Result, Stopwatch, machine
 
 ROWS: dict[str, Callable[[Stopwatch], list[Result]]] = {
@@ -47,6 +47,10 @@ ROWS: dict[str, Callable[[Stopwatch], list[Result]]] = {
         rows_attacks.attack_large,
         rows_attacks.attack_small,
         rows_memory.attack_memory,
+        rows_variational.mean_field_step,
+        rows_variational.adversarial_step,
+        rows_variational.guide_prediction,
+        rows_variational.exemplar_gradient,
         rows_sampling.side_by_side,
     )
 }

@@ -248,6 +248,17 @@ def test_nothing_is_left_behind_and_other_threads_and_compiled_functions_are_as_
     assert torch.equal(outputs(model, guide, x), first)
 
 
+def test_the_adversarial_elbo_gives_rows_their_own_draws_too():
+    model, _, x, y = problem(images)
+    guide, elbo = ab.AutoAdversarialNormal(model), ab.TraceAdversarial_ELBO(num_steps=1)
+    for _ in range(4):
+        elbo.loss_and_grads(model, guide, x, y)  # by now from graphs
+    handler = ExemplarReparameterization()
+    with handler:
+        elbo.loss_and_grads(model, guide, x, y)
+    assert len(handler.covered) == 8
+
+
 def test_it_trains_under_pyros_svi():
     torch.manual_seed(0)
     model, guide, _, _ = problem(single)
