@@ -1,0 +1,7 @@
+"""A posterior's draws distilled into a generator, which takes their place: Adversarial Posterior Distillation and what judges it."""
+
+from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
+from pyro_advbayes.infer.autoguide.generators import MLPGenerator
+from pyro_advbayes.infer.distill.apd import APD, PRESETS, Fit
+
+__all__ = ["APD", "PRESETS", "FactoredGenerator", "Fit", "MLPGenerator"]
