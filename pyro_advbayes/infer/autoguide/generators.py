@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -182,7 +183,7 @@ class MLPGenerator(RowGenerator):
 def mlp(widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> nn.Sequential:
     """Linear layers with ReLU between them, He initialisation, biases 0."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+    for fan_in, fan_out in pairwise(widths):
         layer = nn.Linear(fan_in, fan_out, dtype=dtype, device=device)
         nn.init.kaiming_normal_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -191,7 +192,7 @@ def mlp(widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> nn.S
 
 
 def mlp_numbers(widths: Sequence[int]) -> int:
-    return sum((fan_in + 1) * fan_out for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True))
+    return sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(widths))
 
 
 def as_widths(hidden: Sequence[int]) -> tuple[int, ...]:

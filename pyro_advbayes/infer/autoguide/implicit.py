@@ -195,8 +195,8 @@ class AutoImplicit(AutoGuide):
         found = Storage(size, draw, math.floor(size / draw) + 1)
         if self.num_draws < found.pays_from:
             warnings.warn(
-                f"{type(self.network).__name__} takes {size} bytes, more than the {self.num_draws} draws of {draw} bytes that it "
-                f"stands for; it pays from {found.pays_from} draws on: keep the draws, or take a smaller generator (distill.FactoredGenerator)",
+                f"{type(self.network).__name__} takes {size} bytes, more than the {self.num_draws} draws of {draw} bytes that it stands "
+                f"for; it pays from {found.pays_from} draws on: keep the draws, or take a smaller generator (distill.FactoredGenerator)",
                 stacklevel=2,
             )
         return found

@@ -54,52 +54,26 @@ def sites_of(values: Mapping[str, Tensor]) -> tuple[Site, ...]:
 
 class Rows:
     """
-    Draws as rows ``[n, P]`` in unconstrained space, made as they are asked for, so that a file of draws larger than memory will do.
+    Base: draws as rows ``[n, P]`` in unconstrained space.
 
-    :param values: site -> ``[chains, draws, *shape]``.
     :param sites: the sites in the order of a row.
     :param dtype: of the rows.
-    :param device: where the rows are made.
+    :param device: where they are.
     :param source: what the draws are called in a message.
-    :raises ValueError: naming the site that is missing, unknown or of another shape, or whose draws are not finite.
     """
 
-    def __init__(
-        self, values: Mapping[str, Tensor], sites: Sequence[Site], dtype: torch.dtype, device: torch.device, source: str = "samples"
-    ) -> None:
-        names = [site.name for site in sites]
-        for name in names:
-            if name not in values:
-                raise ValueError(f"{source}: site {name!r} is missing; draws are needed of {names}")
-        unknown = sorted(set(values) - set(names))
-        if unknown:
-            raise ValueError(f"{source}: site {unknown[0]!r} is none of the guide's, {names}: leave it out")
-        for site in sites:
-            if without_leading_ones(values[site.name].shape[2:]) != without_leading_ones(site.shape):
-                shape = tuple(values[site.name].shape[2:])
-                raise ValueError(f"{source}: a draw of site {site.name!r} has shape {shape}, the site has {tuple(site.shape)}")
+    changing = False  # whether rows come and go
+
+    def __init__(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device, source: str) -> None:
         self.sites, self.dtype, self.device, self.source = tuple(sites), dtype, device, source
-        self._values = [values[name] for name in names]
-        self._draws = self._values[0].shape[1]
         self.size = sum(site.numel for site in sites)
-        self._ready: Tensor | None = None
-        if len(self) * self.size <= READY:
-            self._ready = self._made(torch.arange(len(self)))
 
     def __len__(self) -> int:
-        return self._values[0].shape[0] * self._draws
+        raise NotImplementedError
 
     def take(self, index: Tensor) -> Tensor:
         """Rows ``[len(index), P]``."""
-        return self._made(index) if self._ready is None else self._ready[index.to(self.device)]
-
-    def _made(self, index: Tensor) -> Tensor:
-        chain, draw = index.cpu() // self._draws, index.cpu() % self._draws
-        rows = torch.empty(len(index), self.size, dtype=self.dtype, device=self.device)
-        for site, value in zip(self.sites, self._values, strict=True):
-            part = value[chain.to(value.device), draw.to(value.device)].to(self.device, site.dtype).reshape(-1, *site.shape)
-            rows[:, site.start : site.start + site.numel] = site.transform.inv(part).reshape(len(index), -1)
-        return rows
+        raise NotImplementedError
 
     def chunks(self) -> Iterator[Tensor]:
         """All rows in order, some at a time."""
@@ -130,6 +104,54 @@ class Rows:
                 f"{self.source}: draw {before + row} of site {site.name!r} is not finite in unconstrained space (NaN, infinite, or on the "
                 "boundary of its support): leave out chains that were lost"
             )
+
+
+class SampleRows(Rows):
+    """
+    Draws as rows ``[n, P]`` in unconstrained space, made as they are asked for, so that a file of draws larger than memory will do.
+
+    :param values: site -> ``[chains, draws, *shape]``.
+    :param sites: the sites in the order of a row.
+    :param dtype: of the rows.
+    :param device: where the rows are made.
+    :param source: what the draws are called in a message.
+    :raises ValueError: naming the site that is missing, unknown or of another shape, or whose draws are not finite.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Tensor], sites: Sequence[Site], dtype: torch.dtype, device: torch.device, source: str = "samples"
+    ) -> None:
+        names = [site.name for site in sites]
+        for name in names:
+            if name not in values:
+                raise ValueError(f"{source}: site {name!r} is missing; draws are needed of {names}")
+        unknown = sorted(set(values) - set(names))
+        if unknown:
+            raise ValueError(f"{source}: site {unknown[0]!r} is none of the guide's, {names}: leave it out")
+        for site in sites:
+            if without_leading_ones(values[site.name].shape[2:]) != without_leading_ones(site.shape):
+                shape = tuple(values[site.name].shape[2:])
+                raise ValueError(f"{source}: a draw of site {site.name!r} has shape {shape}, the site has {tuple(site.shape)}")
+        super().__init__(sites, dtype, device, source)
+        self._values = [values[name] for name in names]
+        self._draws = self._values[0].shape[1]
+        self._ready: Tensor | None = None
+        if len(self) * self.size <= READY:
+            self._ready = self._made(torch.arange(len(self)))
+
+    def __len__(self) -> int:
+        return self._values[0].shape[0] * self._draws
+
+    def take(self, index: Tensor) -> Tensor:
+        return self._made(index) if self._ready is None else self._ready[index.to(self.device)]
+
+    def _made(self, index: Tensor) -> Tensor:
+        chain, draw = index.cpu() // self._draws, index.cpu() % self._draws
+        rows = torch.empty(len(index), self.size, dtype=self.dtype, device=self.device)
+        for site, value in zip(self.sites, self._values, strict=True):
+            part = value[chain.to(value.device), draw.to(value.device)].to(self.device, site.dtype).reshape(-1, *site.shape)
+            rows[:, site.start : site.start + site.numel] = site.transform.inv(part).reshape(len(index), -1)
+        return rows
 
 
 def site_at(sites: Sequence[Site], place: int) -> Site:

@@ -3,5 +3,6 @@
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import MLPGenerator
 from pyro_advbayes.infer.distill.apd import APD, PRESETS, Fit
+from pyro_advbayes.infer.distill.online import OnlineAPD
 
-__all__ = ["APD", "PRESETS", "FactoredGenerator", "Fit", "MLPGenerator"]
+__all__ = ["APD", "PRESETS", "FactoredGenerator", "Fit", "MLPGenerator", "OnlineAPD"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pyro_advbayes.infer.autoguide.generators import RowGenerator
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
-from pyro_advbayes.infer.autoguide.rows import READY, Rows, read_samples, site_at, sites_of
+from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, read_samples, site_at, sites_of
 from pyro_advbayes.infer.distill.energy import Energy
 from pyro_advbayes.infer.distill.stopping import Stopping
 from pyro_advbayes.infer.distill.training import Settings, Training
@@ -110,7 +110,8 @@ class APD:
         """
         if self.checkpoint is not None:
             files.refuse_existing(self.checkpoint, self.overwrite)
-        return self._train(*self._prepare(samples, args, kwargs))
+        rows, training, stopping = self._prepare(samples, args, kwargs)
+        return self._train(rows, training, stopping, self.settings.num_steps, len(rows))
 
     @classmethod
     def resume(
@@ -144,7 +145,7 @@ class APD:
         if stopping is not None:
             stopping.load(content["stopping"])
         files.set_random_state(content["random"])
-        return apd._train(rows, training, stopping)
+        return apd._train(rows, training, stopping, apd.settings.num_steps, len(rows))
 
     def _prepare(self, samples: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Rows, Training, Stopping | None]:
         guide, settings = self.guide, self.settings
@@ -154,7 +155,7 @@ class APD:
         if args or kwargs:
             potential = Potential(guide.model, args, kwargs)
             sites, device = potential.sites, potential.device
-        rows = Rows(values, sites, row_dtype(sites), device, source)
+        rows = SampleRows(values, sites, row_dtype(sites), device, source)
         if len(rows) < settings.batch_size:
             raise ValueError(
                 f"{source}: {len(rows)} draws are fewer than batch_size={settings.batch_size}: take a smaller batch, or more draws"
@@ -163,52 +164,64 @@ class APD:
         refuse_constant(rows, mean, sd)
         if [site[:4] for site in guide.sites] != [site[:4] for site in sites]:
             guide.set_sites(sites, device)
-        generator = guide.network
-        generator.prepare(rows, mean, sd)
-        codes = code_source(generator, rows)
-        size = codes(torch.zeros(1, dtype=torch.long)).shape[1]
-        training = start_training(generator, size, settings, lambda count: codes(torch.randint(len(rows), (count,))))
-        stopping = None if settings.check_every is None else Stopping(codes, len(rows), size)
-        return rows, training, stopping
+        guide.network.prepare(rows, mean, sd)
+        codes = Codes(guide.network, rows)
+        return rows, self.training(codes), self._stopping(codes)
 
-    def _train(self, rows: Rows, training: Training, stopping: Stopping | None) -> Fit:
-        settings, converged = self.settings, None if stopping is None else False
-        bar = tqdm(
-            total=settings.num_steps, initial=training.steps, desc="APD", disable=True if self.disable_progbar else None, mininterval=0.5
-        )
+    def training(self, codes: Codes) -> Training:
+        """What trains the guide's generator, prepared for the draws, on their codes."""
+        kind = WGAN if self.settings.objective == "wgan-gp" else Energy
+        return kind(self.guide.network, codes.size, self.settings, codes.random)
+
+    def _stopping(self, codes: Codes) -> Stopping | None:
+        return None if self.settings.check_every is None else Stopping(codes, len(codes), codes.size)
+
+    def polish(self, rows: Rows, training: Training, num_draws: int) -> Fit:
+        """
+        Goes on with rows that no longer change, where there is something that stops it, and finishes the guide.
+
+        :param num_draws: that the rows stand for.
+        """
+        stopping = self._stopping(Codes(self.guide.network, rows))
+        last = training.steps + (0 if stopping is None else self.settings.num_steps)
+        return self._train(rows, training, stopping, last, num_draws)
+
+    def _train(self, rows: Rows, training: Training, stopping: Stopping | None, last: int, num_draws: int) -> Fit:
+        settings, converged = self.settings, False
+        bar = tqdm(total=last, initial=training.steps, desc="APD", disable=True if self.disable_progbar else None, mininterval=0.5)
         with bar:
-            while training.steps < settings.num_steps and not converged:
+            while training.steps < last and not converged:
                 estimate = training.step()
                 if stopping is not None and training.steps % settings.check_every == 0:
                     converged = stopped(training, stopping)
                 if self.checkpoint is not None and training.steps % self.checkpoint_every == 0:
                     self._save_checkpoint(rows, training, stopping)
                 if not bar.disable:
-                    shown = {"critic": f"{float(estimate):.3g}"}
-                    if stopping is not None:
-                        shown = {"distance": f"{stopping.distance:.3g}", "floor": f"{stopping.floor:.3g}"}
-                    bar.set_postfix(shown, refresh=False)
+                    shown = {"loss": estimate} if stopping is None else {"distance": stopping.distance, "floor": stopping.floor}
+                    bar.set_postfix({name: f"{float(value):.3g}" for name, value in shown.items()}, refresh=False)
                 bar.update()
-        self._finish(rows, training, stopping, converged)
+        training.swap()
+        if stopping is not None and not converged:
+            self._keep_best(training, stopping)
+        self.guide.network.finish()
+        self.guide.num_draws = num_draws
+        self.guide.storage()
         if stopping is None:
             return Fit(training.steps, None, None, None)
         return Fit(training.steps, stopping.distance, stopping.floor, converged)
 
-    def _finish(self, rows: Rows, training: Training, stopping: Stopping | None, converged: bool | None) -> None:
-        training.swap()
-        if stopping is not None and not converged and stopping.best is not None:
+    def _keep_best(self, training: Training, stopping: Stopping) -> None:
+        distance = stopping.distance
+        if stopping.best is not None:
             distance, parameters = stopping.best
             with torch.no_grad():
                 for kept, new in zip(parameters, self.guide.network.parameters(), strict=True):
                     new.copy_(kept)
-            warnings.warn(
-                f"APD has not come down to the draws in {training.steps} steps: two-sample distance {distance:.3g}, where two halves of "
-                f"the draws are {stopping.floor:.3g} apart. Raise num_steps, take a larger generator, or distill.FactoredGenerator",
-                stacklevel=4,
-            )
-        self.guide.network.finish()
-        self.guide.num_draws = len(rows)
-        self.guide.storage()
+        warnings.warn(
+            f"APD has not come down to the draws in {training.steps} steps: two-sample distance {distance:.3g}, where two halves of the "
+            f"draws are {stopping.floor:.3g} apart. Raise num_steps, take a larger generator, or distill.FactoredGenerator",
+            stacklevel=4,
+        )
 
     def _save_checkpoint(self, rows: Rows, training: Training, stopping: Stopping | None) -> None:
         content = {
@@ -237,11 +250,6 @@ def settings_of(preset: str, changes: Mapping[str, Any]) -> Settings:
     return dataclasses.replace(PRESETS[preset], **changes)
 
 
-def start_training(generator: RowGenerator, code_size: int, settings: Settings, draw: Callable[[int], Tensor]) -> Training:
-    """What the settings' objective asks for."""
-    return (WGAN if settings.objective == "wgan-gp" else Energy)(generator, code_size, settings, draw)
-
-
 def row_dtype(sites: Sequence[Site]) -> torch.dtype:
     """One dtype for all sites."""
     dtype = sites[0].dtype
@@ -261,13 +269,32 @@ def refuse_constant(rows: Rows, mean: Tensor, sd: Tensor) -> None:
         )
 
 
-def code_source(generator: RowGenerator, rows: Rows) -> Callable[[Tensor], Tensor]:
-    """A function of an index ``[n]`` to the codes ``[n, code]`` of these draws, computed beforehand where they fit into memory."""
-    size = generator.encode(rows.take(torch.zeros(1, dtype=torch.long))).shape[1]
-    if len(rows) * size > READY:
-        return lambda index: generator.encode(rows.take(index))
-    codes = torch.cat([generator.encode(part) for part in rows.chunks()])
-    return lambda index: codes[index.to(codes.device)]
+class Codes:
+    """
+    Codes of draws by their number, computed beforehand where they fit into memory and the draws do not change.
+
+    :param generator: prepared for the rows.
+    """
+
+    def __init__(self, generator: RowGenerator, rows: Rows) -> None:
+        self._generator, self._rows = generator, rows
+        self._ready: Tensor | None = None
+        self.size = self(torch.zeros(1, dtype=torch.long)).shape[1]
+        if not rows.changing and len(rows) * self.size <= READY:
+            self._ready = torch.cat([generator.encode(part) for part in rows.chunks()])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __call__(self, index: Tensor) -> Tensor:
+        """``[len(index), code]``."""
+        if self._ready is None:
+            return self._generator.encode(self._rows.take(index))
+        return self._ready[index.to(self._ready.device)]
+
+    def random(self, count: int) -> Tensor:
+        """Those of draws taken at random, ``[count, code]``."""
+        return self(torch.randint(len(self), (count,)))
 
 
 def stopped(training: Training, stopping: Stopping) -> bool:
