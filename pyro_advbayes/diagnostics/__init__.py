@@ -24,6 +24,7 @@ from pyro_advbayes.diagnostics.robustness import (
     gradient_norms,
     softmax_robustness,
 )
+from pyro_advbayes.diagnostics.two_sample import MMDTest, mmd_test, sliced_wasserstein
 from pyro_advbayes.diagnostics.uncertainty import (
     expected_entropy,
     model_variance,
@@ -37,6 +38,7 @@ __all__ = [
     "AccuracyCurve",
     "Estimate",
     "GradientNorms",
+    "MMDTest",
     "Reliability",
     "accuracy",
     "accuracy_curve",
@@ -48,6 +50,7 @@ __all__ = [
     "ece",
     "expected_entropy",
     "gradient_norms",
+    "mmd_test",
     "model_variance",
     "mutual_information",
     "nll",
@@ -59,6 +62,7 @@ __all__ = [
     "predictive_entropy",
     "reliability",
     "save_netcdf",
+    "sliced_wasserstein",
     "softmax_robustness",
     "to_inference_data",
     "variation_ratio",
