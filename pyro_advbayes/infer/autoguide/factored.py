@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_advbayes.infer.autoguide.generators import RowGenerator, as_widths, mlp, mlp_numbers
 from pyro_advbayes.infer.autoguide.rows import Rows
+from pyro_advbayes.infer.mcmc.noise import NormalNoise
 
 OVERSAMPLING, PASSES = 8, 2
 
@@ -110,7 +111,8 @@ class FactoredGenerator(RowGenerator):
         code = self.layers(self.latent(count))
         code = torch.cat([code, code.new_ones(count, 1)], dim=1)
         rows = code.new_empty(count, self.size)
-        # a few rows at a time stay in the processor's cache between noise, scale and sum
-        for part, codes in zip(rows.split(4), code.split(4), strict=True):
-            part.normal_().mul_(self.sd).addmm_(codes, self.factors)
-        return rows
+        noise = NormalNoise(rows)
+        for row in rows.split(1):  # a row is still in the processor's cache when it is scaled
+            noise.fill(row)
+            row.mul_(self.sd)
+        return rows.addmm_(code, self.factors)
