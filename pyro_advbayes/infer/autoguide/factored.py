@@ -55,8 +55,12 @@ class FactoredGenerator(RowGenerator):
 
     The mean :math:`\mu`, the basis :math:`B` ``[P, r]`` (leading principal components of the draws, by a streaming randomised SVD) and
     the noise :math:`\sigma` (what is left of each weight's variance, so that all variances are those of the draws) come from the draws in
-    closed form. Only :math:`g`, a small network into r dimensions, is trained, and the critic judges r numbers instead of P. It holds
+    closed form. Only :math:`g`, a small network into r dimensions, is trained, and what trains it sees r numbers instead of P. It holds
     (r + 2)·P numbers and those of :math:`g`, where :class:`MLPGenerator` holds 101·P.
+
+    Independent noise in all weights may ruin the predictions of a network. Where :meth:`APD.fit
+    <pyro_advbayes.infer.distill.APD.fit>` is given data, it is scaled down until what is made fits them as well as the draws do, see
+    :mod:`pyro_advbayes.infer.distill.noise`.
 
     :param int rank: r, >= 1; at most one less than there are draws, and no more than there are weights.
     :param int noise: dimension of z, >= 1.
@@ -103,8 +107,13 @@ class FactoredGenerator(RowGenerator):
         return self.layers(z)
 
     def forward(self, z: Tensor) -> Tensor:
-        rows = self.layers(z) @ self.factors[:-1] + self.factors[-1]
-        return rows + self.sd * torch.randn_like(rows)
+        quiet, noise = self.parts(z)
+        return quiet + noise
+
+    def parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What rows are the sum of: the part along the basis, and the noise, ``[n, P]`` each."""
+        quiet = self.layers(z) @ self.factors[:-1] + self.factors[-1]
+        return quiet, self.sd * torch.randn_like(quiet)
 
     @torch.no_grad()
     def sample(self, count: int) -> Tensor:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import RowGenerator
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, read_samples, site_at, sites_of
 from pyro_advbayes.infer.distill.energy import Energy
+from pyro_advbayes.infer.distill.noise import fit_noise
 from pyro_advbayes.infer.distill.stopping import Stopping
 from pyro_advbayes.infer.distill.training import Settings, Training
 from pyro_advbayes.infer.distill.wgan import WGAN
@@ -53,6 +55,7 @@ class Fit(NamedTuple):
     distance: float | None
     floor: float | None
     converged: bool | None
+    noise_scale: float | None = None
 
 
 class APD:
@@ -96,13 +99,15 @@ class APD:
         self.guide, self.disable_progbar, self.overwrite = guide, disable_progbar, overwrite
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every = checkpoint_every
+        self._potential: Potential | None = None
 
     def fit(self, samples: Mapping[str, Tensor] | str | Path, *args: Any, **kwargs: Any) -> Fit:
         """
         Trains the guide on draws.
 
         :param samples: site -> ``[draws, *shape]`` in the model's own space, ``mcmc.get_samples()``; or the path of a file of draws.
-        :param args: the model's arguments, observations included: needed where a site is constrained, which draws do not tell.
+        :param args: the model's arguments, observations included, of all data or a few hundred rows: needed where a site is constrained,
+            which draws do not tell, and for the noise of a :class:`FactoredGenerator`.
         :param kwargs: its keyword arguments.
         :raises ValueError: naming the site, if draws are missing, fewer than a batch, not finite, or the same in an element; or if the
             generator does not fit.
@@ -111,7 +116,7 @@ class APD:
         if self.checkpoint is not None:
             files.refuse_existing(self.checkpoint, self.overwrite)
         rows, training, stopping = self._prepare(samples, args, kwargs)
-        return self._train(rows, training, stopping, self.settings.num_steps, len(rows))
+        return self._train(rows, training, stopping, self.settings.num_steps, len(rows), self._potential)
 
     @classmethod
     def resume(
@@ -145,16 +150,16 @@ class APD:
         if stopping is not None:
             stopping.load(content["stopping"])
         files.set_random_state(content["random"])
-        return apd._train(rows, training, stopping, apd.settings.num_steps, len(rows))
+        return apd._train(rows, training, stopping, apd.settings.num_steps, len(rows), apd._potential)
 
     def _prepare(self, samples: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Rows, Training, Stopping | None]:
         guide, settings = self.guide, self.settings
         values, source = read_samples(samples)
         device = next(iter(values.values())).device
-        sites = guide.sites or sites_of(values)
+        sites, self._potential = guide.sites or sites_of(values), None
         if args or kwargs:
-            potential = Potential(guide.model, args, kwargs)
-            sites, device = potential.sites, potential.device
+            self._potential = Potential(guide.model, args, kwargs)
+            sites, device = self._potential.sites, self._potential.device
         rows = SampleRows(values, sites, row_dtype(sites), device, source)
         if len(rows) < settings.batch_size:
             raise ValueError(
@@ -176,7 +181,7 @@ class APD:
     def _stopping(self, codes: Codes) -> Stopping | None:
         return None if self.settings.check_every is None else Stopping(codes, len(codes), codes.size)
 
-    def polish(self, rows: Rows, training: Training, num_draws: int) -> Fit:
+    def polish(self, rows: Rows, training: Training, num_draws: int, potential: Potential) -> Fit:
         """
         Goes on with rows that no longer change, where there is something that stops it, and finishes the guide.
 
@@ -184,16 +189,18 @@ class APD:
         """
         stopping = self._stopping(Codes(self.guide.network, rows))
         last = training.steps + (0 if stopping is None else self.settings.num_steps)
-        return self._train(rows, training, stopping, last, num_draws)
+        return self._train(rows, training, stopping, last, num_draws, potential)
 
-    def _train(self, rows: Rows, training: Training, stopping: Stopping | None, last: int, num_draws: int) -> Fit:
-        settings, converged = self.settings, False
+    def _train(
+        self, rows: Rows, training: Training, stopping: Stopping | None, last: int, num_draws: int, potential: Potential | None
+    ) -> Fit:
+        settings, over = self.settings, False
         bar = tqdm(total=last, initial=training.steps, desc="APD", disable=True if self.disable_progbar else None, mininterval=0.5)
         with bar:
-            while training.steps < last and not converged:
+            while training.steps < last and not over:
                 estimate = training.step()
                 if stopping is not None and training.steps % settings.check_every == 0:
-                    converged = stopped(training, stopping)
+                    over = look(training, stopping)
                 if self.checkpoint is not None and training.steps % self.checkpoint_every == 0:
                     self._save_checkpoint(rows, training, stopping)
                 if not bar.disable:
@@ -201,14 +208,17 @@ class APD:
                     bar.set_postfix({name: f"{float(value):.3g}" for name, value in shown.items()}, refresh=False)
                 bar.update()
         training.swap()
-        if stopping is not None and not converged:
+        if stopping is not None and not stopping.arrived:
             self._keep_best(training, stopping)
-        self.guide.network.finish()
+        network, scale = self.guide.network, None
+        network.finish()
+        if isinstance(network, FactoredGenerator) and potential is not None:
+            scale = fit_noise(network, rows, potential)
         self.guide.num_draws = num_draws
         self.guide.storage()
         if stopping is None:
-            return Fit(training.steps, None, None, None)
-        return Fit(training.steps, stopping.distance, stopping.floor, converged)
+            return Fit(training.steps, None, None, None, scale)
+        return Fit(training.steps, stopping.distance, stopping.floor, stopping.arrived, scale)
 
     def _keep_best(self, training: Training, stopping: Stopping) -> None:
         distance = stopping.distance
@@ -219,7 +229,7 @@ class APD:
                     new.copy_(kept)
         warnings.warn(
             f"APD has not come down to the draws in {training.steps} steps: two-sample distance {distance:.3g}, where two halves of the "
-            f"draws are {stopping.floor:.3g} apart. Raise num_steps, take a larger generator, or distill.FactoredGenerator",
+            f"draws are {stopping.floor:.3g} apart. Judge it with distill.compare; more num_steps or a larger generator may help",
             stacklevel=4,
         )
 
@@ -297,7 +307,7 @@ class Codes:
         return self(torch.randint(len(self), (count,)))
 
 
-def stopped(training: Training, stopping: Stopping) -> bool:
+def look(training: Training, stopping: Stopping) -> bool:
     """A look at the averaged generator."""
     training.swap()
     found = stopping.look(training.made, list(training.generator.parameters()))

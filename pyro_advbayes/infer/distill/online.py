@@ -92,7 +92,7 @@ class OnlineAPD:
                 training = self._alternate(reservoir)
             finally:
                 kernel.cleanup()
-        return self._fitter.polish(reservoir, training, reservoir.seen)
+        return self._fitter.polish(reservoir, training, reservoir.seen, kernel.potential)
 
     def _alternate(self, reservoir: Reservoir) -> Training:
         kernel, params, training, next_look = self.kernel, self.kernel.initial_params, None, self.buffer

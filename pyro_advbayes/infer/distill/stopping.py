@@ -11,13 +11,14 @@ from torch import Tensor
 from pyro_advbayes.diagnostics.two_sample import sliced_wasserstein
 from pyro_advbayes.infer.autoguide.rows import READY
 
-SPLITS, RECENT = 20, 3
+SPLITS, RECENT, PATIENCE = 20, 3, 15
 
 
 class Stopping:
     """
     Stops when the sliced Wasserstein distance between codes drawn and codes made, mean of the last looks, is no more than is usual
-    between two sets of drawn ones: their mean over random splits plus one standard deviation.
+    between two sets of drawn ones: their mean over random splits plus one standard deviation. Gives up when it has not fallen for
+    ``PATIENCE`` looks.
 
     :param draw: function of an index ``[n]`` to codes ``[n, code]`` of these draws.
     :param count: number of draws.
@@ -29,6 +30,7 @@ class Stopping:
         self._rows = max(2, min(2000, count // 2, READY // (2 * code_size)))
         self.distances: list[float] = []
         self.best: tuple[float, list[Tensor]] | None = None
+        self.since_best = 0
         splits = torch.tensor([sliced_wasserstein(*self._two_sets()) for _ in range(SPLITS)])
         self.floor, self.threshold = float(splits.mean()), float(splits.mean() + splits.std())
 
@@ -53,15 +55,27 @@ class Stopping:
             self.distances.append(sliced_wasserstein(real, make(self._rows)))
         if len(self.distances) < RECENT:
             return False
+        self.since_best += 1
         if self.best is None or self.distance < self.best[0]:
-            self.best = self.distance, [p.detach().clone() for p in parameters]
-        return self.distance <= self.threshold
+            self.best, self.since_best = (self.distance, [p.detach().clone() for p in parameters]), 0
+        return self.arrived or self.since_best >= PATIENCE
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the last looks found no more than is usual between draws."""
+        return len(self.distances) >= RECENT and self.distance <= self.threshold
 
     def state(self) -> dict[str, Any]:
         """What :meth:`load` needs to go on from here."""
-        return {"distances": self.distances, "best": self.best, "floor": self.floor, "threshold": self.threshold}
+        return {
+            "distances": self.distances,
+            "best": self.best,
+            "since_best": self.since_best,
+            "floor": self.floor,
+            "threshold": self.threshold,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from a :meth:`state`."""
-        self.distances, self.best = state["distances"], state["best"]
-        self.floor, self.threshold = state["floor"], state["threshold"]
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -103,6 +103,34 @@ def test_distilled_gaussian_draws_reproduce_the_predictive_of_linear_regression(
     torch.testing.assert_close(predicted.std(0), sd, atol=0.0, rtol=0.2)
 
 
+def test_noise_is_scaled_until_what_is_made_fits_the_data_as_well_as_the_draws_do():
+    """Linear regression on inputs that are nearly one direction, so that weights hold each other: κ in closed form."""
+    x = torch.randn(200, 1) + 0.1 * torch.randn(200, 5)
+    y = x.sum(-1) + torch.randn(200)
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    precision = torch.eye(5) + x.mT @ x
+    exact = torch.distributions.MultivariateNormal(torch.linalg.solve(precision, x.mT @ y), precision_matrix=precision)
+    w = exact.sample((3000,))
+    fits, guides = [], []
+    for args in ((), (x, y)):
+        pyro.set_rng_seed(0)
+        guides.append(AutoImplicit(model, FactoredGenerator(rank=2, noise=8, hidden=(32, 32))))
+        fits.append(APD(guides[-1]).fit({"w": w}, *args))
+    assert fits[0].noise_scale is None
+    # what the components leave out adds tr(X' X R) / 2 to the misfit, with R the covariance left; independent noise Σ κ² σ² |x|² / 2
+    values, vectors = torch.linalg.eigh(exact.covariance_matrix)
+    left = vectors[:, :3] @ torch.diag(values[:3]) @ vectors[:, :3].mT
+    gram = x.mT @ x
+    kappa = math.sqrt(float((gram * left).sum() / (gram.diagonal() * left.diagonal()).sum()))
+    assert fits[1].noise_scale == pytest.approx(kappa, abs=0.15) and kappa < 0.6
+    torch.testing.assert_close(guides[1].network.sd, fits[1].noise_scale * guides[0].network.sd)
+
+
 def test_the_papers_preset_is_what_the_paper_trained():
     paper = PRESETS["paper"]
     assert (paper.objective, paper.batch_size, paper.critic_steps, paper.penalty) == ("wgan-gp", 100, 5, 10.0)
@@ -229,7 +257,7 @@ def test_a_resumed_fit_is_the_same_bit_for_bit(tmp_path, preset):
 def test_a_fit_that_does_not_arrive_says_so_and_keeps_the_best():
     w, _ = two_modes()
     guide = AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(8,)))
-    with pytest.warns(UserWarning, match="APD has not come down to the draws in 40 steps: two-sample distance .* Raise num_steps"):
+    with pytest.warns(UserWarning, match="APD has not come down to the draws in 40 steps: two-sample distance .* Judge it"):
         fit = APD(guide, num_steps=40, check_every=10).fit({"w": w})
     assert fit.converged is False and fit.distance > fit.floor > 0
 
