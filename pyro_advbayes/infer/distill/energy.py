@@ -14,6 +14,9 @@ from torch import Tensor
 
 from pyro_advbayes.infer.distill.training import Training
 
+# Longer rows are compared by matrix products, which lose digits where points are much nearer to each other than to 0: codes are not.
+SHORT = 64
+
 
 def energy_loss(made: Tensor, real: Tensor) -> Tensor:
     """
@@ -23,13 +26,16 @@ def energy_loss(made: Tensor, real: Tensor) -> Tensor:
     :param real: ``[m, d]``.
     """
     n = len(made)
-    return 2.0 * _distances(made, real).mean() - _distances(made, made).sum() / (n * (n - 1))
-
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    # the difference of squares of long rows by a matrix product; of short ones exactly, which costs less there
-    exact = "donot_use_mm_for_euclid_dist" if a.shape[1] <= 64 else "use_mm_for_euclid_dist"
-    return torch.cdist(a, b, compute_mode=exact)
+    if made.shape[1] <= SHORT:
+        within = torch.cdist(made, made, compute_mode="donot_use_mm_for_euclid_dist").sum()
+        between = torch.cdist(made, real, compute_mode="donot_use_mm_for_euclid_dist")
+    else:
+        here, there = (points.square().sum(-1) for points in (made, real))
+        squares = here[:, None] + here - 2.0 * made @ made.mT
+        one = torch.ones((), dtype=made.dtype, device=made.device)  # on the diagonal, where the root has no slope
+        within = squares.clamp_min(0.0).where(~torch.eye(n, dtype=torch.bool, device=made.device), one).sqrt().sum() - n
+        between = (here[:, None] + there - 2.0 * made @ real.mT).clamp_min(1e-12).sqrt()
+    return 2.0 * between.mean() - within / (n * (n - 1))
 
 
 class Energy(Training):
