@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_advbayes.infer.autoguide.generators import RowGenerator, as_widths, mlp, mlp_numbers
+from pyro_advbayes.infer.autoguide.generators import RowGenerator, as_widths, mlp, mlp_numbers, numel
 from pyro_advbayes.infer.autoguide.rows import Rows
 from pyro_advbayes.infer.mcmc.noise import NormalNoise
 
@@ -76,7 +76,8 @@ class FactoredGenerator(RowGenerator):
         self.register_buffer("factors", torch.zeros(0))  # [r + 1, P]: the basis and the mean, so that one product makes both
         self.register_buffer("sd", torch.zeros(0))
 
-    def build(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
+        size = numel(shapes)
         if self.rank > size:
             raise ValueError(f"rank={self.rank}: the sites hold {size} numbers, no more directions than that can be told apart")
         self.layers, self.size = mlp((self.noise, *self.hidden, self.rank), dtype, device), size
@@ -86,8 +87,8 @@ class FactoredGenerator(RowGenerator):
     def settings(self) -> dict[str, Any]:
         return {"rank": self.rank, "noise": self.noise, "hidden": list(self.hidden)}
 
-    def numbers(self, size: int) -> int:
-        return (self.rank + 2) * size + mlp_numbers((self.noise, *self.hidden, self.rank))
+    def numbers(self, shapes: Sequence[Sequence[int]]) -> int:
+        return (self.rank + 2) * numel(shapes) + mlp_numbers((self.noise, *self.hidden, self.rank))
 
     @torch.no_grad()
     def prepare(self, rows: Rows, mean: Tensor, sd: Tensor) -> None:

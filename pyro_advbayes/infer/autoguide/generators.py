@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -28,16 +29,16 @@ class RowGenerator(nn.Module):
             raise ValueError(f"noise={noise!r}: the dimension of the generator's noise, an int >= 1")
         self.noise, self.size = noise, 0
 
-    def build(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Makes the parameters, for rows of ``size`` numbers."""
+    def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
+        """Makes the parameters, for rows of sites of these unconstrained shapes."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, as plain values."""
         raise NotImplementedError
 
-    def numbers(self, size: int) -> int:
-        """How many numbers a finished generator of rows of ``size`` numbers holds."""
+    def numbers(self, shapes: Sequence[Sequence[int]]) -> int:
+        """How many numbers a finished generator holds, of sites of these unconstrained shapes."""
         raise NotImplementedError
 
     def prepare(self, rows: Rows, mean: Tensor, sd: Tensor) -> None:
@@ -95,7 +96,8 @@ class NetworkGenerator(RowGenerator):
         self.register_buffer("loc", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
-    def build(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
+        size = numel(shapes)
         self.network.to(device, dtype)
         with torch.no_grad():
             shape = tuple(self.network(torch.zeros(2, self.noise, dtype=dtype, device=device)).shape)
@@ -110,8 +112,8 @@ class NetworkGenerator(RowGenerator):
     def settings(self) -> dict[str, Any]:
         return {"network": type(self.network).__name__, "noise": self.noise}
 
-    def numbers(self, size: int) -> int:
-        return sum(p.numel() for p in self.network.state_dict().values()) + 2 * size
+    def numbers(self, shapes: Sequence[Sequence[int]]) -> int:
+        return sum(p.numel() for p in self.network.state_dict().values()) + 2 * numel(shapes)
 
     def prepare(self, rows: Rows, mean: Tensor, sd: Tensor) -> None:
         self.loc.copy_(mean)
@@ -144,15 +146,16 @@ class MLPGenerator(RowGenerator):
         self.register_buffer("loc", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
-    def build(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.layers, self.size = mlp((self.noise, *self.hidden, size), dtype, device), size
+    def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
+        self.size = numel(shapes)
+        self.layers = mlp((self.noise, *self.hidden, self.size), dtype, device)
         self.loc, self.scale = self.loc.to(device, dtype), self.scale.to(device, dtype)
 
     def settings(self) -> dict[str, Any]:
         return {"noise": self.noise, "hidden": list(self.hidden)}
 
-    def numbers(self, size: int) -> int:
-        return mlp_numbers((self.noise, *self.hidden, size)) + 2
+    def numbers(self, shapes: Sequence[Sequence[int]]) -> int:
+        return mlp_numbers((self.noise, *self.hidden, numel(shapes))) + 2
 
     @torch.no_grad()
     def prepare(self, rows: Rows, mean: Tensor, sd: Tensor) -> None:
@@ -178,6 +181,11 @@ class MLPGenerator(RowGenerator):
 
     def forward(self, z: Tensor) -> Tensor:
         return torch.addcmul(self.loc, self.scale, self.layers(z))
+
+
+def numel(shapes: Sequence[Sequence[int]]) -> int:
+    """Numbers in all of these shapes."""
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def mlp(widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> nn.Sequential:

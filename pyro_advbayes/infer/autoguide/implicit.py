@@ -20,6 +20,7 @@ from torch.distributions.kl import register_kl
 
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import MLPGenerator, NetworkGenerator, RowGenerator
+from pyro_advbayes.infer.autoguide.hyper import HyperGenerator
 from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
 from pyro_advbayes.infer.conditioned import without_leading_ones
 from pyro_advbayes.infer.mcmc import files
@@ -27,7 +28,7 @@ from pyro_advbayes.infer.predictive import RandomState
 from pyro_advbayes.potential import Potential
 from pyro_advbayes.structure import Site
 
-GENERATORS = {kind.__name__: kind for kind in (MLPGenerator, FactoredGenerator)}
+GENERATORS = {kind.__name__: kind for kind in (MLPGenerator, FactoredGenerator, HyperGenerator)}
 
 
 class Implicit(dist.Delta):
@@ -104,7 +105,7 @@ class AutoImplicit(AutoGuide):
         dtype = sites[0].dtype
         for site in sites:
             dtype = torch.promote_types(dtype, site.dtype)
-        self.network.build(sum(site.numel for site in sites), dtype, torch.device(device))
+        self.network.build([site.unconstrained_shape for site in sites], dtype, torch.device(device))
         self.sites = tuple(sites)
 
     @property

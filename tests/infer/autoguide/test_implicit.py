@@ -17,7 +17,7 @@ from pyro_advbayes import PosteriorClassifier, Potential, Predictive
 from pyro_advbayes.attacks import PGD
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
-from pyro_advbayes.infer.distill import APD, FactoredGenerator, MLPGenerator
+from pyro_advbayes.infer.distill import APD, FactoredGenerator, HyperGenerator, MLPGenerator
 from pyro_advbayes.infer.elbo import TraceRobust_ELBO
 from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.nn import bayesianize
@@ -149,7 +149,10 @@ def test_it_leaves_nothing_in_the_parameter_store_and_takes_no_random_numbers_to
     assert not list(pyro.get_param_store().keys())
 
 
-@pytest.mark.parametrize("generator", [MLPGenerator(noise=4, hidden=(8,)), FactoredGenerator(rank=3, noise=4, hidden=(8,))])
+@pytest.mark.parametrize(
+    "generator",
+    [MLPGenerator(noise=4, hidden=(8,)), FactoredGenerator(rank=3, noise=4, hidden=(8,)), HyperGenerator(noise=4, hidden=(8,), width=5)],
+)
 def test_saved_and_loaded_it_gives_the_same_draws_under_one_seed(tmp_path, generator):
     guide = fitted(generator)
     guide.save(tmp_path / "posterior.safetensors")
@@ -285,15 +288,18 @@ def test_storage_says_from_how_many_draws_on_it_pays():
 def test_the_published_generator_pays_beyond_a_hundred_and_one_draws():
     weights = 784 * 100 + 100 + 100 * 10 + 10
     assert weights == 79_510
-    assert MLPGenerator().numbers(weights) // weights == 101  # 8.05 million numbers
-    assert round(MLPGenerator().numbers(478_410) / 1e6, 1) == 48.3
-    assert FactoredGenerator(rank=8).numbers(weights) / weights < 10.2
+    assert MLPGenerator().numbers([(weights,)]) // weights == 101  # 8.05 million numbers
+    assert round(MLPGenerator().numbers([(478_410,)]) / 1e6, 1) == 48.3
+    assert FactoredGenerator(rank=8).numbers([(weights,)]) / weights < 10.2
 
 
-@pytest.mark.parametrize("kind", [MLPGenerator(noise=4, hidden=(8, 6)), FactoredGenerator(rank=3, noise=4, hidden=(8,))])
+@pytest.mark.parametrize(
+    "kind",
+    [MLPGenerator(noise=4, hidden=(8, 6)), FactoredGenerator(rank=3, noise=4, hidden=(8,)), HyperGenerator(noise=4, hidden=(8,), width=5)],
+)
 def test_storage_formulas_count_what_a_finished_generator_holds(kind):
     network = fitted(kind).network
-    assert sum(value.numel() for value in network.state_dict().values()) == network.numbers(26)
+    assert sum(value.numel() for value in network.state_dict().values()) == network.numbers([(4, 3), (4,), (2, 4), (2,)])
 
 
 def test_draws_with_the_ones_that_predictive_puts_in_front_are_understood():
