@@ -267,6 +267,13 @@ def model_name(model: Callable) -> str:
     return type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__qualname__", type(model).__name__)
 
 
+def same_sites(one: Sequence[Site], two: Sequence[Site]) -> bool:
+    """Whether rows of the one are rows of the other."""
+    if [site[:4] for site in one] != [site[:4] for site in two]:
+        return False
+    return all(_elementwise(a.transform) == _elementwise(b.transform) for a, b in zip(one, two, strict=True))
+
+
 def _check_support(site: Site, support: Any) -> None:
     if _elementwise(biject_to(support)) != _elementwise(site.transform):
         raise ValueError(

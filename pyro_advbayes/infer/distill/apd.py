@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import RowGenerator
-from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
+from pyro_advbayes.infer.autoguide.implicit import AutoImplicit, same_sites
 from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, read_samples, site_at, sites_of
 from pyro_advbayes.infer.distill.energy import Energy
 from pyro_advbayes.infer.distill.noise import fit_noise
@@ -99,7 +99,6 @@ class APD:
         self.guide, self.disable_progbar, self.overwrite = guide, disable_progbar, overwrite
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every = checkpoint_every
-        self._potential: Potential | None = None
 
     def fit(self, samples: Mapping[str, Tensor] | str | Path, *args: Any, **kwargs: Any) -> Fit:
         """
@@ -115,8 +114,9 @@ class APD:
         """
         if self.checkpoint is not None:
             files.refuse_existing(self.checkpoint, self.overwrite)
-        rows, training, stopping = self._prepare(samples, args, kwargs)
-        return self._train(rows, training, stopping, self.settings.num_steps, len(rows), self._potential)
+        rows, potential = self._prepare(samples, args, kwargs)
+        codes = Codes(self.guide.network, rows)
+        return self._train(rows, self.training(codes), self._stopping(codes), self.settings.num_steps, len(rows), potential)
 
     @classmethod
     def resume(
@@ -142,24 +142,28 @@ class APD:
         settings = {**content["settings"], "betas": tuple(content["settings"]["betas"])}
         settings["critic_hidden"] = tuple(settings["critic_hidden"])
         apd = cls(guide, checkpoint=path, checkpoint_every=content["every"], disable_progbar=disable_progbar, **settings)
-        rows, training, stopping = apd._prepare(samples, args, kwargs)
+        rows, potential = apd._prepare(samples, args, kwargs)
         for what, here in _fingerprint(guide, rows).items():
             if content["fingerprint"][what] != here:
                 raise ValueError(f"{path} is of another fit: its {what} is {content['fingerprint'][what]}, here it is {here}")
+        guide.network.restore(content["training"]["generator"])  # which says what codes are
+        codes = Codes(guide.network, rows)
+        training, stopping = apd.training(codes), apd._stopping(codes)
         training.load(content["training"])
         if stopping is not None:
             stopping.load(content["stopping"])
         files.set_random_state(content["random"])
-        return apd._train(rows, training, stopping, apd.settings.num_steps, len(rows), apd._potential)
+        return apd._train(rows, training, stopping, apd.settings.num_steps, len(rows), potential)
 
-    def _prepare(self, samples: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Rows, Training, Stopping | None]:
+    def _prepare(self, samples: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Rows, Potential | None]:
+        """The draws as rows that the guide's generator has looked at."""
         guide, settings = self.guide, self.settings
         values, source = read_samples(samples)
         device = next(iter(values.values())).device
-        sites, self._potential = guide.sites or sites_of(values), None
+        sites, potential = guide.sites or sites_of(values), None
         if args or kwargs:
-            self._potential = Potential(guide.model, args, kwargs)
-            sites, device = self._potential.sites, self._potential.device
+            potential = Potential(guide.model, args, kwargs)
+            sites, device = potential.sites, potential.device
         rows = SampleRows(values, sites, row_dtype(sites), device, source)
         if len(rows) < settings.batch_size:
             raise ValueError(
@@ -167,11 +171,10 @@ class APD:
             )
         mean, sd = rows.moments()
         refuse_constant(rows, mean, sd)
-        if [site[:4] for site in guide.sites] != [site[:4] for site in sites]:
+        if not same_sites(guide.sites, sites):
             guide.set_sites(sites, device)
         guide.network.prepare(rows, mean, sd)
-        codes = Codes(guide.network, rows)
-        return rows, self.training(codes), self._stopping(codes)
+        return rows, potential
 
     def training(self, codes: Codes) -> Training:
         """What trains the guide's generator, prepared for the draws, on their codes."""

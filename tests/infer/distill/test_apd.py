@@ -15,7 +15,7 @@ from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.rows import SampleRows, read_samples, sites_of
 from pyro_advbayes.infer.distill import APD, PRESETS, FactoredGenerator, HyperGenerator, MLPGenerator
 from pyro_advbayes.infer.mcmc.draws import Field, FileDraws
-from tests.small_models import data, logistic
+from tests.small_models import data, logistic, regression
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*keep the draws, or take a smaller generator")
 
@@ -225,12 +225,13 @@ def test_rows_that_are_not_kept_ready_are_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("preset", ["fast", "paper"])
-def test_a_resumed_fit_is_the_same_bit_for_bit(tmp_path, preset):
+@pytest.mark.parametrize("kind", [MLPGenerator, FactoredGenerator])
+def test_a_resumed_fit_is_the_same_bit_for_bit(tmp_path, preset, kind):
     w, _ = two_modes(300)
     settings = {"batch_size": 40, "num_steps": 60, "check_every": 10}
 
     def fresh():
-        return AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(16, 16)))
+        return AutoImplicit(vector(6), kind(noise=4, hidden=(16, 16), **({"rank": 3} if kind is FactoredGenerator else {})))
 
     results = []
     path = tmp_path / "apd.safetensors"
@@ -271,6 +272,18 @@ def test_fitting_again_goes_on_from_where_the_generator_was():
         first = APD(guide, num_steps=600).fit({"w": w})
         second = APD(guide, num_steps=300).fit({"w": w})
     assert second.distance < first.distance
+
+
+def test_sites_that_turn_out_to_be_constrained_are_fitted_anew():
+    x, y = data()
+    samples = {"w": torch.randn(300, 3), "b": torch.randn(300), "scale": torch.randn(300).add(3.0).exp()}
+    guide = AutoImplicit(regression, MLPGenerator(noise=3, hidden=(8,)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        APD(guide, num_steps=20).fit(samples)
+        assert bool((guide.sample(1000)["scale"] < 0).any())  # nothing had told that it is positive
+        APD(guide, num_steps=20).fit(samples, x, y)
+    assert bool((guide.sample(1000)["scale"] > 0).all())
 
 
 def test_bad_draws_are_refused_by_name():
