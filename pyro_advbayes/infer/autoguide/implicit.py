@@ -130,7 +130,8 @@ class AutoImplicit(AutoGuide):
         :param args: as the model's, observations or not; they do not change what is drawn.
         :return: site -> ``[*shape]``.
         :raises RuntimeError: if the guide has not been fitted.
-        :raises ValueError: naming a site that the model has not, or has in another shape or on another support.
+        :raises ValueError: naming a site that the model has not, or has in another shape or on another support, or that is drawn in
+            a plate.
         """
         self._check_fitted()
         if (args or kwargs) and not self._compared:
@@ -138,7 +139,15 @@ class AutoImplicit(AutoGuide):
         with torch.no_grad():
             network = self.network
             values = self.constrain(network(network.latent(1)))
-        return {name: pyro.sample(name, Implicit(value[0], event_dim=value.dim() - 1)) for name, value in values.items()}
+        drawn = {}
+        for name, value in values.items():
+            drawn[name] = pyro.sample(name, Implicit(value[0], event_dim=value.dim() - 1))
+            if drawn[name].shape != value[0].shape:
+                raise ValueError(
+                    f"site {name!r}: AutoImplicit draws once in a call, and would repeat it in the plate around it: draw one by one "
+                    "(parallel=False, vectorize_particles=False), or take guide.sample(num_samples) for posterior_samples"
+                )
+        return drawn
 
     @torch.no_grad()
     def sample(self, num_samples: int) -> dict[str, Tensor]:

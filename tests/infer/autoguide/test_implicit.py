@@ -123,6 +123,13 @@ def test_a_classifier_takes_it_for_a_guide():
         torch.testing.assert_close(network.posterior_samples["net.0.bias"][0], network.posterior_samples["net.0.bias"][1])
 
 
+def test_a_plate_around_it_does_not_repeat_one_draw_in_silence():
+    guide, (x, _) = fitted(), data(5)
+    with pytest.raises(ValueError, match=r"draws once in a call.* take guide\.sample"):
+        pyro.infer.Predictive(guide.model, guide=guide, num_samples=3, parallel=True)(x)
+    assert Predictive(guide.model, guide=guide, num_samples=3, parallel=True)(x)["obs"].shape[0] == 3  # ours draws one by one
+
+
 def test_samples_serve_as_posterior_samples():
     guide, (x, _) = fitted(), data(5)
     samples = guide.sample(9)
