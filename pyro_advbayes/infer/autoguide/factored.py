@@ -64,31 +64,36 @@ class FactoredGenerator(RowGenerator):
 
     :param int rank: r, >= 1; at most one less than there are draws, and no more than there are weights.
     :param int noise: dimension of z, >= 1.
-    :param hidden: widths of the hidden layers of g.
+    :param hidden: widths of the hidden layers of g. None keeps the codes of the n draws in place of g, r·n numbers, and takes one of them
+        at random: nothing is trained, and nothing is lost in these directions.
     """
 
-    def __init__(self, rank: int = 8, noise: int = 32, hidden: Sequence[int] = (64, 64)) -> None:
+    def __init__(self, rank: int = 8, noise: int = 32, hidden: Sequence[int] | None = (64, 64)) -> None:
         super().__init__(noise)
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank={rank!r}: the number of directions, an int >= 1")
-        self.rank, self.hidden = rank, as_widths(hidden)
+        self.rank, self.hidden = rank, None if hidden is None else as_widths(hidden)
         self.layers = nn.Sequential()
         self.register_buffer("factors", torch.zeros(0))  # [r + 1, P]: the basis and the mean, so that one product makes both
         self.register_buffer("sd", torch.zeros(0))
+        self.register_buffer("codes", torch.zeros(0, rank))  # of the draws, where there is no g
 
     def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
         size = numel(shapes)
         if self.rank > size:
             raise ValueError(f"rank={self.rank}: the sites hold {size} numbers, no more directions than that can be told apart")
-        self.layers, self.size = mlp((self.noise, *self.hidden, self.rank), dtype, device), size
+        self.size, self.codes = size, torch.zeros(0, self.rank, dtype=dtype, device=device)
+        if self.hidden is not None:
+            self.layers = mlp((self.noise, *self.hidden, self.rank), dtype, device)
         self.factors = torch.zeros(self.rank + 1, size, dtype=dtype, device=device)
         self.sd = torch.zeros(size, dtype=dtype, device=device)
 
     def settings(self) -> dict[str, Any]:
-        return {"rank": self.rank, "noise": self.noise, "hidden": list(self.hidden)}
+        return {"rank": self.rank, "noise": self.noise, "hidden": None if self.hidden is None else list(self.hidden)}
 
     def numbers(self, shapes: Sequence[Sequence[int]]) -> int:
-        return (self.rank + 2) * numel(shapes) + mlp_numbers((self.noise, *self.hidden, self.rank))
+        made = self.codes.numel() if self.hidden is None else mlp_numbers((self.noise, *self.hidden, self.rank))
+        return (self.rank + 2) * numel(shapes) + made
 
     @torch.no_grad()
     def prepare(self, rows: Rows, mean: Tensor, sd: Tensor) -> None:
@@ -99,13 +104,19 @@ class FactoredGenerator(RowGenerator):
             raise ValueError(f"rank={self.rank}: the draws lie in {int((spread > 1e-6 * spread[0]).sum())} directions: take a smaller rank")
         self.factors[:-1], self.factors[-1] = (directions * spread).mT, mean
         self.sd.copy_((sd.square() - self.factors[:-1].square().sum(0)).clamp_min(0.0).sqrt())
+        if self.hidden is None:
+            self.codes = torch.cat([self.encode(part) for part in rows.chunks()])
+
+    def latent(self, count: int) -> Tensor:
+        """Noise ``[count, noise]``, or numbers of draws ``[count]``."""
+        return super().latent(count) if self.hidden is not None else torch.randint(len(self.codes), (count,), device=self.codes.device)
 
     def encode(self, rows: Tensor) -> Tensor:
         basis = self.factors[:-1]
         return (rows - self.factors[-1]) @ (basis / basis.square().sum(-1, keepdim=True)).mT
 
     def code(self, z: Tensor) -> Tensor:
-        return self.layers(z)
+        return self.layers(z) if self.hidden is not None else self.codes[z]
 
     def forward(self, z: Tensor) -> Tensor:
         quiet, noise = self.parts(z)
@@ -113,12 +124,12 @@ class FactoredGenerator(RowGenerator):
 
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """What rows are the sum of: the part along the basis, and the noise, ``[n, P]`` each."""
-        quiet = self.layers(z) @ self.factors[:-1] + self.factors[-1]
+        quiet = self.code(z) @ self.factors[:-1] + self.factors[-1]
         return quiet, self.sd * torch.randn_like(quiet)
 
     @torch.no_grad()
     def sample(self, count: int) -> Tensor:
-        code = self.layers(self.latent(count))
+        code = self.code(self.latent(count))
         code = torch.cat([code, code.new_ones(count, 1)], dim=1)
         rows = code.new_empty(count, self.size)
         noise = NormalNoise(rows)

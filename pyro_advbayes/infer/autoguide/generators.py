@@ -60,9 +60,19 @@ class RowGenerator(nn.Module):
     def finish(self) -> None:
         """Called when training is over."""
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the rows' dtype, where the generator lives."""
+        return next(iter(self.state_dict().values()))
+
+    @property
+    def trainable(self) -> bool:
+        """Whether there is anything that the draws did not give in closed form."""
+        return next(self.parameters(), None) is not None
+
     def restore(self, state: dict[str, Tensor]) -> None:
-        """:meth:`load_state_dict` for buffers whose shapes depend on how far training had come."""
-        like = next(self.parameters())
+        """:meth:`load_state_dict` for buffers whose shapes depend on the draws, or on how far training had come."""
+        like = self.like
         for name, _ in self.named_buffers(recurse=False):
             if name in state:
                 setattr(self, name, torch.empty_like(state[name], device=like.device))
@@ -70,8 +80,7 @@ class RowGenerator(nn.Module):
 
     def latent(self, count: int) -> Tensor:
         """Noise ``[count, noise]``."""
-        like = next(self.parameters())
-        return torch.randn(count, self.noise, dtype=like.dtype, device=like.device)
+        return torch.randn(count, self.noise, dtype=self.like.dtype, device=self.like.device)
 
     @torch.no_grad()
     def sample(self, count: int) -> Tensor:

@@ -116,12 +116,12 @@ class AutoImplicit(AutoGuide):
     @property
     def dtype(self) -> torch.dtype:
         """Of the generator's rows."""
-        return next(self.network.parameters()).dtype
+        return self.network.like.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the generator lives."""
-        return next(self.network.parameters()).device
+        return self.network.like.device
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """

@@ -115,6 +115,8 @@ class APD:
         if self.checkpoint is not None:
             files.refuse_existing(self.checkpoint, self.overwrite)
         rows, potential = self._prepare(samples, args, kwargs)
+        if not self.guide.network.trainable:  # all of it came from the draws
+            return Fit(0, None, None, None, self._finish(rows, len(rows), potential))
         codes = Codes(self.guide.network, rows)
         return self._train(rows, self.training(codes), self._stopping(codes), self.settings.num_steps, len(rows), potential)
 
@@ -213,15 +215,20 @@ class APD:
         training.swap()
         if stopping is not None and not stopping.arrived:
             self._keep_best(training, stopping)
+        scale = self._finish(rows, num_draws, potential)
+        if stopping is None:
+            return Fit(training.steps, None, None, None, scale)
+        return Fit(training.steps, stopping.distance, stopping.floor, stopping.arrived, scale)
+
+    def _finish(self, rows: Rows, num_draws: int, potential: Potential | None) -> float | None:
+        """Makes the guide one that may be drawn from; returns the scale of its noise."""
         network, scale = self.guide.network, None
         network.finish()
         if isinstance(network, FactoredGenerator) and potential is not None:
             scale = fit_noise(network, rows, potential)
         self.guide.num_draws = num_draws
         self.guide.storage()
-        if stopping is None:
-            return Fit(training.steps, None, None, None, scale)
-        return Fit(training.steps, stopping.distance, stopping.floor, stopping.arrived, scale)
+        return scale
 
     def _keep_best(self, training: Training, stopping: Stopping) -> None:
         distance = stopping.distance

@@ -87,6 +87,8 @@ class OnlineAPD:
             kernel.setup_chains(self.num_chains, self.warmup_steps, args, kwargs)
             sites, device = kernel.potential.sites, kernel.potential.device
             self.guide.set_sites(sites, device)
+            if not self.guide.network.trainable:
+                raise ValueError(f"{type(self.guide.network).__name__} has nothing to train: sample first, then APD(guide).fit(samples)")
             reservoir = Reservoir(sites, row_dtype(sites), device, self.buffer)
             try:
                 training = self._alternate(reservoir)

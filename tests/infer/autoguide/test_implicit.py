@@ -158,7 +158,12 @@ def test_it_leaves_nothing_in_the_parameter_store_and_takes_no_random_numbers_to
 
 @pytest.mark.parametrize(
     "generator",
-    [MLPGenerator(noise=4, hidden=(8,)), FactoredGenerator(rank=3, noise=4, hidden=(8,)), HyperGenerator(noise=4, hidden=(8,), width=5)],
+    [
+        MLPGenerator(noise=4, hidden=(8,)),
+        FactoredGenerator(rank=3, noise=4, hidden=(8,)),
+        FactoredGenerator(rank=3, hidden=None),
+        HyperGenerator(noise=4, hidden=(8,), width=5),
+    ],
 )
 def test_saved_and_loaded_it_gives_the_same_draws_under_one_seed(tmp_path, generator):
     guide = fitted(generator)

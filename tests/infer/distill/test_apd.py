@@ -168,6 +168,17 @@ def test_codes_of_the_draws_have_unit_variance_and_decode_to_them():
     assert float(generator.sd.max()) < 0.01  # nothing is left for the noise
 
 
+def test_codes_that_are_kept_lose_nothing_in_their_directions():
+    w, _ = correlated(500)
+    guide = AutoImplicit(vector(5), FactoredGenerator(rank=5, hidden=None))
+    assert APD(guide).fit({"w": w}).steps == 0
+    made = guide.sample(200)["w"]
+    assert float(torch.cdist(made, w).amin(1).max()) < 0.05  # every one is one of the draws, but for the noise of rounding
+    assert len(made.round(decimals=1).unique(dim=0)) > 100
+    network = guide.network
+    assert sum(value.numel() for value in network.state_dict().values()) == network.numbers([(5,)]) == 7 * 5 + 5 * 500
+
+
 def test_a_finished_mlp_makes_the_rows_that_it_made_before_its_standardisation_was_folded():
     w, _ = correlated()
     generator = MLPGenerator(noise=4, hidden=(8,))

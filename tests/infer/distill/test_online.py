@@ -97,6 +97,8 @@ def test_bad_arguments_are_refused_by_name():
     for wrong in ({"buffer": 0}, {"num_samples": 0}, {"warmup_steps": -1}, {"num_chains": 1.5}, {"steps_per_sample": 0}, {"ema": 2.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             OnlineAPD(guide, kernel, **wrong)
+    with pytest.raises(ValueError, match="FactoredGenerator has nothing to train: sample first"):
+        OnlineAPD(AutoImplicit(logistic, FactoredGenerator(rank=2, hidden=None)), kernel).run(*data())
     with pytest.raises(ValueError, match="buffer=100: fewer draws than batch_size=256"):
         OnlineAPD(guide, kernel, buffer=100)
     with pytest.raises(ValueError, match="buffer=1000: 4 chains of num_samples=100 do not fill it"):
