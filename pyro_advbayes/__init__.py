@@ -2,10 +2,12 @@
 
 from pyro_advbayes import attacks, datasets, diagnostics, nn
 from pyro_advbayes.handlers import minibatch
+from pyro_advbayes.infer import distill
 from pyro_advbayes.infer.adapter import UncertaintyRegularizer, bayes_adapter, weight_decay_prior
 from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.arviz import to_arviz
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal, BaseNoise
+from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.classifier import PosteriorClassifier
 from pyro_advbayes.infer.elbo import TraceRobust_ELBO
 from pyro_advbayes.infer.ensemble import deep_ensemble
@@ -30,6 +32,7 @@ __all__ = [
     "SGLD",
     "SGMCMC",
     "AutoAdversarialNormal",
+    "AutoImplicit",
     "BaseNoise",
     "Box",
     "Flow",
@@ -46,6 +49,7 @@ __all__ = [
     "datasets",
     "deep_ensemble",
     "diagnostics",
+    "distill",
     "init_to_fan_in",
     "minibatch",
     "nn",

@@ -43,10 +43,3 @@ def test_links_and_commands_exist():
         assert command in targets
     for heading in re.findall(r"\]\(#([^)]+)\)", README):
         assert heading in {title.lower().replace(" ", "-") for title in re.findall(r"^## (.*)", README, flags=re.M)}
-
-
-def test_what_is_planned_is_not_there_yet():
-    planned = README.split("## Planned")[1].split("##")[0]
-    for name in ("AutoImplicit", "distill"):
-        assert not hasattr(ab, name), f"{name} is there: move it out of Planned"
-    assert "Not built yet" in planned

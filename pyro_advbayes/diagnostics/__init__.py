@@ -28,6 +28,7 @@ from pyro_advbayes.diagnostics.robustness import (
     gradient_norms,
     softmax_robustness,
 )
+from pyro_advbayes.diagnostics.two_sample import MMDTest, mmd_test, sliced_wasserstein
 from pyro_advbayes.diagnostics.uncertainty import (
     expected_entropy,
     model_variance,
@@ -42,6 +43,7 @@ __all__ = [
     "DrawQuality",
     "Estimate",
     "GradientNorms",
+    "MMDTest",
     "Reliability",
     "RetainedAccuracy",
     "accuracy",
@@ -55,6 +57,7 @@ __all__ = [
     "ece",
     "expected_entropy",
     "gradient_norms",
+    "mmd_test",
     "model_variance",
     "mutual_information",
     "nll",
@@ -70,6 +73,7 @@ __all__ = [
     "reliability",
     "retained_accuracy",
     "save_netcdf",
+    "sliced_wasserstein",
     "softmax_robustness",
     "to_inference_data",
     "variation_ratio",

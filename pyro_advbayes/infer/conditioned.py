@@ -98,7 +98,7 @@ class _Fit(Messenger):
         if name in self.values:
             value = self.values[name]
             shape = value.shape if site_is_subsample(msg) else msg["fn"].shape()
-            if _without_leading_ones(value.shape) != _without_leading_ones(shape):
+            if without_leading_ones(value.shape) != without_leading_ones(shape):
                 raise ValueError(
                     f"site {name!r}: a draw in posterior_samples has shape {tuple(value.shape)}, the model's site has {tuple(shape)}"
                 )
@@ -107,7 +107,8 @@ class _Fit(Messenger):
             msg["is_observed"] = True
 
 
-def _without_leading_ones(shape: Sequence[int]) -> tuple[int, ...]:
+def without_leading_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without what Pyro's ``Predictive`` puts in front."""
     first = next((i for i, size in enumerate(shape) if size != 1), len(shape))
     return tuple(shape[first:])
 

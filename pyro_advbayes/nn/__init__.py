@@ -1,8 +1,18 @@
-"""Neural networks as Pyro models."""
+"""Neural networks as Pyro models, and how their weights are drawn."""
 
 from __future__ import annotations
 
 from pyro_advbayes.nn.bayesian import FanIn, Prior, bayesianize
+from pyro_advbayes.nn.dropout import dropout_guide, mc_dropout
 from pyro_advbayes.nn.reparameterization import ExemplarReparameterization, Flipout, LocalReparameterization
 
-__all__ = ["ExemplarReparameterization", "FanIn", "Flipout", "LocalReparameterization", "Prior", "bayesianize"]
+__all__ = [
+    "ExemplarReparameterization",
+    "FanIn",
+    "Flipout",
+    "LocalReparameterization",
+    "Prior",
+    "bayesianize",
+    "dropout_guide",
+    "mc_dropout",
+]

@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `models` and `tests` are not installed
 
-from tests.benchmarks import rows_attacks, rows_bal, rows_memory, rows_prediction, rows_sampling, rows_variational
+from tests.benchmarks import rows_attacks, rows_bal, rows_distill, rows_memory, rows_prediction, rows_sampling, rows_variational
 from tests.benchmarks.measure import Result, Stopwatch, machine
 
 ROWS: dict[str, Callable[[Stopwatch], list[Result]]] = {
@@ -51,6 +51,9 @@ ROWS: dict[str, Callable[[Stopwatch], list[Result]]] = {
         rows_variational.adversarial_step,
         rows_variational.guide_prediction,
         rows_variational.exemplar_gradient,
+        rows_distill.distill_small,
+        rows_distill.distill_medium,
+        rows_distill.factored_draws,
         rows_sampling.side_by_side,
     )
 }

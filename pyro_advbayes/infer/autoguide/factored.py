@@ -1,0 +1,139 @@
+"""A generator that holds r + 2 numbers for each weight: :class:`FactoredGenerator`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_advbayes.infer.autoguide.generators import RowGenerator, as_widths, mlp, mlp_numbers, numel
+from pyro_advbayes.infer.autoguide.rows import Rows
+from pyro_advbayes.infer.mcmc.noise import NormalNoise
+
+OVERSAMPLING, PASSES = 8, 2
+
+
+def principal_components(rows: Rows, mean: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    r"""
+    The leading directions of draws, by a randomised singular value decomposition that streams over them: with the centred rows
+    :math:`A`, ``[n, P]``, a sketch :math:`\Omega^\top A` of random combinations, then :math:`Q \leftarrow \mathrm{orth}(A^\top A Q)`
+    twice, then the decomposition of :math:`A Q`. Four passes; memory for r + 8 rows. (Halko, Martinsson and Tropp, SIAM Review 2011.)
+
+    :param mean: of the rows, ``[P]``.
+    :param rank: r, >= 1.
+    :return: directions ``[P, r]``, orthonormal, and the standard deviations ``[r]`` of the rows along them, largest first.
+    """
+    width = min(rank + OVERSAMPLING, len(rows), rows.size)
+    sketch = torch.zeros(width, rows.size, dtype=rows.dtype, device=rows.device)
+    for part in rows.chunks():
+        mixing = torch.randn(len(part), width, dtype=rows.dtype, device=rows.device)
+        sketch.addmm_(mixing.mT, part - mean)
+    basis = torch.linalg.qr(sketch.mT).Q
+    for _ in range(PASSES):
+        sketch.zero_()
+        for part in rows.chunks():
+            centred = part - mean
+            sketch.addmm_((centred @ basis).mT, centred)
+        basis = torch.linalg.qr(sketch.mT).Q
+    # singular vectors of A Q from its small Gram matrix, so that n rows of it are never held
+    gram = torch.zeros(width, width, dtype=torch.float64, device=rows.device)
+    for part in rows.chunks():
+        projected = ((part - mean) @ basis).double()
+        gram.addmm_(projected.mT, projected)
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    return basis @ vectors.to(basis), (values.clamp_min(0.0) / max(1, len(rows) - 1)).sqrt().to(basis)
+
+
+class FactoredGenerator(RowGenerator):
+    r"""
+    Few directions in which the posterior has a shape, and independent noise in all:
+
+    .. math:: \theta = \mu + B\, g(z) + \sigma \odot \epsilon, \qquad z, \epsilon \sim \mathcal N(0, I).
+
+    The mean :math:`\mu`, the basis :math:`B` ``[P, r]`` (leading principal components of the draws, by a streaming randomised SVD) and
+    the noise :math:`\sigma` (what is left of each weight's variance, so that all variances are those of the draws) come from the draws in
+    closed form. Only :math:`g`, a small network into r dimensions, is trained, and what trains it sees r numbers instead of P. It holds
+    (r + 2)·P numbers and those of :math:`g`, where :class:`MLPGenerator` holds 101·P.
+
+    Independent noise in all weights may ruin the predictions of a network. Where :meth:`APD.fit
+    <pyro_advbayes.infer.distill.APD.fit>` is given data, it is scaled down until what is made fits them as well as the draws do, see
+    :mod:`pyro_advbayes.infer.distill.noise`.
+
+    :param int rank: r, >= 1; at most one less than there are draws, and no more than there are weights.
+    :param int noise: dimension of z, >= 1.
+    :param hidden: widths of the hidden layers of g. None keeps the codes of the n draws in place of g, r·n numbers, and takes one of them
+        at random: nothing is trained, and nothing is lost in these directions.
+    """
+
+    def __init__(self, rank: int = 8, noise: int = 32, hidden: Sequence[int] | None = (64, 64)) -> None:
+        super().__init__(noise)
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank={rank!r}: the number of directions, an int >= 1")
+        self.rank, self.hidden = rank, None if hidden is None else as_widths(hidden)
+        self.layers = nn.Sequential()
+        self.register_buffer("factors", torch.zeros(0))  # [r + 1, P]: the basis and the mean, so that one product makes both
+        self.register_buffer("sd", torch.zeros(0))
+        self.register_buffer("codes", torch.zeros(0, rank))  # of the draws, where there is no g
+
+    def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
+        size = numel(shapes)
+        if self.rank > size:
+            raise ValueError(f"rank={self.rank}: the sites hold {size} numbers, no more directions than that can be told apart")
+        self.size, self.codes = size, torch.zeros(0, self.rank, dtype=dtype, device=device)
+        if self.hidden is not None:
+            self.layers = mlp((self.noise, *self.hidden, self.rank), dtype, device)
+        self.factors = torch.zeros(self.rank + 1, size, dtype=dtype, device=device)
+        self.sd = torch.zeros(size, dtype=dtype, device=device)
+
+    def settings(self) -> dict[str, Any]:
+        return {"rank": self.rank, "noise": self.noise, "hidden": None if self.hidden is None else list(self.hidden)}
+
+    def numbers(self, shapes: Sequence[Sequence[int]]) -> int:
+        made = self.codes.numel() if self.hidden is None else mlp_numbers((self.noise, *self.hidden, self.rank))
+        return (self.rank + 2) * numel(shapes) + made
+
+    @torch.no_grad()
+    def prepare(self, rows: Rows, mean: Tensor, sd: Tensor) -> None:
+        if self.rank >= len(rows):
+            raise ValueError(f"rank={self.rank}: {len(rows)} draws tell at most {len(rows) - 1} directions apart")
+        directions, spread = principal_components(rows, mean, self.rank)
+        if not bool((spread > 1e-6 * spread[0]).all()):
+            raise ValueError(f"rank={self.rank}: the draws lie in {int((spread > 1e-6 * spread[0]).sum())} directions: take a smaller rank")
+        self.factors[:-1], self.factors[-1] = (directions * spread).mT, mean
+        self.sd.copy_((sd.square() - self.factors[:-1].square().sum(0)).clamp_min(0.0).sqrt())
+        if self.hidden is None:
+            self.codes = torch.cat([self.encode(part) for part in rows.chunks()])
+
+    def latent(self, count: int) -> Tensor:
+        """Noise ``[count, noise]``, or numbers of draws ``[count]``."""
+        return super().latent(count) if self.hidden is not None else torch.randint(len(self.codes), (count,), device=self.codes.device)
+
+    def encode(self, rows: Tensor) -> Tensor:
+        basis = self.factors[:-1]
+        return (rows - self.factors[-1]) @ (basis / basis.square().sum(-1, keepdim=True)).mT
+
+    def code(self, z: Tensor) -> Tensor:
+        return self.layers(z) if self.hidden is not None else self.codes[z]
+
+    def forward(self, z: Tensor) -> Tensor:
+        quiet, noise = self.parts(z)
+        return quiet + noise
+
+    def parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What rows are the sum of: the part along the basis, and the noise, ``[n, P]`` each."""
+        quiet = self.code(z) @ self.factors[:-1] + self.factors[-1]
+        return quiet, self.sd * torch.randn_like(quiet)
+
+    @torch.no_grad()
+    def sample(self, count: int) -> Tensor:
+        code = self.code(self.latent(count))
+        code = torch.cat([code, code.new_ones(count, 1)], dim=1)
+        rows = code.new_empty(count, self.size)
+        noise = NormalNoise(rows)
+        for row in rows.split(1):  # a row is still in the processor's cache when it is scaled
+            noise.fill(row)
+            row.mul_(self.sd)
+        return rows.addmm_(code, self.factors)

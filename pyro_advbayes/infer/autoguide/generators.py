@@ -1,0 +1,218 @@
+"""Networks that make draws of all weights out of noise: what a posterior is distilled into."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_advbayes.infer.autoguide.rows import Rows
+
+
+class RowGenerator(nn.Module):
+    r"""
+    Base: noise :math:`z \sim \mathcal N(0, I)`, ``[n, noise]``, becomes rows ``[n, P]`` in unconstrained space in two steps, a code
+    :math:`c = g(z)` and :math:`\theta = \mathrm{decode}(c)`. A critic judges codes, so that it never sees more than they hold.
+
+    A generator is built when the draws, and with them P, are known.
+
+    :param int noise: dimension of z, >= 1.
+    """
+
+    def __init__(self, noise: int) -> None:
+        super().__init__()
+        if isinstance(noise, bool) or not isinstance(noise, int) or noise < 1:
+            raise ValueError(f"noise={noise!r}: the dimension of the generator's noise, an int >= 1")
+        self.noise, self.size = noise, 0
+
+    def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
+        """Makes the parameters, for rows of sites of these unconstrained shapes."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, as plain values."""
+        raise NotImplementedError
+
+    def numbers(self, shapes: Sequence[Sequence[int]]) -> int:
+        """How many numbers a finished generator holds, of sites of these unconstrained shapes."""
+        raise NotImplementedError
+
+    def prepare(self, rows: Rows, mean: Tensor, sd: Tensor) -> None:
+        """Looks at the draws before the codes are trained: ``mean`` and ``sd`` ``[P]`` of the ``rows``."""
+        raise NotImplementedError
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """The codes of rows ``[n, P]``."""
+        raise NotImplementedError
+
+    def code(self, z: Tensor) -> Tensor:
+        """Codes ``[n, code]`` of noise ``[n, noise]``: the part that is trained."""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Rows ``[n, P]`` of noise ``[n, noise]``."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Called when training is over."""
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the rows' dtype, where the generator lives."""
+        return next(iter(self.state_dict().values()))
+
+    @property
+    def trainable(self) -> bool:
+        """Whether there is anything that the draws did not give in closed form."""
+        return next(self.parameters(), None) is not None
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """:meth:`load_state_dict` for buffers whose shapes depend on the draws, or on how far training had come."""
+        like = self.like
+        for name, _ in self.named_buffers(recurse=False):
+            if name in state:
+                setattr(self, name, torch.empty_like(state[name], device=like.device))
+        self.load_state_dict(state)
+
+    def latent(self, count: int) -> Tensor:
+        """Noise ``[count, noise]``."""
+        return torch.randn(count, self.noise, dtype=self.like.dtype, device=self.like.device)
+
+    @torch.no_grad()
+    def sample(self, count: int) -> Tensor:
+        """``[count, P]``."""
+        return self(self.latent(count))
+
+
+class NetworkGenerator(RowGenerator):
+    r"""
+    A network of the user's own, from noise ``[n, noise]`` to rows ``[n, P]``, in standardised units: :math:`\theta = \mathrm{loc} +
+    \mathrm{scale} \cdot g(z)` with mean and standard deviation of the draws, so that it holds 2P numbers beside its own.
+
+    :param network: any module with an attribute ``noise``, the dimension of its input.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        noise = getattr(network, "noise", None)
+        if noise is None:
+            raise ValueError(f"generator: {type(network).__name__} has no attribute noise, the dimension of its input: set one (an int)")
+        super().__init__(noise)
+        self.network = network
+        self.register_buffer("loc", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+
+    def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
+        size = numel(shapes)
+        self.network.to(device, dtype)
+        with torch.no_grad():
+            shape = tuple(self.network(torch.zeros(2, self.noise, dtype=dtype, device=device)).shape)
+        if shape != (2, size):
+            raise ValueError(
+                f"generator: {type(self.network).__name__} makes {shape} of noise (2, {self.noise}): (2, {size}) is needed, a number for "
+                "each element of the sites"
+            )
+        self.size = size
+        self.loc, self.scale = (torch.full((size,), value, dtype=dtype, device=device) for value in (0.0, 1.0))
+
+    def settings(self) -> dict[str, Any]:
+        return {"network": type(self.network).__name__, "noise": self.noise}
+
+    def numbers(self, shapes: Sequence[Sequence[int]]) -> int:
+        return sum(p.numel() for p in self.network.state_dict().values()) + 2 * numel(shapes)
+
+    def prepare(self, rows: Rows, mean: Tensor, sd: Tensor) -> None:
+        self.loc.copy_(mean)
+        self.scale.copy_(sd)
+
+    def encode(self, rows: Tensor) -> Tensor:
+        return (rows - self.loc) / self.scale
+
+    def code(self, z: Tensor) -> Tensor:
+        return self.network(z)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.addcmul(self.loc, self.scale, self.network(z))
+
+
+class MLPGenerator(RowGenerator):
+    r"""
+    The generator of Adversarial Posterior Distillation (Wang et al., ICML 2018): noise → hidden layers with ReLU → the whole vector of
+    weights, He initialisation. Beside its hidden layers it holds (h + 1)·P numbers, with h the width of the last: with 100, as much as
+    101 stored draws. The standardisation of the draws is in the last layer once training is over.
+
+    :param int noise: dimension of the noise, >= 1; 32 in the paper's experiments on MNIST, 100 in its others.
+    :param hidden: widths of the hidden layers.
+    """
+
+    def __init__(self, noise: int = 32, hidden: Sequence[int] = (100, 100, 100)) -> None:
+        super().__init__(noise)
+        self.hidden = as_widths(hidden)
+        self.layers = nn.Sequential()
+        self.register_buffer("loc", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+
+    def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
+        self.size = numel(shapes)
+        self.layers = mlp((self.noise, *self.hidden, self.size), dtype, device)
+        self.loc, self.scale = self.loc.to(device, dtype), self.scale.to(device, dtype)
+
+    def settings(self) -> dict[str, Any]:
+        return {"noise": self.noise, "hidden": list(self.hidden)}
+
+    def numbers(self, shapes: Sequence[Sequence[int]]) -> int:
+        return mlp_numbers((self.noise, *self.hidden, numel(shapes))) + 2
+
+    @torch.no_grad()
+    def prepare(self, rows: Rows, mean: Tensor, sd: Tensor) -> None:
+        self._rescale(mean.clone(), sd.clone())
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        self._rescale(self.loc.new_zeros(()), self.scale.new_ones(()))
+
+    def _rescale(self, loc: Tensor, scale: Tensor) -> None:
+        """Another standardisation, which leaves a trained generator's rows what they were; a new one's biases are all 0."""
+        last = self.layers[-1]
+        if bool(last.bias.any()):
+            last.bias.copy_((self.loc + self.scale * last.bias - loc) / scale)
+            last.weight.mul_((self.scale / scale).expand(self.size).unsqueeze(-1))
+        self.loc, self.scale = loc, scale
+
+    def encode(self, rows: Tensor) -> Tensor:
+        return (rows - self.loc) / self.scale
+
+    def code(self, z: Tensor) -> Tensor:
+        return self.layers(z)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.addcmul(self.loc, self.scale, self.layers(z))
+
+
+def numel(shapes: Sequence[Sequence[int]]) -> int:
+    """Numbers in all of these shapes."""
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def mlp(widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> nn.Sequential:
+    """Linear layers with ReLU between them, He initialisation, biases 0."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(widths):
+        layer = nn.Linear(fan_in, fan_out, dtype=dtype, device=device)
+        nn.init.kaiming_normal_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def mlp_numbers(widths: Sequence[int]) -> int:
+    return sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(widths))
+
+
+def as_widths(hidden: Sequence[int]) -> tuple[int, ...]:
+    if not all(isinstance(width, int) and width >= 1 for width in hidden):
+        raise ValueError(f"hidden={hidden!r}: widths of hidden layers, ints >= 1")
+    return tuple(hidden)

@@ -1,0 +1,309 @@
+"""A guide that draws and has no density: :class:`AutoImplicit`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.distributions import Distribution, biject_to
+from torch.distributions.kl import register_kl
+
+from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
+from pyro_advbayes.infer.autoguide.generators import MLPGenerator, NetworkGenerator, RowGenerator
+from pyro_advbayes.infer.autoguide.hyper import HyperGenerator
+from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
+from pyro_advbayes.infer.conditioned import without_leading_ones
+from pyro_advbayes.infer.mcmc import files
+from pyro_advbayes.infer.predictive import RandomState
+from pyro_advbayes.potential import Potential
+from pyro_advbayes.structure import Site
+
+GENERATORS = {kind.__name__: kind for kind in (MLPGenerator, FactoredGenerator, HyperGenerator)}
+
+
+class Implicit(dist.Delta):
+    """A value from a generator. Its ``log_prob`` raises, so that no objective takes a number for the density that there is not."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        raise NotImplementedError(
+            "AutoImplicit has no density, so that no ELBO can be computed from it: train it with pyro_advbayes.distill.APD(guide).fit(...)"
+        )
+
+
+@register_kl(Implicit, Distribution)
+@register_kl(Implicit, dist.Independent)  # or Pyro's own of these two kinds would be as near
+def _no_kl(p: Implicit, q: Distribution) -> Tensor:
+    return p.log_prob(p.v)
+
+
+class Storage(NamedTuple):
+    """
+    What a guide takes, beside the draws that it stands for.
+
+    ``bytes``: of the generator's numbers; ``draw_bytes``: of one stored draw; ``pays_from``: the number of stored draws that take more.
+    """
+
+    bytes: int
+    draw_bytes: int
+    pays_from: int
+
+
+class AutoImplicit(AutoGuide):
+    """
+    Noise through a network onto every latent site: a guide that can be drawn from and has no density. It is trained by
+    :mod:`pyro_advbayes.distill` on draws of a sampler, and takes their place. ::
+
+        guide = AutoImplicit(model, generator=FactoredGenerator(rank=8))
+        distill.APD(guide).fit(mcmc.get_samples())
+        Predictive(model, guide=guide, num_samples=500)(x)
+
+    Which sites there are, with their shapes and supports, it learns from the draws, from a file or from a
+    :class:`~pyro_advbayes.Potential`, never from a call: in a call without observations, ``obs`` would be one of them. It can be called
+    without arguments. When it is called with some, the first time, it compares its sites with the model's.
+
+    The generator's parameters are those of a module, and not in Pyro's parameter store. Sites are emitted whole, outside plates.
+
+    :param model: a Pyro model.
+    :param generator: one of :mod:`pyro_advbayes.distill`, or a module of one's own with an attribute ``noise``, from noise
+        ``[n, noise]`` to one number for each element of the sites ``[n, P]``.
+    :param Potential potential: of the model, where the draws cannot tell that a site is constrained.
+    :raises ValueError: if the generator is none, or does not fit the sites.
+    """
+
+    def __init__(self, model: Callable, generator: nn.Module, potential: Potential | None = None) -> None:
+        if not isinstance(generator, nn.Module):
+            raise ValueError(f"generator={generator!r}: a generator of pyro_advbayes.distill, or a torch.nn.Module, is needed")
+        super().__init__(model)
+        self.generator = generator if isinstance(generator, RowGenerator) else NetworkGenerator(generator)
+        self.sites: tuple[Site, ...] = ()
+        self.num_draws: int | None = None  # that it was fitted to
+        self._compared = False
+        if potential is not None:
+            self.set_sites(potential.sites, potential.device)
+
+    # -------------------------------------------------------------------------------------------------------- what it draws
+
+    def set_sites(self, sites: Sequence[Site], device: torch.device | str = "cpu") -> None:
+        """
+        Says which sites there are, and builds the generator for them.
+
+        :param sites: in the order of a row; see :attr:`Potential.sites <pyro_advbayes.Potential>`.
+        :param device: where the generator lives.
+        :raises ValueError: naming a site that is not the model's, where the model declares its sites, or if the generator does not fit.
+        """
+        _check_declared(self.model, sites)
+        dtype = sites[0].dtype
+        for site in sites:
+            dtype = torch.promote_types(dtype, site.dtype)
+        self.network.build([site.unconstrained_shape for site in sites], dtype, torch.device(device))
+        self.sites = tuple(sites)
+
+    @property
+    def network(self) -> RowGenerator:
+        """The generator; unlike the attribute of that name it never reaches Pyro's parameter store."""
+        return dict(self.named_children())["generator"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the generator's rows."""
+        return self.network.like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the generator lives."""
+        return self.network.like.device
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """
+        Draws every latent site.
+
+        :param args: as the model's, observations or not; they do not change what is drawn.
+        :return: site -> ``[*shape]``.
+        :raises RuntimeError: if the guide has not been fitted.
+        :raises ValueError: naming a site that the model has not, or has in another shape or on another support, or that is drawn in
+            a plate.
+        """
+        self._check_fitted()
+        if (args or kwargs) and not self._compared:
+            self._compare(args, kwargs)
+        with torch.no_grad():
+            network = self.network
+            values = self.constrain(network(network.latent(1)))
+        drawn = {}
+        for name, value in values.items():
+            drawn[name] = pyro.sample(name, Implicit(value[0], event_dim=value.dim() - 1))
+            if drawn[name].shape != value[0].shape:
+                raise ValueError(
+                    f"site {name!r}: AutoImplicit draws once in a call, and would repeat it in the plate around it: draw one by one "
+                    "(parallel=False, vectorize_particles=False), or take guide.sample(num_samples) for posterior_samples"
+                )
+        return drawn
+
+    @torch.no_grad()
+    def sample(self, num_samples: int) -> dict[str, Tensor]:
+        """
+        Draws as ``posterior_samples`` of ``Predictive`` or ``PosteriorClassifier``.
+
+        :param num_samples: how many, >= 1.
+        :return: site -> ``[num_samples, *shape]``, in the model's own space.
+        """
+        self._check_fitted()
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"num_samples={num_samples!r}: an int >= 1")
+        return self.constrain(self.network.sample(num_samples))
+
+    def constrain(self, rows: Tensor) -> dict[str, Tensor]:
+        """Site -> ``[n, *shape]``, in the model's own space, of rows ``[n, P]``."""
+        parts = rows.split([site.numel for site in self.sites], dim=-1)
+        return {
+            site.name: site.transform(part.reshape(-1, *site.unconstrained_shape)).to(site.dtype)
+            for site, part in zip(self.sites, parts, strict=True)
+        }
+
+    def _check_fitted(self) -> None:
+        if self.num_draws is None:
+            raise RuntimeError("AutoImplicit has not been fitted yet: distill.APD(guide).fit(samples), or AutoImplicit.load(path, model)")
+
+    def _compare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Looks at those sites of the model that the guide has, without taking random numbers from anyone."""
+        with torch.no_grad(), RandomState().again(), poutine.block():
+            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+        sites = []
+        for site in self.sites:
+            node = trace.nodes.get(site.name)
+            if node is None or node["type"] != "sample":
+                raise ValueError(f"site {site.name!r} is the guide's, but not the model's, which has {trace.stochastic_nodes}")
+            shape = node["value"].shape
+            if without_leading_ones(shape) != without_leading_ones(site.shape):
+                raise ValueError(f"site {site.name!r} has shape {tuple(site.shape)} in the guide and {tuple(shape)} in the model")
+            if not node["is_observed"]:
+                _check_support(site, node["fn"].support)
+            sites.append(site._replace(shape=shape, unconstrained_shape=torch.Size(site.transform.inverse_shape(shape))))
+        self.sites, self._compared = tuple(sites), True
+
+    # --------------------------------------------------------------------------------------------------- storage and files
+
+    def storage(self) -> Storage:
+        """
+        What the guide takes, against the draws that it was fitted to. Warns where these take less.
+
+        :return: see :class:`Storage`.
+        """
+        self._check_fitted()
+        size = sum(tensor.numel() * tensor.element_size() for tensor in self.network.state_dict().values())
+        draw = sum(site.shape.numel() * site.dtype.itemsize for site in self.sites)
+        found = Storage(size, draw, math.floor(size / draw) + 1)
+        if self.num_draws < found.pays_from:
+            warnings.warn(
+                f"{type(self.network).__name__} takes {size} bytes, more than the {self.num_draws} draws of {draw} bytes that it stands "
+                f"for; it pays from {found.pays_from} draws on: keep the draws, or take a smaller generator (distill.FactoredGenerator)",
+                stacklevel=2,
+            )
+        return found
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """
+        Writes the guide in the safetensors format, all or nothing.
+
+        :param path: the file.
+        :param overwrite: whether it may replace an existing one.
+        :raises FileExistsError: if the file exists.
+        :raises ValueError: naming a site whose support no file can hold.
+        """
+        self._check_fitted()
+        files.refuse_existing(Path(path), overwrite)
+        content = {
+            "guide": type(self).__name__,
+            "model": model_name(self.model),
+            "sites": pack_sites(self.sites),
+            "generator": type(self.network).__name__,
+            "settings": self.network.settings(),
+            "num_draws": self.num_draws,
+            "state": dict(self.network.state_dict()),
+        }
+        files.save(Path(path), content)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Callable, generator: nn.Module | None = None) -> AutoImplicit:
+        """
+        Reads what :meth:`save` wrote. Nothing in the file is unpickled.
+
+        :param path: the file.
+        :param model: the model that it was written for, which is known by the name of its class or function, and by its sites.
+        :param generator: a module like the one that was saved, where it was one's own.
+        :raises FileNotFoundError: if there is no such file.
+        :raises ValueError: if it is truncated, no guide, of another model or of another generator.
+        """
+        content = files.load(Path(path))
+        if not isinstance(content, dict) or content.get("guide") != cls.__name__:
+            raise ValueError(f"{path} holds no {cls.__name__}")
+        if content["model"] != model_name(model):
+            raise ValueError(f"{path} is of another model: it was saved for {content['model']!r}, here is {model_name(model)!r}")
+        kind = content["generator"]
+        if generator is None:
+            if kind not in GENERATORS:
+                raise ValueError(f"{path} holds a generator of one's own ({content['settings']}): pass generator=, a module like it")
+            generator = GENERATORS[kind](**content["settings"])
+        sites = unpack_sites(content["sites"])
+        guide = cls(model, generator)
+        if type(guide.network).__name__ != kind or guide.network.settings() != content["settings"]:
+            raise ValueError(f"{path} holds a {kind} with {content['settings']}, not the generator given")
+        try:
+            guide.set_sites(sites)
+        except ValueError as error:
+            raise ValueError(f"{path} is of another model: {error}") from error
+        try:
+            guide.network.restore(content["state"])
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not fit the generator given: {error}") from error
+        guide.num_draws = content["num_draws"]
+        return guide
+
+
+def model_name(model: Callable) -> str:
+    """What a model is called: the name of its class, or of its function, under any effect handlers."""
+    model = poutine.unwrap(model)
+    return type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__qualname__", type(model).__name__)
+
+
+def same_sites(one: Sequence[Site], two: Sequence[Site]) -> bool:
+    """Whether rows of the one are rows of the other."""
+    if [site[:4] for site in one] != [site[:4] for site in two]:
+        return False
+    return all(_elementwise(a.transform) == _elementwise(b.transform) for a, b in zip(one, two, strict=True))
+
+
+def _check_support(site: Site, support: Any) -> None:
+    if _elementwise(biject_to(support)) != _elementwise(site.transform):
+        raise ValueError(
+            f"site {site.name!r} lives on {support} in the model, which the draws did not tell the guide: pass the model's arguments, "
+            "fit(samples, x, y), or AutoImplicit(..., potential=Potential(model, (x, y)))"
+        )
+
+
+def _elementwise(transform: Any) -> Any:
+    while hasattr(transform, "base_transform"):  # of to_event
+        transform = transform.base_transform
+    return transform
+
+
+def _check_declared(model: Callable, sites: Sequence[Site]) -> None:
+    """Compares the sites with those that a PyroModule declares as PyroSample, which can be seen without running it."""
+    if not isinstance(model, PyroModule):  # under an effect handler some sites may be another guide's
+        return
+    names = {site.name for site in sites}
+    for module in model.modules():
+        for attribute in getattr(module, "_pyro_samples", ()):
+            name = f"{module._pyro_name}.{attribute}".lstrip(".")
+            if name not in names:
+                raise ValueError(f"site {name!r} of the model is missing; draws are needed of it, there are {sorted(names)}")

@@ -1,0 +1,10 @@
+"""A posterior's draws distilled into a generator, which takes their place: Adversarial Posterior Distillation and what judges it."""
+
+from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
+from pyro_advbayes.infer.autoguide.generators import MLPGenerator
+from pyro_advbayes.infer.autoguide.hyper import HyperGenerator
+from pyro_advbayes.infer.distill.apd import APD, PRESETS, Fit
+from pyro_advbayes.infer.distill.compare import Comparison, compare
+from pyro_advbayes.infer.distill.online import OnlineAPD
+
+__all__ = ["APD", "PRESETS", "Comparison", "FactoredGenerator", "Fit", "HyperGenerator", "MLPGenerator", "OnlineAPD", "compare"]

@@ -1,0 +1,337 @@
+"""Adversarial Posterior Distillation: draws of a posterior into a generator."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
+from pyro_advbayes.infer.autoguide.generators import RowGenerator
+from pyro_advbayes.infer.autoguide.implicit import AutoImplicit, same_sites
+from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, read_samples, site_at, sites_of
+from pyro_advbayes.infer.distill.energy import Energy
+from pyro_advbayes.infer.distill.noise import fit_noise
+from pyro_advbayes.infer.distill.stopping import Stopping
+from pyro_advbayes.infer.distill.training import Settings, Training
+from pyro_advbayes.infer.distill.wgan import WGAN
+from pyro_advbayes.infer.mcmc import files
+from pyro_advbayes.potential import Potential
+from pyro_advbayes.structure import Site
+
+PRESETS = {
+    "fast": Settings(),
+    # gan1.yaml and gan.py of the authors' code
+    "paper": Settings(
+        objective="wgan-gp",
+        batch_size=100,
+        critic_steps=5,
+        penalty=10.0,
+        learning_rate=1e-4,
+        betas=(0.5, 0.9),
+        critic_hidden=(100, 100, 100),
+        half_life=None,
+        ema=0.0,
+        num_steps=100_000,
+        check_every=None,
+    ),
+}
+
+
+class Fit(NamedTuple):
+    """
+    How a fit ended. ``steps``: of the generator; ``distance``: the last two-sample distance, in standardised units; ``floor``: what it is
+    between two halves of the draws; ``converged``: whether the one came down to the other. None where nothing was looked at.
+    """
+
+    steps: int
+    distance: float | None
+    floor: float | None
+    converged: bool | None
+    noise_scale: float | None = None
+
+
+class APD:
+    """
+    Adversarial Posterior Distillation (Wang et al., ICML 2018): a generator learns from draws of a posterior, and is kept in their place;
+    the paper's is that of a WGAN with gradient penalty, see :mod:`pyro_advbayes.infer.distill.wgan`. ::
+
+        guide = AutoImplicit(model, generator=distill.MLPGenerator(noise=100, hidden=(100, 100, 100)))
+        distill.APD(guide).fit(mcmc.get_samples())
+
+    Draws are standardised, each weight by itself, in unconstrained space.
+
+    :param AutoImplicit guide: what is trained.
+    :param str preset: ``"fast"``, which lowers the energy distance in place of a critic's, and stops when the two-sample distance has
+        come down to that between two halves of the draws; or ``"paper"``, the published method: 100 000 generator steps with 5 critic
+        steps each, batches of 100, Adam at 1e-4.
+    :param checkpoint: path of a file from which :meth:`resume` can go on.
+    :param int checkpoint_every: steps between checkpoints, >= 1.
+    :param bool overwrite: whether the checkpoint may replace an existing file.
+    :param bool disable_progbar: no progress bar; there is none where the output is no terminal.
+    :param changes: settings that differ from the preset's, see :class:`~pyro_advbayes.infer.distill.training.Settings`.
+    :raises ValueError: naming an argument out of range.
+    """
+
+    def __init__(
+        self,
+        guide: AutoImplicit,
+        preset: str = "fast",
+        *,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 1000,
+        overwrite: bool = False,
+        disable_progbar: bool = False,
+        **changes: Any,
+    ) -> None:
+        if not isinstance(guide, AutoImplicit):
+            raise ValueError(f"guide={type(guide).__name__}: an AutoImplicit is needed")
+        self.settings = settings_of(preset, changes)
+        if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every={checkpoint_every!r}: an int >= 1")
+        self.guide, self.disable_progbar, self.overwrite = guide, disable_progbar, overwrite
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.checkpoint_every = checkpoint_every
+
+    def fit(self, samples: Mapping[str, Tensor] | str | Path, *args: Any, **kwargs: Any) -> Fit:
+        """
+        Trains the guide on draws.
+
+        :param samples: site -> ``[draws, *shape]`` in the model's own space, ``mcmc.get_samples()``; or the path of a file of draws.
+        :param args: the model's arguments, observations included, of all data or a few hundred rows: needed where a site is constrained,
+            which draws do not tell, and for the noise of a :class:`FactoredGenerator`.
+        :param kwargs: its keyword arguments.
+        :raises ValueError: naming the site, if draws are missing, fewer than a batch, not finite, or the same in an element; or if the
+            generator does not fit.
+        :raises FileExistsError: if there is a checkpoint already.
+        """
+        if self.checkpoint is not None:
+            files.refuse_existing(self.checkpoint, self.overwrite)
+        rows, potential = self._prepare(samples, args, kwargs)
+        if not self.guide.network.trainable:  # all of it came from the draws
+            return Fit(0, None, None, None, self._finish(rows, len(rows), potential))
+        codes = Codes(self.guide.network, rows)
+        return self._train(rows, self.training(codes), self._stopping(codes), self.settings.num_steps, len(rows), potential)
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | Path,
+        guide: AutoImplicit,
+        samples: Mapping[str, Tensor] | str | Path,
+        *args: Any,
+        disable_progbar: bool = False,
+        **kwargs: Any,
+    ) -> Fit:
+        """
+        Goes on from a checkpoint to the end, with the same result, bit for bit, as a fit that was never interrupted.
+
+        :param path: the checkpoint.
+        :param guide: a new guide with the same model and a generator of the same kind.
+        :param samples: the same draws as given to :meth:`fit`.
+        :param args: the same arguments.
+        :raises FileNotFoundError: if there is no such file.
+        :raises ValueError: if it is truncated, or of other draws or another generator.
+        """
+        content = files.load(Path(path))
+        settings = {**content["settings"], "betas": tuple(content["settings"]["betas"])}
+        settings["critic_hidden"] = tuple(settings["critic_hidden"])
+        apd = cls(guide, checkpoint=path, checkpoint_every=content["every"], disable_progbar=disable_progbar, **settings)
+        rows, potential = apd._prepare(samples, args, kwargs)
+        for what, here in _fingerprint(guide, rows).items():
+            if content["fingerprint"][what] != here:
+                raise ValueError(f"{path} is of another fit: its {what} is {content['fingerprint'][what]}, here it is {here}")
+        guide.network.restore(content["training"]["generator"])  # which says what codes are
+        codes = Codes(guide.network, rows)
+        training, stopping = apd.training(codes), apd._stopping(codes)
+        training.load(content["training"])
+        if stopping is not None:
+            stopping.load(content["stopping"])
+        files.set_random_state(content["random"])
+        return apd._train(rows, training, stopping, apd.settings.num_steps, len(rows), potential)
+
+    def _prepare(self, samples: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Rows, Potential | None]:
+        """The draws as rows that the guide's generator has looked at."""
+        guide, settings = self.guide, self.settings
+        values, source = read_samples(samples)
+        device = next(iter(values.values())).device
+        sites, potential = guide.sites or sites_of(values), None
+        if args or kwargs:
+            potential = Potential(guide.model, args, kwargs)
+            sites, device = potential.sites, potential.device
+        rows = SampleRows(values, sites, row_dtype(sites), device, source)
+        if len(rows) < settings.batch_size:
+            raise ValueError(
+                f"{source}: {len(rows)} draws are fewer than batch_size={settings.batch_size}: take a smaller batch, or more draws"
+            )
+        mean, sd = rows.moments()
+        refuse_constant(rows, mean, sd)
+        if not same_sites(guide.sites, sites):
+            guide.set_sites(sites, device)
+        guide.network.prepare(rows, mean, sd)
+        return rows, potential
+
+    def training(self, codes: Codes) -> Training:
+        """What trains the guide's generator, prepared for the draws, on their codes."""
+        kind = WGAN if self.settings.objective == "wgan-gp" else Energy
+        return kind(self.guide.network, codes.size, self.settings, codes.random)
+
+    def _stopping(self, codes: Codes) -> Stopping | None:
+        return None if self.settings.check_every is None else Stopping(codes, len(codes), codes.size)
+
+    def polish(self, rows: Rows, training: Training, num_draws: int, potential: Potential) -> Fit:
+        """
+        Goes on with rows that no longer change, where there is something that stops it, and finishes the guide.
+
+        :param num_draws: that the rows stand for.
+        """
+        stopping = self._stopping(Codes(self.guide.network, rows))
+        last = training.steps + (0 if stopping is None else self.settings.num_steps)
+        return self._train(rows, training, stopping, last, num_draws, potential)
+
+    def _train(
+        self, rows: Rows, training: Training, stopping: Stopping | None, last: int, num_draws: int, potential: Potential | None
+    ) -> Fit:
+        settings, over = self.settings, False
+        bar = tqdm(total=last, initial=training.steps, desc="APD", disable=True if self.disable_progbar else None, mininterval=0.5)
+        with bar:
+            while training.steps < last and not over:
+                estimate = training.step()
+                if stopping is not None and training.steps % settings.check_every == 0:
+                    over = look(training, stopping)
+                if self.checkpoint is not None and training.steps % self.checkpoint_every == 0:
+                    self._save_checkpoint(rows, training, stopping)
+                if not bar.disable:
+                    shown = {"loss": estimate} if stopping is None else {"distance": stopping.distance, "floor": stopping.floor}
+                    bar.set_postfix({name: f"{float(value):.3g}" for name, value in shown.items()}, refresh=False)
+                bar.update()
+        training.swap()
+        if stopping is not None and not stopping.arrived:
+            self._keep_best(training, stopping)
+        scale = self._finish(rows, num_draws, potential)
+        if stopping is None:
+            return Fit(training.steps, None, None, None, scale)
+        return Fit(training.steps, stopping.distance, stopping.floor, stopping.arrived, scale)
+
+    def _finish(self, rows: Rows, num_draws: int, potential: Potential | None) -> float | None:
+        """Makes the guide one that may be drawn from; returns the scale of its noise."""
+        network, scale = self.guide.network, None
+        network.finish()
+        if isinstance(network, FactoredGenerator) and potential is not None:
+            scale = fit_noise(network, rows, potential)
+        self.guide.num_draws = num_draws
+        self.guide.storage()
+        return scale
+
+    def _keep_best(self, training: Training, stopping: Stopping) -> None:
+        distance = stopping.distance
+        if stopping.best is not None:
+            distance, parameters = stopping.best
+            with torch.no_grad():
+                for kept, new in zip(parameters, self.guide.network.parameters(), strict=True):
+                    new.copy_(kept)
+        warnings.warn(
+            f"APD has not come down to the draws in {training.steps} steps: two-sample distance {distance:.3g}, where two halves of the "
+            f"draws are {stopping.floor:.3g} apart. Judge it with distill.compare; more num_steps or a larger generator may help",
+            stacklevel=4,
+        )
+
+    def _save_checkpoint(self, rows: Rows, training: Training, stopping: Stopping | None) -> None:
+        content = {
+            "settings": dataclasses.asdict(self.settings),
+            "every": self.checkpoint_every,
+            "fingerprint": _fingerprint(self.guide, rows),
+            "training": training.state(),
+            "stopping": None if stopping is None else stopping.state(),
+            "random": files.random_state(rows.device),
+        }
+        files.save(self.checkpoint, content)
+
+
+def settings_of(preset: str, changes: Mapping[str, Any]) -> Settings:
+    """
+    A preset with changes.
+
+    :raises ValueError: naming what is unknown or out of range.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: choose one of {', '.join(map(repr, PRESETS))}")
+    known = [field.name for field in dataclasses.fields(Settings)]
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"{name}= is no setting: there are {', '.join(known)}")
+    return dataclasses.replace(PRESETS[preset], **changes)
+
+
+def row_dtype(sites: Sequence[Site]) -> torch.dtype:
+    """One dtype for all sites."""
+    dtype = sites[0].dtype
+    for site in sites:
+        dtype = torch.promote_types(dtype, site.dtype)
+    return dtype
+
+
+def refuse_constant(rows: Rows, mean: Tensor, sd: Tensor) -> None:
+    """:raises ValueError: naming a site of which an element is the same in all draws."""
+    same = (sd <= 1e-12 * mean.abs()).nonzero().flatten()
+    if len(same):
+        site = site_at(rows.sites, int(same[0]))
+        raise ValueError(
+            f"{rows.source}: element {int(same[0]) - site.start} of site {site.name!r} is the same in all {len(rows)} draws (as are "
+            f"{len(same) - 1} more): nothing can be learned of it. Did the chain move? If it is to be fixed, condition the model on it"
+        )
+
+
+class Codes:
+    """
+    Codes of draws by their number, computed beforehand where they fit into memory and the draws do not change.
+
+    :param generator: prepared for the rows.
+    """
+
+    def __init__(self, generator: RowGenerator, rows: Rows) -> None:
+        self._generator, self._rows = generator, rows
+        self._ready: Tensor | None = None
+        self.size = self(torch.zeros(1, dtype=torch.long)).shape[1]
+        if not rows.changing and len(rows) * self.size <= READY:
+            self._ready = torch.cat([generator.encode(part) for part in rows.chunks()])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __call__(self, index: Tensor) -> Tensor:
+        """``[len(index), code]``."""
+        if self._ready is None:
+            return self._generator.encode(self._rows.take(index))
+        return self._ready[index.to(self._ready.device)]
+
+    def random(self, count: int) -> Tensor:
+        """Those of draws taken at random, ``[count, code]``."""
+        return self(torch.randint(len(self), (count,)))
+
+
+def look(training: Training, stopping: Stopping) -> bool:
+    """A look at the averaged generator."""
+    training.swap()
+    found = stopping.look(training.made, list(training.generator.parameters()))
+    training.swap()
+    return found
+
+
+def _fingerprint(guide: AutoImplicit, rows: Rows) -> dict[str, Any]:
+    digest = hashlib.blake2b(digest_size=16)
+    for index in (0, len(rows) // 2, len(rows) - 1):
+        digest.update(rows.take(torch.tensor([index])).cpu().contiguous().view(torch.uint8).numpy())
+    return {
+        "sites": [[site.name, list(site.shape)] for site in rows.sites],
+        "generator": [type(guide.network).__name__, guide.network.settings()],
+        "number of draws": len(rows),
+        "draws": digest.hexdigest(),
+    }

@@ -1,0 +1,167 @@
+"""Whether a guide is the posterior that it was distilled from: :func:`compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_advbayes.diagnostics.two_sample import MMDTest, mmd_test, sliced_wasserstein
+from pyro_advbayes.diagnostics.uncertainty import mutual_information
+from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
+from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, read_samples
+from pyro_advbayes.infer.predictive import Predictive
+
+
+class Against(NamedTuple):
+    """``value``: between the draws and the guide; ``floor``: the same between two halves of the draws."""
+
+    value: float
+    floor: float
+
+
+class Moments(NamedTuple):
+    """
+    Of one site, over its elements in unconstrained space. ``mean``: root mean square of the difference of means, in standard
+    deviations of the draws; ``sd``: root mean square of the logarithm of the ratio of standard deviations.
+    """
+
+    mean: Against
+    sd: Against
+
+
+class FunctionSpace(NamedTuple):
+    """
+    Of the predicted probabilities, mean over inputs. ``kl``: KL divergence, in nats, of the guide's mean prediction from that of the
+    draws; ``total_variation``: half the sum of the absolute differences of the two; ``mutual_information``: the absolute difference, in
+    nats, of what draws disagree on; ``mutual_information_correlation``: the correlation of the two over inputs, 1 where they agree.
+    """
+
+    kl: Against
+    total_variation: Against
+    mutual_information: Against
+    mutual_information_correlation: Against
+
+
+class Comparison(NamedTuple):
+    """What :func:`compare` found; ``str(...)`` makes a table of it."""
+
+    num_samples: int
+    sliced_wasserstein: Against
+    mmd: MMDTest
+    mmd_floor: MMDTest
+    moments: dict[str, Moments]
+    functions: FunctionSpace | None
+
+    def __str__(self) -> str:
+        rows = [("sliced Wasserstein", self.sliced_wasserstein), ("MMD²", Against(self.mmd.mmd2, self.mmd_floor.mmd2))]
+        rows.append(("  p-value", Against(self.mmd.p_value, self.mmd_floor.p_value)))
+        for name, moments in self.moments.items():
+            rows += [(f"{name}: means", moments.mean), (f"{name}: sds", moments.sd)]
+        if self.functions is not None:
+            rows += [(name.replace("_", " "), against) for name, against in self.functions._asdict().items()]
+        width = max(len(name) for name, _ in rows)
+        head = f"{'':{width}}  {'guide':>9}  {'halves':>9}   ({self.num_samples} draws of each)"
+        return "\n".join([head, *(f"{name:{width}}  {against.value:9.4f}  {against.floor:9.4f}" for name, against in rows)])
+
+
+def compare(
+    samples: Mapping[str, Tensor] | str | Path,
+    guide: AutoImplicit,
+    *args: Any,
+    num_samples: int | None = None,
+    num_projections: int = 128,
+    num_permutations: int = 500,
+    return_site: str = "_RETURN",
+    **kwargs: Any,
+) -> Comparison:
+    """
+    Compares a guide with the draws that it stands for: their laws in standardised, unconstrained space, their marginal moments, and
+    what they predict. No number is 0 between finite sets of draws. The floor is what the first half of the draws and the second are
+    apart; where chains have not mixed it is large, and then a guide cannot be told to be wrong. ::
+
+        print(distill.compare(mcmc.get_samples(), guide, x_test))
+
+    A p-value takes the draws to be independent: thin chains, or read it beside that of the halves.
+
+    :param samples: as for :meth:`APD.fit <pyro_advbayes.infer.distill.APD>`.
+    :param guide: a fitted guide.
+    :param args: the model's arguments without observations: inputs at which predictions are compared. None compares none.
+    :param num_samples: draws of each half and of the guide, from 2 to half the draws; evenly spaced. By default at most 1000.
+    :param num_projections: directions of the sliced Wasserstein distance.
+    :param num_permutations: relabellings of the MMD test.
+    :param return_site: where the logits ``[N, K]`` are: the model's return value, or the name of a site.
+    :raises ValueError: if the draws are not of the guide's sites, too few, or not finite, or if what the model returns is not logits.
+    """
+    guide.sample(1)  # of a guide that has not been fitted, the error
+    values, source = read_samples(samples)
+    rows = SampleRows(values, guide.sites, guide.dtype, guide.device, source)
+    most = len(rows) // 2
+    if num_samples is None:
+        num_samples = min(most, 1000, max(50, READY // rows.size))
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or not 2 <= num_samples <= most:
+        raise ValueError(f"num_samples={num_samples!r}: from 2 to half of the {len(rows)} draws")
+    mean, sd = rows.moments()
+    sets = [*_halves(rows, num_samples), guide.network.sample(num_samples)]
+    scale = torch.where(sd > 0, sd, torch.ones_like(sd))
+    one, two, made = ((part - mean) / scale for part in sets)
+    sliced = _against(lambda a, b: sliced_wasserstein(a, b, num_projections), one, two, made)
+    mixed = torch.cat([one[::2], two[::2]])[:num_samples]
+    return Comparison(
+        num_samples,
+        sliced,
+        mmd_test(mixed, made, num_permutations),
+        mmd_test(one, two, num_permutations),
+        {site.name: _moments(*(part[:, site.start : site.start + site.numel] for part in (one, two, made))) for site in rows.sites},
+        _functions([guide.constrain(part) for part in sets], guide, args, kwargs, return_site) if args or kwargs else None,
+    )
+
+
+def _halves(rows: Rows, count: int) -> list[Tensor]:
+    half = len(rows) // 2
+    steps = torch.linspace(0, half - 1, count).round().long()
+    return [rows.take(steps), rows.take(steps + len(rows) - half)]
+
+
+def _against(distance: Any, one: Tensor, two: Tensor, made: Tensor) -> Against:
+    return Against(float(distance(one, made) + distance(two, made)) / 2, float(distance(one, two)))
+
+
+def _moments(one: Tensor, two: Tensor, made: Tensor) -> Moments:
+    def means(a: Tensor, b: Tensor) -> Tensor:
+        return (a.mean(0) - b.mean(0)).square().mean().sqrt()
+
+    def sds(a: Tensor, b: Tensor) -> Tensor:
+        tiny = torch.finfo(a.dtype).tiny
+        return (a.std(0).clamp_min(tiny) / b.std(0).clamp_min(tiny)).log().square().mean().sqrt()
+
+    return Moments(_against(means, one, two, made), _against(sds, one, two, made))
+
+
+def _functions(
+    sets: list[dict[str, Tensor]], guide: AutoImplicit, args: tuple[Any, ...], kwargs: dict[str, Any], site: str
+) -> FunctionSpace:
+    probs = []
+    for samples in sets:
+        logits = Predictive(guide.model, samples, return_sites=[site])(*args, **kwargs)[site]
+        if logits.dim() != 3 or logits.shape[-1] < 2 or not logits.is_floating_point():
+            raise ValueError(f"return_site={site!r}: logits [N, K] are needed, the model gives {tuple(logits.shape[1:])} for a draw")
+        probs.append(logits.double().softmax(-1))
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        p, q = a.mean(0), b.mean(0)
+        return (torch.special.xlogy(p, p) - torch.special.xlogy(p, q)).sum(-1).mean()
+
+    def variation(a: Tensor, b: Tensor) -> Tensor:
+        return (a.mean(0) - b.mean(0)).abs().sum(-1).mean() / 2
+
+    def information(a: Tensor, b: Tensor) -> Tensor:
+        return (mutual_information(a) - mutual_information(b)).abs().mean()
+
+    def correlation(a: Tensor, b: Tensor) -> Tensor:
+        return torch.corrcoef(torch.stack([mutual_information(a), mutual_information(b)]))[0, 1]
+
+    return FunctionSpace(*(_against(distance, *probs) for distance in (kl, variation, information, correlation)))

@@ -1,0 +1,57 @@
+r"""
+How much independent noise a factored generator may add.
+
+What principal components leave of the draws' variance is not independent from weight to weight: the data hold some combinations fast, and
+noise in them ruins predictions. So the noise is scaled by the largest :math:`\kappa \le 1` with which what is made fits the data as well as
+the draws do,
+
+.. math:: \mathrm E\,[-\log p(D \mid \mu + B g(z) + \kappa\, \sigma \odot \epsilon)] \le \mathrm E\,[-\log p(D \mid \theta)].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
+from pyro_advbayes.infer.autoguide.rows import Rows
+from pyro_advbayes.potential import Potential
+
+DRAWS, HALVINGS = 64, 7
+
+
+@torch.no_grad()
+def fit_noise(generator: FactoredGenerator, rows: Rows, potential: Potential) -> float | None:
+    r"""
+    Scales the generator's noise by :math:`\kappa`, found by halving an interval on one set of random numbers.
+
+    :param generator: trained.
+    :param rows: the draws.
+    :param potential: of the model on data, a few hundred rows of which will do.
+    :return: :math:`\kappa`, in [0, 1]; None, and the noise stays, if there are no data, or the model takes its own rows of them.
+    """
+    if not potential.arguments.tensors or potential.structure.scaling == "indices":
+        return None
+    index = torch.linspace(0, len(rows) - 1, min(DRAWS, len(rows))).round().long()
+    target = _misfit(potential, rows.take(index))
+    quiet, loud = generator.parts(generator.latent(DRAWS))
+
+    def fits(scale: float) -> bool:
+        return _misfit(potential, quiet + scale * loud) <= target
+
+    low, high = 0.0, 1.0
+    if fits(1.0):
+        return 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    generator.sd.mul_(low)
+    return low
+
+
+def _misfit(potential: Potential, rows: Tensor) -> float:
+    """The mean negative log-likelihood of the potential's probes under rows ``[n, P]``, in nats."""
+    one, total = potential.scalar(1.0), 0.0
+    for tensors in potential.probes(0):
+        total += sum(float(potential.data_loss(row, one, *tensors)) for row in rows.to(potential.dtype))
+    return total / len(rows)

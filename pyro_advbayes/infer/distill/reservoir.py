@@ -1,0 +1,41 @@
+"""A bounded sample of an endless stream of draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_advbayes.infer.autoguide.rows import Rows
+from pyro_advbayes.structure import Site
+
+
+class Reservoir(Rows):
+    """
+    A uniform sample, without replacement, of all rows added so far (Vitter's algorithm R, 1985): as long as there is room every row
+    stays; the t-th comes in with probability capacity/t, in the place of one chosen at random.
+
+    :param capacity: rows at most, >= 1.
+    """
+
+    changing = True
+
+    def __init__(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device, capacity: int) -> None:
+        super().__init__(sites, dtype, device, "the chains")
+        self.seen = 0
+        self._rows = torch.empty(capacity, self.size, dtype=dtype, device=device)
+
+    def __len__(self) -> int:
+        return min(self.seen, len(self._rows))
+
+    def add(self, rows: Tensor) -> None:
+        """Adds rows ``[n, P]``."""
+        for row in rows:
+            self.seen += 1
+            place = self.seen - 1 if self.seen <= len(self._rows) else int(torch.randint(self.seen, ()))
+            if place < len(self._rows):
+                self._rows[place] = row
+
+    def take(self, index: Tensor) -> Tensor:
+        return self._rows[index.to(self.device)]

@@ -1,0 +1,81 @@
+"""When a generator is as near to the draws as they are to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_advbayes.diagnostics.two_sample import sliced_wasserstein
+from pyro_advbayes.infer.autoguide.rows import READY
+
+SPLITS, RECENT, PATIENCE = 20, 3, 15
+
+
+class Stopping:
+    """
+    Stops when the sliced Wasserstein distance between codes drawn and codes made, mean of the last looks, is no more than is usual
+    between two sets of drawn ones: their mean over random splits plus one standard deviation. Gives up when it has not fallen for
+    ``PATIENCE`` looks.
+
+    :param draw: function of an index ``[n]`` to codes ``[n, code]`` of these draws.
+    :param count: number of draws.
+    :param code_size: numbers in a code.
+    """
+
+    def __init__(self, draw: Callable[[Tensor], Tensor], count: int, code_size: int) -> None:
+        self._draw, self._count = draw, count
+        self._rows = max(2, min(2000, count // 2, READY // (2 * code_size)))
+        self.distances: list[float] = []
+        self.best: tuple[float, list[Tensor]] | None = None
+        self.since_best = 0
+        splits = torch.tensor([sliced_wasserstein(*self._two_sets()) for _ in range(SPLITS)])
+        self.floor, self.threshold = float(splits.mean()), float(splits.mean() + splits.std())
+
+    def _two_sets(self) -> tuple[Tensor, Tensor]:
+        one, two = torch.randperm(self._count)[: 2 * self._rows].split(self._rows)[:2]
+        return self._draw(one), self._draw(two)
+
+    @property
+    def distance(self) -> float:
+        """Mean of the last looks."""
+        recent = self.distances[-RECENT:]
+        return sum(recent) / max(1, len(recent))
+
+    def look(self, make: Callable[[int], Tensor], parameters: list[Tensor]) -> bool:
+        """
+        :param make: function of a number n to n made codes.
+        :param parameters: what made them; the best are remembered.
+        :return: whether it is time to stop.
+        """
+        real = self._draw(torch.randperm(self._count)[: self._rows])
+        with torch.no_grad():
+            self.distances.append(sliced_wasserstein(real, make(self._rows)))
+        if len(self.distances) < RECENT:
+            return False
+        self.since_best += 1
+        if self.best is None or self.distance < self.best[0]:
+            self.best, self.since_best = (self.distance, [p.detach().clone() for p in parameters]), 0
+        return self.arrived or self.since_best >= PATIENCE
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the last looks found no more than is usual between draws."""
+        return len(self.distances) >= RECENT and self.distance <= self.threshold
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`load` needs to go on from here."""
+        return {
+            "distances": self.distances,
+            "best": self.best,
+            "since_best": self.since_best,
+            "floor": self.floor,
+            "threshold": self.threshold,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from a :meth:`state`."""
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -1,0 +1,138 @@
+"""What training a generator is, whatever the objective: settings, a moving average of its parameters, and its state for a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_advbayes.infer.autoguide.generators import RowGenerator, as_widths
+
+OBJECTIVES = ("energy", "wgan-gp")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    What a generator is trained with.
+
+    :param objective: ``"wgan-gp"``, a critic and its gradient penalty (:mod:`pyro_advbayes.infer.distill.wgan`), or ``"energy"``, the
+        energy distance between batches, without a critic (:mod:`pyro_advbayes.infer.distill.energy`).
+    :param batch_size: real codes of a batch, >= 2.
+    :param learning_rate: Adam's, > 0.
+    :param betas: Adam's.
+    :param half_life: the learning rate falls as 1/(1 + step/half_life); None keeps it.
+    :param ema: decay, in [0, 1), of the moving average of the generator's parameters that is kept; 0 keeps the last.
+    :param num_steps: generator steps at most, >= 1.
+    :param check_every: steps between looks at the two-sample distance, at which training stops when it is as small as between two halves
+        of the draws; None trains for ``num_steps``.
+    :param critic_steps: critic steps for one of the generator, >= 1, each on a batch of its own.
+    :param penalty: the weight λ of the gradient penalty, >= 0.
+    :param critic_hidden: widths of the critic's hidden layers.
+    """
+
+    objective: str = "energy"
+    batch_size: int = 256
+    learning_rate: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.99)
+    half_life: float | None = 500.0
+    ema: float = 0.99
+    num_steps: int = 20_000
+    check_every: int | None = 100
+    critic_steps: int = 5
+    penalty: float = 10.0
+    critic_hidden: tuple[int, ...] = (100, 100, 100)
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r}: choose one of {', '.join(map(repr, OBJECTIVES))}")
+        for name, least in (("batch_size", 2), ("critic_steps", 1), ("num_steps", 1), ("check_every", 1)):
+            value = getattr(self, name)
+            if name == "check_every" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}: an int >= {least}")
+        if not self.penalty >= 0.0:
+            raise ValueError(f"penalty={self.penalty!r}: the weight of the gradient penalty, >= 0")
+        for name in ("learning_rate", "half_life"):
+            if not (getattr(self, name) is None and name == "half_life") and not getattr(self, name) > 0.0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: a number > 0")
+        if not 0.0 <= self.ema < 1.0:
+            raise ValueError(f"ema={self.ema!r}: the decay of a moving average, in [0, 1)")
+        as_widths(self.critic_hidden)
+
+
+class Training:
+    """
+    Base: a generator in training.
+
+    :param generator: what makes codes; its parameters are trained.
+    :param code_size: numbers in a code.
+    :param settings: see :class:`Settings`.
+    :param draw: function of a number n to n real codes ``[n, code]``.
+    """
+
+    def __init__(self, generator: RowGenerator, code_size: int, settings: Settings, draw: Callable[[int], Tensor]) -> None:
+        self.generator, self.settings, self.draw, self.steps = generator, settings, draw, 0
+        self.average = [p.detach().clone() for p in generator.parameters()]
+        self.optimizers = [self.adam(generator)]
+
+    def adam(self, module: torch.nn.Module) -> torch.optim.Adam:
+        """An optimiser of a module."""
+        parameters = list(module.parameters())
+        fused = parameters[0].device.type in ("cpu", "cuda")
+        return torch.optim.Adam(parameters, lr=self.settings.learning_rate, betas=self.settings.betas, fused=fused)
+
+    def step(self) -> Tensor:
+        """One step of the generator, with all that belongs to it; returns an estimate of the distance, for show."""
+        if self.settings.half_life is not None:
+            rate = self.settings.learning_rate / (1.0 + self.steps / self.settings.half_life)
+            for optimizer in self.optimizers:
+                optimizer.param_groups[0]["lr"] = rate
+        distance = self._step()
+        self.steps += 1
+        return distance
+
+    def _step(self) -> Tensor:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _keep_average(self) -> None:
+        # over few steps at first, or the start would stay in it
+        decay = min(self.settings.ema, self.steps / (self.steps + 10.0))
+        for kept, new in zip(self.average, self.generator.parameters(), strict=True):
+            kept.lerp_(new, 1.0 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchanges the generator's parameters with their moving average."""
+        for kept, new in zip(self.average, self.generator.parameters(), strict=True):
+            held = new.clone()
+            new.copy_(kept)
+            kept.copy_(held)
+
+    def made(self, count: int) -> Tensor:
+        """Codes ``[count, code]`` made of fresh noise."""
+        return self.generator.code(self.generator.latent(count))
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`load` needs to go on from here."""
+        return {
+            "generator": dict(self.generator.state_dict()),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "average": self.average,
+            "steps": self.steps,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from a :meth:`state`."""
+        self.generator.restore(state["generator"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict({**kept, "state": {int(place): value for place, value in kept["state"].items()}})
+        with torch.no_grad():
+            for kept, value in zip(self.average, state["average"], strict=True):
+                kept.copy_(value)
+        self.steps = state["steps"]

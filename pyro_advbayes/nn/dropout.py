@@ -1,0 +1,80 @@
+"""Dropout as a posterior: the masks of a network as sites of a Pyro model: :func:`mc_dropout`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from pyro.nn.module import to_pyro_module_
+
+# Which dimensions a mask has, counted from the first after the rows: those of a unit, or the channel alone.
+_WHOLE, _CHANNELS = (torch.nn.Dropout,), (torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d)
+
+
+def mc_dropout(net: torch.nn.Module) -> PyroModule:
+    """
+    Copies a network and makes the mask of every Dropout layer a latent site, so that every draw is a network with units left out: MC
+    dropout (Gal and Ghahramani, ICML 2016). ::
+
+        model = Classifier(mc_dropout(nn.Sequential(nn.Linear(784, 400), nn.ReLU(), nn.Dropout(0.5), nn.Linear(400, 10))))
+        svi = SVI(minibatch(model, len(x)), dropout_guide(model), Adam({"lr": 1e-3, "weight_decay": 1e-4}), Trace_ELBO())
+        logits = Predictive(model, guide=dropout_guide(model), num_samples=200, return_sites=["_RETURN"])(x)["_RETURN"]
+
+    A mask is drawn once for a run of the model and holds for all rows, as the weights of other draws do; PyTorch's holds for one. It is the
+    site ``"<layer>.mask"``, of the shape of a unit's activations (of a channel, for Dropout2d and its kin). The parameters stay
+    ``nn.Parameter`` s for Pyro's optimisers. Use a Dropout layer in one place of a network only.
+
+    :param net: a network with Dropout layers; it stays untouched.
+    :return: the copy.
+    :raises ValueError: if it has no Dropout layer, one with p = 1, or one of a kind that is not a mask (AlphaDropout).
+    """
+    net, found = copy.deepcopy(net), False
+    for name, module in list(net.named_modules()):
+        for attribute, child in list(module.named_children()):
+            label = f"{name}.{attribute}".lstrip(".")
+            if isinstance(child, (torch.nn.AlphaDropout, torch.nn.FeatureAlphaDropout)):
+                raise ValueError(f"layer {label!r} ({type(child).__name__}) is no mask: use Dropout")
+            if isinstance(child, (*_WHOLE, *_CHANNELS)):
+                if child.p >= 1.0:
+                    raise ValueError(f"layer {label!r} leaves every unit out (p={child.p}): p < 1")
+                setattr(module, attribute, _Mask(child.p, isinstance(child, _CHANNELS)))
+                found = True
+    if not found:
+        raise ValueError(f"the {type(net).__name__} has no Dropout layer, whose masks could be drawn")
+    to_pyro_module_(net)
+    return net
+
+
+class _Mask(PyroModule):
+    """What takes the place of a Dropout layer."""
+
+    def __init__(self, p: float, channels: bool) -> None:
+        super().__init__()
+        self.p, self.channels = p, channels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.p == 0.0:
+            return x
+        shape = x.shape[1:2] if self.channels else x.shape[1:]
+        keep = dist.Bernoulli(x.new_tensor(1.0 - self.p)).expand(shape).to_event(len(shape))
+        mask = pyro.sample(f"{self._pyro_name}.mask", keep)
+        return x * mask.reshape(shape + (1,) * (x.dim() - 1 - len(shape))) / (1.0 - self.p)
+
+
+def dropout_guide(model: Any) -> Any:
+    """
+    The guide of MC dropout: masks as the model draws them, so that the divergence in an ELBO is 0 and only the parameters learn.
+
+    :param model: a model with a network of :func:`mc_dropout`, whose other latent sites are not drawn here.
+    :return: a guide, which is called with the model's arguments.
+    """
+
+    def is_mask(site: dict[str, Any]) -> bool:
+        return site["type"] == "sample" and site["name"].endswith(".mask")
+
+    return poutine.block(model, expose_fn=is_mask)

@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pyro.infer
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoGuideList
+from pyro.nn import PyroModule
+from torch import nn
+
+from pyro_advbayes import PosteriorClassifier, Potential, Predictive
+from pyro_advbayes.attacks import PGD
+from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
+from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
+from pyro_advbayes.infer.distill import APD, FactoredGenerator, HyperGenerator, MLPGenerator
+from pyro_advbayes.infer.elbo import TraceRobust_ELBO
+from pyro_advbayes.infer.mcmc import files
+from pyro_advbayes.nn import bayesianize
+from tests.small_models import data, logistic, regression
+
+
+class Classifier(PyroModule):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, y=None):
+        logits = self.net(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+        return logits
+
+
+def classifier(width: int = 4) -> Classifier:
+    torch.manual_seed(3)
+    return Classifier(bayesianize(nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2))))
+
+
+def draws(model, x, count: int = 300):
+    """From the prior, ``[count, *site]``."""
+    return {k: v.squeeze(1) for k, v in pyro.infer.Predictive(model, num_samples=count)(x).items() if k != "obs"}
+
+
+def quick(guide, samples, *args):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        APD(guide, num_steps=20, batch_size=50, disable_progbar=True).fit(samples, *args)
+    return guide
+
+
+def fitted(generator=None, model=None):
+    model = classifier() if model is None else model
+    x, _ = data(5)
+    return quick(AutoImplicit(model, generator or MLPGenerator(noise=4, hidden=(8,))), draws(model, x))
+
+
+@pytest.mark.parametrize("predictive", [Predictive, pyro.infer.Predictive])
+def test_a_prediction_without_labels_may_be_its_first_call(predictive):
+    guide, (x, _) = fitted(), data(5)
+    predicted = predictive(guide.model, guide=guide, num_samples=7)(x)
+    assert predicted["obs"].shape[0] == 7 and predicted["obs"].shape[-1] == 5
+    assert "obs" not in guide()
+
+
+@pytest.mark.parametrize("predictive", [Predictive, pyro.infer.Predictive])
+def test_predictions_are_those_of_the_drawn_weights(predictive):
+    guide, (x, _) = fitted(), data(5)
+    predicted = predictive(guide.model, guide=guide, num_samples=3, return_sites=["_RETURN", "net.0.weight"])(x)
+    assert predicted["net.0.weight"].flatten(1).unique(dim=0).shape[0] == 3  # every draw its own weights
+    everything = predictive(guide.model, guide=guide, num_samples=3)(x)
+    logits = Predictive(guide.model, {k: v for k, v in everything.items() if k != "obs"}, return_sites=["_RETURN"])(x)["_RETURN"]
+    assert logits.shape == (3, 5, 2)
+
+
+@pytest.mark.parametrize(
+    "elbo",
+    [
+        Trace_ELBO(),
+        Trace_ELBO(num_particles=2),
+        TraceMeanField_ELBO(),
+        TraceGraph_ELBO(),
+        TraceEnum_ELBO(),
+        RenyiELBO(alpha=0.5, num_particles=2),
+        JitTrace_ELBO(),
+        TraceRobust_ELBO(PGD(eps=0.1, steps=1, clip=None)),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_no_elbo_reads_a_number_from_it(elbo):
+    guide, (x, y) = fitted(), data(5)
+    with pytest.raises(NotImplementedError, match=r"distill\.APD\(guide\)\.fit"):
+        SVI(guide.model, guide, pyro.optim.Adam({"lr": 0.1}), elbo).step(x, y.long())
+
+
+def test_no_kl_divergence_reads_a_number_from_it():
+    site = poutine.trace(fitted()).get_trace().nodes["net.0.bias"]
+    with pytest.raises(NotImplementedError, match="distill"):
+        torch.distributions.kl_divergence(site["fn"], dist.Normal(torch.zeros(4), 1.0).to_event(1))
+
+
+def test_it_is_part_of_a_guide_list():
+    x, y = data(20)
+    part = AutoImplicit(poutine.block(logistic, expose=["w"]), MLPGenerator(noise=3, hidden=(8,)))
+    quick(part, {"w": torch.randn(100, 3)})
+    guide = AutoGuideList(logistic)
+    guide.append(part)
+    guide.append(AutoDelta(poutine.block(logistic, expose=["b"])))
+    assert set(guide(x, y)) == {"w", "b"}
+    for predictive in (Predictive, pyro.infer.Predictive):
+        assert predictive(logistic, guide=guide, num_samples=4)(x)["obs"].shape[0] == 4
+
+
+def test_a_classifier_takes_it_for_a_guide():
+    guide, (x, _) = fitted(), data(5)
+    network = PosteriorClassifier(guide.model, guide=guide, num_samples=10)
+    torch.testing.assert_close(network(x).exp().sum(-1), torch.ones(5))
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(network.posterior_samples["net.0.bias"][0], network.posterior_samples["net.0.bias"][1])
+
+
+def test_a_plate_around_it_does_not_repeat_one_draw_in_silence():
+    guide, (x, _) = fitted(), data(5)
+    with pytest.raises(ValueError, match=r"draws once in a call.* take guide\.sample"):
+        pyro.infer.Predictive(guide.model, guide=guide, num_samples=3, parallel=True)(x)
+    assert Predictive(guide.model, guide=guide, num_samples=3, parallel=True)(x)["obs"].shape[0] == 3  # ours draws one by one
+
+
+def test_samples_serve_as_posterior_samples():
+    guide, (x, _) = fitted(), data(5)
+    samples = guide.sample(9)
+    assert {name: tuple(value.shape) for name, value in samples.items()} == {
+        "net.0.weight": (9, 4, 3),
+        "net.0.bias": (9, 4),
+        "net.2.weight": (9, 2, 4),
+        "net.2.bias": (9, 2),
+    }
+    assert Predictive(guide.model, samples)(x)["obs"].shape == (9, 5)
+    assert not any(value.requires_grad for value in samples.values())
+    with pytest.raises(ValueError, match="num_samples=0"):
+        guide.sample(0)
+
+
+def test_it_leaves_nothing_in_the_parameter_store_and_takes_no_random_numbers_to_look_at_the_model():
+    guide, (x, _) = fitted(), data(5)
+    pyro.clear_param_store()
+    torch.manual_seed(1)
+    first = guide(x)  # which looks at the model
+    torch.manual_seed(1)
+    second = guide(x)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not list(pyro.get_param_store().keys())
+
+
+@pytest.mark.parametrize(
+    "generator",
+    [
+        MLPGenerator(noise=4, hidden=(8,)),
+        FactoredGenerator(rank=3, noise=4, hidden=(8,)),
+        FactoredGenerator(rank=3, hidden=None),
+        HyperGenerator(noise=4, hidden=(8,), width=5),
+    ],
+)
+def test_saved_and_loaded_it_gives_the_same_draws_under_one_seed(tmp_path, generator):
+    guide = fitted(generator)
+    guide.save(tmp_path / "posterior.safetensors")
+    loaded = AutoImplicit.load(tmp_path / "posterior.safetensors", classifier())
+    for draw in (lambda g: g.sample(20), lambda g: g()):
+        torch.manual_seed(5)
+        here = draw(guide)
+        torch.manual_seed(5)
+        there = draw(loaded)
+        assert all(torch.equal(here[name], there[name]) for name in here)
+    assert loaded.num_draws == 300
+
+
+def test_a_generator_of_ones_own_is_saved_and_loaded(tmp_path):
+    def network():
+        module = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 26))
+        module.noise = 5
+        return module
+
+    guide = fitted(network())
+    guide.save(tmp_path / "own.safetensors")
+    loaded = AutoImplicit.load(tmp_path / "own.safetensors", classifier(), generator=network())
+    torch.manual_seed(0)
+    here = guide.sample(2)
+    torch.manual_seed(0)
+    assert torch.equal(loaded.sample(2)["net.2.bias"], here["net.2.bias"])
+    with pytest.raises(ValueError, match="pass generator="):
+        AutoImplicit.load(tmp_path / "own.safetensors", classifier())
+    other = nn.Sequential(nn.Linear(5, 26))
+    other.noise = 5
+    with pytest.raises(ValueError, match="does not fit the generator"):
+        AutoImplicit.load(tmp_path / "own.safetensors", classifier(), generator=other)
+
+
+def test_a_file_is_never_overwritten_or_half_written(tmp_path, monkeypatch):
+    guide, path = fitted(), tmp_path / "posterior.safetensors"
+    guide.save(path)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        guide.save(path)
+    monkeypatch.setattr(files, "save_file", lambda tensors, name, **_: (open(name, "wb").write(b"half"), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        guide.save(path, overwrite=True)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["posterior.safetensors"]
+
+
+class Other(Classifier):
+    pass
+
+
+def test_a_file_of_another_model_is_refused_by_name(tmp_path):
+    path = tmp_path / "posterior.safetensors"
+    fitted().save(path)
+    with pytest.raises(ValueError, match=r"another model: it was saved for 'Classifier', here is 'Other'"):
+        AutoImplicit.load(path, Other(classifier().net))
+    deeper = Classifier(bayesianize(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))))
+    with pytest.raises(ValueError, match=r"another model: site 'net.4.weight' of the model is missing"):
+        AutoImplicit.load(path, deeper)
+    wider = AutoImplicit.load(path, classifier(width=6))
+    with pytest.raises(ValueError, match=r"site 'net.0.weight' has shape .*4, 3\) in the guide and \(6, 3\) in the model"):
+        wider(data(5)[0])
+
+
+def test_what_is_no_file_of_a_guide_is_refused(tmp_path):
+    path = tmp_path / "other.safetensors"
+    with pytest.raises(FileNotFoundError):
+        AutoImplicit.load(path, classifier())
+    files.save(path, {"runner": 1})
+    with pytest.raises(ValueError, match="holds no AutoImplicit"):
+        AutoImplicit.load(path, classifier())
+    path.write_bytes(b"\x80\x04 a pickle")
+    with pytest.raises(ValueError, match="truncated, or no file"):
+        AutoImplicit.load(path, classifier())
+
+
+def test_constrained_sites_are_drawn_on_their_supports_and_keep_them_in_a_file(tmp_path):
+    x, y = data(30)
+    samples = {"w": torch.randn(200, 3), "b": torch.randn(200), "scale": torch.randn(200).mul(0.5).exp()}
+    guide = quick(AutoImplicit(regression, MLPGenerator(noise=3, hidden=(8,))), samples, x, y)
+    scale = guide.sample(500)["scale"]
+    assert scale.shape == (500,) and bool((scale > 0).all())
+    guide.save(tmp_path / "regression.safetensors")
+    loaded = AutoImplicit.load(tmp_path / "regression.safetensors", regression)
+    assert bool((loaded.sample(500)["scale"] > 0).all())
+    assert Predictive(regression, guide=loaded, num_samples=5)(x)["obs"].shape == (5, 30)
+    by_potential = quick(AutoImplicit(regression, MLPGenerator(noise=3, hidden=(8,)), Potential(regression, (x, y))), samples)
+    assert bool((by_potential.sample(500)["scale"] > 0).all())
+
+
+def test_a_support_that_the_draws_did_not_tell_is_noticed_at_the_first_call():
+    x, _ = data(30)
+    guide = quick(
+        AutoImplicit(regression, MLPGenerator(noise=3, hidden=(8,))),
+        {"w": torch.randn(200, 3), "b": torch.randn(200), "scale": torch.rand(200) + 1},
+    )
+    with pytest.raises(ValueError, match=r"site 'scale' lives on .*fit\(samples, x, y\)"):
+        guide(x)
+
+
+def test_transforms_of_all_supports_survive_a_file(tmp_path):
+    def model():
+        pyro.sample("real", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("positive", dist.Gamma(2.0, 1.0))
+        pyro.sample("unit", dist.Beta(2.0, 2.0))
+        pyro.sample("interval", dist.Uniform(torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 5.0])).to_event(1))
+        pyro.sample("simplex", dist.Dirichlet(torch.ones(3)))
+        pyro.sample("above", dist.Pareto(2.0, 3.0))
+        pyro.sample("correlation", dist.LKJCholesky(3))
+
+    sites = Potential(model).sites
+    files.save(tmp_path / "sites.safetensors", {"sites": pack_sites(sites)})
+    again = unpack_sites(files.load(tmp_path / "sites.safetensors")["sites"])
+    for one, two in zip(sites, again, strict=True):
+        assert one[:4] == two[:4] and one.start == two.start
+        u = torch.randn(one.unconstrained_shape)
+        assert torch.equal(one.transform(u), two.transform(u))
+
+
+def test_storage_says_from_how_many_draws_on_it_pays():
+    guide = fitted(MLPGenerator(noise=4, hidden=(8,)))
+    with pytest.warns(UserWarning, match="keep the draws, or take a smaller generator"):
+        guide.num_draws = 5
+        found = guide.storage()
+    assert found.draw_bytes == 4 * 26
+    assert found.bytes == 4 * (5 * 8 + 9 * 26 + 2)
+    assert found.pays_from == found.bytes // found.draw_bytes + 1
+    guide.num_draws = found.pays_from
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guide.storage()
+
+
+def test_the_published_generator_pays_beyond_a_hundred_and_one_draws():
+    weights = 784 * 100 + 100 + 100 * 10 + 10
+    assert weights == 79_510
+    assert MLPGenerator().numbers([(weights,)]) // weights == 101  # 8.05 million numbers
+    assert round(MLPGenerator().numbers([(478_410,)]) / 1e6, 1) == 48.3
+    assert FactoredGenerator(rank=8).numbers([(weights,)]) / weights < 10.2
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [MLPGenerator(noise=4, hidden=(8, 6)), FactoredGenerator(rank=3, noise=4, hidden=(8,)), HyperGenerator(noise=4, hidden=(8,), width=5)],
+)
+def test_storage_formulas_count_what_a_finished_generator_holds(kind):
+    network = fitted(kind).network
+    assert sum(value.numel() for value in network.state_dict().values()) == network.numbers([(4, 3), (4,), (2, 4), (2,)])
+
+
+def test_draws_with_the_ones_that_predictive_puts_in_front_are_understood():
+    model, (x, _) = classifier(), data(5)
+    guide = quick(AutoImplicit(model, MLPGenerator(noise=4, hidden=(8,))), {k: v.unsqueeze(1) for k, v in draws(model, x).items()})
+    assert guide(x)["net.0.weight"].shape == (4, 3)
+
+
+def test_bad_arguments_are_refused_by_name():
+    model = classifier()
+    with pytest.raises(RuntimeError, match=r"has not been fitted yet: distill\.APD"):
+        AutoImplicit(model, MLPGenerator())()
+    with pytest.raises(ValueError, match="generator='mlp'"):
+        AutoImplicit(model, "mlp")
+    with pytest.raises(ValueError, match="Linear has no attribute noise"):
+        AutoImplicit(model, nn.Linear(3, 26))
+    own = nn.Linear(3, 25)
+    own.noise = 3
+    with pytest.raises(ValueError, match=r"Linear makes \(2, 25\) of noise \(2, 3\): \(2, 26\) is needed"):
+        quick(AutoImplicit(model, own), draws(model, data(5)[0]))
+    for wrong in ({"noise": 0}, {"noise": 2.5}, {"hidden": (0,)}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            MLPGenerator(**wrong)
+    with pytest.raises(ValueError, match="rank=0"):
+        FactoredGenerator(rank=0)

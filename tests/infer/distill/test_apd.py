@@ -1,0 +1,384 @@
+from __future__ import annotations
+
+import math
+import time
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_advbayes import SGLD, SGMCMC, Potential, Predictive
+from pyro_advbayes.infer.autoguide.factored import principal_components
+from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
+from pyro_advbayes.infer.autoguide.rows import SampleRows, read_samples, sites_of
+from pyro_advbayes.infer.distill import APD, PRESETS, FactoredGenerator, HyperGenerator, MLPGenerator
+from pyro_advbayes.infer.mcmc.draws import Field, FileDraws
+from tests.small_models import data, logistic, regression
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*keep the draws, or take a smaller generator")
+
+
+def vector(size: int):
+    def model(x=None):
+        return pyro.sample("w", dist.Normal(torch.zeros(size), 3.0).to_event(1))
+
+    return model
+
+
+def two_modes(count: int = 4000, size: int = 6, share: float = 0.3):
+    """Unit-normal clouds of sd 0.5 at ±2 in every coordinate."""
+    second = torch.rand(count) < share
+    return torch.where(second, -2.0, 2.0)[:, None] + 0.5 * torch.randn(count, size), float(second.float().mean())
+
+
+def correlated(count: int = 2000):
+    """A Gaussian in five coordinates, and the factor of its covariance."""
+    factor = torch.randn(5, 5)
+    return 3.0 + torch.randn(count, 5) @ factor.mT, factor @ factor.mT
+
+
+def test_the_default_fit_finds_both_modes_of_a_toy_and_their_weights_within_a_minute():
+    w, share = two_modes(2000)
+    guide = AutoImplicit(vector(6), MLPGenerator(noise=16, hidden=(64, 64)))
+    start = time.process_time()
+    fit = APD(guide).fit({"w": w})
+    assert time.process_time() - start < 60.0
+    assert fit.converged and fit.distance < 2 * fit.floor
+    made = guide.sample(20_000)["w"]
+    second = made.mean(-1) < 0
+    assert abs(float(second.float().mean()) - share) < 0.05
+    for which, centre in ((second, -2.0), (~second, 2.0)):
+        assert float((made[which].mean(0) - centre).abs().max()) < 0.2
+        assert bool((made[which].std(0) < 1.0).all()) and bool((made[which].std(0) > 0.3).all())
+
+
+def test_a_wgan_recovers_weights_means_and_covariances_of_a_mixture():
+    w, share = two_modes(size=2)
+    guide = AutoImplicit(vector(2), MLPGenerator(noise=8, hidden=(32, 32)))
+    settings = {"num_steps": 1200, "learning_rate": 5e-3, "betas": (0.0, 0.9), "half_life": 1000.0, "batch_size": 64, "ema": 0.99}
+    APD(guide, "paper", critic_hidden=(32, 32), **settings).fit({"w": w})
+    made = guide.sample(20_000)["w"]
+    assert abs(float((made.mean(-1) < 0).float().mean()) - share) < 0.05
+    near = [(made - centre).norm(dim=-1) < 2.0 for centre in (2.0, -2.0)]  # four standard deviations
+    # noise of one piece cannot become two pieces: some of what is made lies between them
+    assert float((near[0] | near[1]).float().mean()) > 0.93
+    for which, centre in zip(near, (2.0, -2.0), strict=True):
+        assert float((made[which].mean(0) - centre).abs().max()) < 0.2
+        torch.testing.assert_close(torch.cov(made[which].mT), 0.25 * torch.eye(2), atol=0.17, rtol=0.0)
+
+
+def test_the_factored_generator_has_the_draws_mean_and_variances_and_leading_covariance():
+    w, covariance = correlated()
+    guide = AutoImplicit(vector(5), FactoredGenerator(rank=2, noise=8, hidden=(32, 32)))
+    APD(guide).fit({"w": w})
+    made = guide.sample(20_000)["w"]
+    torch.testing.assert_close(made.mean(0), w.mean(0), atol=0.15, rtol=0.0)
+    torch.testing.assert_close(made.std(0), w.std(0), atol=0.0, rtol=0.1)
+    direction = torch.linalg.eigh(covariance).eigenvectors[:, -1]
+    torch.testing.assert_close((made @ direction).std(), (w @ direction).std(), atol=0.0, rtol=0.1)
+
+
+@pytest.mark.parametrize("generator", [MLPGenerator(noise=8, hidden=(64, 64)), FactoredGenerator(rank=4, noise=8, hidden=(32, 32))])
+def test_distilled_gaussian_draws_reproduce_the_predictive_of_linear_regression(generator):
+    x = torch.randn(40, 4)
+    y = x @ torch.tensor([1.0, -2.0, 0.5, 0.0]) + 0.5 * torch.randn(40)
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 0.5), obs=y)
+        return x @ w
+
+    precision = torch.eye(4) + x.mT @ x / 0.25
+    exact = torch.distributions.MultivariateNormal(torch.linalg.solve(precision, x.mT @ y / 0.25), precision_matrix=precision)
+    guide = AutoImplicit(model, generator)
+    APD(guide).fit({"w": exact.sample((4000,))}, x, y)
+    x_test = 2 * torch.randn(20, 4)
+    predicted = Predictive(model, guide=guide, num_samples=2000, return_sites=["_RETURN"])(x_test)["_RETURN"]
+    sd = (x_test @ exact.covariance_matrix @ x_test.mT).diagonal().sqrt()
+    # the generator's own error is a tenth of a standard deviation, beside 1/√2000 of the draws
+    assert float(((predicted.mean(0) - x_test @ exact.mean) / sd).abs().max()) < 0.2
+    torch.testing.assert_close(predicted.std(0), sd, atol=0.0, rtol=0.2)
+
+
+def test_noise_is_scaled_until_what_is_made_fits_the_data_as_well_as_the_draws_do():
+    """Linear regression on inputs that are nearly one direction, so that weights hold each other: κ in closed form."""
+    x = torch.randn(200, 1) + 0.1 * torch.randn(200, 5)
+    y = x.sum(-1) + torch.randn(200)
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    precision = torch.eye(5) + x.mT @ x
+    exact = torch.distributions.MultivariateNormal(torch.linalg.solve(precision, x.mT @ y), precision_matrix=precision)
+    w = exact.sample((3000,))
+    fits, guides = [], []
+    for args in ((), (x, y)):
+        pyro.set_rng_seed(0)
+        guides.append(AutoImplicit(model, FactoredGenerator(rank=2, noise=8, hidden=(32, 32))))
+        fits.append(APD(guides[-1]).fit({"w": w}, *args))
+    assert fits[0].noise_scale is None
+    # what the components leave out adds tr(X' X R) / 2 to the misfit, with R the covariance left; independent noise Σ κ² σ² |x|² / 2
+    values, vectors = torch.linalg.eigh(exact.covariance_matrix)
+    left = vectors[:, :3] @ torch.diag(values[:3]) @ vectors[:, :3].mT
+    gram = x.mT @ x
+    kappa = math.sqrt(float((gram * left).sum() / (gram.diagonal() * left.diagonal()).sum()))
+    assert fits[1].noise_scale == pytest.approx(kappa, abs=0.15) and kappa < 0.6
+    torch.testing.assert_close(guides[1].network.sd, fits[1].noise_scale * guides[0].network.sd)
+
+
+def test_the_papers_preset_is_what_the_paper_trained():
+    paper = PRESETS["paper"]
+    assert (paper.objective, paper.batch_size, paper.critic_steps, paper.penalty) == ("wgan-gp", 100, 5, 10.0)
+    assert (paper.learning_rate, paper.betas, paper.half_life, paper.num_steps, paper.check_every) == (
+        1e-4,
+        (0.5, 0.9),
+        None,
+        100_000,
+        None,
+    )
+    assert paper.critic_hidden == MLPGenerator().hidden == (100, 100, 100) and MLPGenerator().noise == 32 and paper.ema == 0.0
+
+
+def test_principal_components_are_those_of_the_singular_value_decomposition():
+    w = torch.randn(60, 30, dtype=torch.float64) * torch.logspace(0, -2, 30, dtype=torch.float64) + 5.0
+    rows = SampleRows({"w": w[None]}, sites_of({"w": w[None]}), torch.float64, torch.device("cpu"))
+    mean, sd = rows.moments()
+    torch.testing.assert_close(mean, w.mean(0))
+    torch.testing.assert_close(sd, w.std(0))
+    directions, spread = principal_components(rows, mean, 4)
+    _, values, vectors = torch.linalg.svd(w - w.mean(0), full_matrices=False)
+    torch.testing.assert_close(spread, values[:4] / math.sqrt(59))
+    torch.testing.assert_close((directions * vectors[:4].mT).sum(0).abs(), torch.ones(4).double(), atol=1e-6, rtol=0.0)
+
+
+def test_codes_of_the_draws_have_unit_variance_and_decode_to_them():
+    w, _ = correlated()
+    generator = FactoredGenerator(rank=5, noise=4, hidden=(8,))
+    rows = SampleRows({"w": w[None]}, sites_of({"w": w[None]}), torch.float32, torch.device("cpu"))
+    generator.build([torch.Size([5])], torch.float32, torch.device("cpu"))
+    generator.prepare(rows, *rows.moments())
+    codes = generator.encode(w)
+    torch.testing.assert_close(torch.cov(codes.mT), torch.eye(5), atol=1e-3, rtol=0.0)
+    torch.testing.assert_close(codes @ generator.factors[:-1] + generator.factors[-1], w, atol=1e-3, rtol=1e-3)
+    assert float(generator.sd.max()) < 0.01  # nothing is left for the noise
+
+
+def test_codes_that_are_kept_lose_nothing_in_their_directions():
+    w, _ = correlated(500)
+    guide = AutoImplicit(vector(5), FactoredGenerator(rank=5, hidden=None))
+    assert APD(guide).fit({"w": w}).steps == 0
+    made = guide.sample(200)["w"]
+    assert float(torch.cdist(made, w).amin(1).max()) < 0.05  # every one is one of the draws, but for the noise of rounding
+    assert len(made.round(decimals=1).unique(dim=0)) > 100
+    network = guide.network
+    assert sum(value.numel() for value in network.state_dict().values()) == network.numbers([(5,)]) == 7 * 5 + 5 * 500
+
+
+def test_a_finished_mlp_makes_the_rows_that_it_made_before_its_standardisation_was_folded():
+    w, _ = correlated()
+    generator = MLPGenerator(noise=4, hidden=(8,))
+    rows = SampleRows({"w": w[None]}, sites_of({"w": w[None]}), torch.float32, torch.device("cpu"))
+    generator.build([torch.Size([5])], torch.float32, torch.device("cpu"))
+    generator.prepare(rows, *rows.moments())
+    torch.nn.init.normal_(generator.layers[-1].bias)
+    z = torch.randn(10, 4)
+    before = generator(z)
+    generator.finish()
+    torch.testing.assert_close(generator(z), before, atol=1e-4, rtol=1e-4)
+    generator.prepare(rows, *rows.moments())
+    torch.testing.assert_close(generator(z), before, atol=1e-4, rtol=1e-4)
+
+
+def test_a_file_of_draws_is_as_good_as_the_samples(tmp_path):
+    x, y = data()
+    path = tmp_path / "draws.safetensors"
+    mcmc = SGMCMC(SGLD(logistic, step_size=1e-3), 50, 0, num_chains=4, draws=path)
+    mcmc.run(x, y)
+    fitted = []
+    for samples in (path, str(path), mcmc.get_samples()):
+        pyro.set_rng_seed(7)
+        guide = AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            APD(guide, batch_size=50, num_steps=30).fit(samples)
+        fitted.append(guide.sample(5)["w"])
+    assert torch.equal(fitted[0], fitted[1]) and torch.equal(fitted[0], fitted[2])
+
+
+def test_rows_of_a_file_that_is_not_full_yet_and_in_half_precision_are_read(tmp_path):
+    path = tmp_path / "draws.safetensors"
+    file = FileDraws(path, {"w": Field(torch.Size([3]), torch.float16), "sample_stats/energy": Field(torch.Size(), torch.float64)}, 2, 10)
+    for i in range(4):
+        file.append({"w": torch.tensor([0.0, 10.0])[:, None] + i + torch.zeros(2, 3), "sample_stats/energy": torch.zeros(2)})
+    values, _ = read_samples(path)
+    rows = SampleRows(values, sites_of(values), torch.float32, torch.device("cpu"))
+    assert rows.take(torch.arange(8))[:, 0].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+    assert rows.take(torch.tensor([5, 0])).dtype == torch.float32
+
+
+def test_rows_that_are_not_kept_ready_are_the_same(monkeypatch):
+    w, _ = correlated(100)
+    values = {"w": w[None]}
+    ready = SampleRows(values, sites_of(values), torch.float32, torch.device("cpu"))
+    monkeypatch.setattr("pyro_advbayes.infer.autoguide.rows.READY", 0)
+    monkeypatch.setattr("pyro_advbayes.infer.autoguide.rows.CHUNK", 35)
+    made = SampleRows(values, sites_of(values), torch.float32, torch.device("cpu"))
+    index = torch.randint(100, (30,))
+    assert made._ready is None and torch.equal(made.take(index), ready.take(index))
+    mean, sd = made.moments()
+    torch.testing.assert_close(mean, w.mean(0))
+    torch.testing.assert_close(sd, w.std(0))
+
+
+@pytest.mark.parametrize("preset", ["fast", "paper"])
+@pytest.mark.parametrize("kind", [MLPGenerator, FactoredGenerator])
+def test_a_resumed_fit_is_the_same_bit_for_bit(tmp_path, preset, kind):
+    w, _ = two_modes(300)
+    settings = {"batch_size": 40, "num_steps": 60, "check_every": 10}
+
+    def fresh():
+        return AutoImplicit(vector(6), kind(noise=4, hidden=(16, 16), **({"rank": 3} if kind is FactoredGenerator else {})))
+
+    results = []
+    path = tmp_path / "apd.safetensors"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pyro.set_rng_seed(3)
+        guide = fresh()
+        APD(guide, preset, checkpoint=path, checkpoint_every=25, **settings).fit({"w": w})  # the last checkpoint is at 50
+        results.append(guide.sample(10)["w"])
+        pyro.set_rng_seed(999)
+        again = fresh()
+        fit = APD.resume(path, again, {"w": w})
+        results.append(again.sample(10)["w"])
+    assert fit.steps == 60 and torch.equal(*results)
+    with pytest.raises(ValueError, match="is of another fit: its number of draws is 300, here it is 299"):
+        APD.resume(path, fresh(), {"w": w[1:]})
+    with pytest.raises(ValueError, match="is of another fit: its draws is"):
+        APD.resume(path, fresh(), {"w": w + 1})
+    with pytest.raises(ValueError, match="is of another fit: its generator is"):
+        APD.resume(path, AutoImplicit(vector(6), MLPGenerator(noise=5, hidden=(16, 16))), {"w": w})
+    with pytest.raises(FileExistsError):
+        APD(fresh(), preset, checkpoint=path, **settings).fit({"w": w})
+
+
+def test_a_fit_that_does_not_arrive_says_so_and_keeps_the_best():
+    w, _ = two_modes()
+    guide = AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(8,)))
+    with pytest.warns(UserWarning, match="APD has not come down to the draws in 40 steps: two-sample distance .* Judge it"):
+        fit = APD(guide, num_steps=40, check_every=10).fit({"w": w})
+    assert fit.converged is False and fit.distance > fit.floor > 0
+
+
+def test_fitting_again_goes_on_from_where_the_generator_was():
+    w, _ = two_modes()
+    guide = AutoImplicit(vector(6), MLPGenerator(noise=16, hidden=(64, 64)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = APD(guide, num_steps=600).fit({"w": w})
+        second = APD(guide, num_steps=300).fit({"w": w})
+    assert second.distance < first.distance
+
+
+def test_sites_that_turn_out_to_be_constrained_are_fitted_anew():
+    x, y = data()
+    samples = {"w": torch.randn(300, 3), "b": torch.randn(300), "scale": torch.randn(300).add(3.0).exp()}
+    guide = AutoImplicit(regression, MLPGenerator(noise=3, hidden=(8,)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        APD(guide, num_steps=20).fit(samples)
+        assert bool((guide.sample(1000)["scale"] < 0).any())  # nothing had told that it is positive
+        APD(guide, num_steps=20).fit(samples, x, y)
+    assert bool((guide.sample(1000)["scale"] > 0).all())
+
+
+def test_bad_draws_are_refused_by_name():
+    x, y = data()
+    good = {"w": torch.randn(300, 3), "b": torch.randn(300)}
+
+    def fit(samples, *args, **settings):
+        APD(AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,))), num_steps=1, **settings).fit(samples, *args)
+
+    with pytest.raises(ValueError, match="20 draws are fewer than batch_size=256: take a smaller batch"):
+        fit({k: v[:20] for k, v in good.items()})
+    for bad in (math.nan, math.inf):
+        broken = good["w"].clone()
+        broken[17, 2] = bad
+        with pytest.raises(ValueError, match="draw 17 of site 'w' is not finite in unconstrained space"):
+            fit({**good, "w": broken})
+    with pytest.raises(ValueError, match="site 'b' is missing; draws are needed of"):
+        fit({"w": good["w"]}, x, y)
+    with pytest.raises(ValueError, match="site 'c' is none of the guide's"):
+        fit({**good, "c": good["b"]}, x, y)
+    with pytest.raises(ValueError, match=r"a draw of site 'w' has shape \(2,\), the site has \(3,\)"):
+        fit({**good, "w": good["w"][:, :2]}, x, y)
+    constant = good["w"].clone()
+    constant[:, 1] = 0.1
+    with pytest.raises(ValueError, match=r"element 1 of site 'w' is the same in all 300 draws .*Did the chain move"):
+        fit({**good, "w": constant})
+    with pytest.raises(ValueError, match="equally many draws of every site"):
+        fit({**good, "b": good["b"][1:]})
+    with pytest.raises(ValueError, match="site 'w' must be a tensor"):
+        fit({**good, "w": good["w"].long()})
+    with pytest.raises(ValueError, match="a dict of draws"):
+        fit({})
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        fit("nowhere.safetensors")
+
+
+def test_bad_settings_are_refused_by_name():
+    guide = AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,)))
+    for wrong in (
+        {"preset": "best"},
+        {"objective": "gan"},
+        {"batch_size": 1},
+        {"critic_steps": 0},
+        {"num_steps": 1.5},
+        {"check_every": 0},
+        {"penalty": -1.0},
+        {"learning_rate": 0.0},
+        {"half_life": -1.0},
+        {"ema": 1.0},
+        {"checkpoint_every": 0},
+        {"epochs": 3},
+    ):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            APD(guide, **wrong)
+    with pytest.raises(ValueError, match="guide=function"):
+        APD(logistic)
+    w = torch.randn(300, 3)
+    with pytest.raises(ValueError, match="rank=4: the sites hold 3 numbers"):
+        APD(AutoImplicit(vector(3), FactoredGenerator(rank=4))).fit({"w": w})
+    with pytest.raises(ValueError, match="rank=3: 3 draws tell at most 2 directions apart"):
+        APD(AutoImplicit(vector(3), FactoredGenerator(rank=3)), batch_size=2).fit({"w": w[:3]})
+    with pytest.raises(ValueError, match="critic_hidden"):
+        APD(AutoImplicit(vector(3), MLPGenerator(noise=3, hidden=(8,))), "paper", critic_hidden=()).fit({"w": w})
+
+
+def test_a_guide_for_a_potential_refuses_draws_without_one_of_its_sites():
+    guide = AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,)), Potential(logistic, data()))
+    with pytest.raises(ValueError, match="site 'b' is missing"):
+        APD(guide).fit({"w": torch.randn(300, 3)})
+
+
+def test_a_hypernetwork_learns_what_the_rows_of_a_matrix_have_in_common():
+    common = torch.randn(2000, 1, 1)
+    w = 5.0 + common * torch.randn(6, 1) * torch.randn(1, 4) + 0.3 * torch.randn(2000, 6, 1) * torch.randn(1, 4)
+
+    def model():
+        pyro.sample("w", dist.Normal(torch.zeros(6, 4), 1.0).to_event(2))
+
+    guide = AutoImplicit(model, HyperGenerator(noise=16, hidden=(32,), width=16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = APD(guide, num_steps=1500).fit({"w": w})
+    made = guide.sample(4000)["w"].flatten(1)
+    torch.testing.assert_close(made.mean(0), w.flatten(1).mean(0), atol=0.25, rtol=0.0)
+    assert float((made.std(0) / w.flatten(1).std(0)).log().abs().mean()) < 0.2
+    near = torch.corrcoef(made.mT) - torch.corrcoef(w.flatten(1).mT)
+    assert float(near.abs().mean()) < 0.15 and fit.distance < 3 * fit.floor

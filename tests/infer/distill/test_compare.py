@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_advbayes.infer.autoguide.generators import NetworkGenerator
+from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
+from pyro_advbayes.infer.autoguide.rows import sites_of
+from pyro_advbayes.infer.distill import MLPGenerator, compare
+
+X = torch.linspace(-3, 3, 25)[:, None]
+
+
+def model(x, y=None):
+    """A slope and an offset, logits of two classes."""
+    slope, offset = pyro.sample("slope", dist.Normal(0.0, 1.0)), pyro.sample("offset", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+    logits = torch.cat([torch.zeros_like(x), slope * x + offset], -1)
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+    return logits
+
+
+def draws(count: int = 2000) -> dict:
+    return {"slope": 2.0 + torch.randn(count), "offset": -1.0 + 0.5 * torch.randn(count, 1)}
+
+
+def guide(shift: float = 0.0, widen: float = 1.0) -> AutoImplicit:
+    """The law of the draws itself, or one that is off."""
+    network = torch.nn.Linear(2, 2)
+    network.noise = 2
+    with torch.no_grad():
+        network.weight.copy_(torch.diag(torch.tensor([1.0, 0.5]) * widen))
+        network.bias.copy_(torch.tensor([2.0 + shift, -1.0]))
+    found = AutoImplicit(model, NetworkGenerator(network))
+    found.set_sites(sites_of({name: value[None] for name, value in draws(2).items()}))
+    found.num_draws = 2000
+    return found
+
+
+def test_the_same_law_is_as_near_as_the_halves_are():
+    found = compare(draws(), guide(), X)
+    assert found.num_samples == 1000
+    assert found.sliced_wasserstein.value < 2 * found.sliced_wasserstein.floor
+    assert found.mmd.p_value > 0.01 and found.mmd_floor.p_value > 0.01
+    for moments in found.moments.values():  # 1000 draws of each: standard error of the difference .045, of the log-ratio .032
+        assert moments.mean.value < 4 * 0.045 and moments.sd.value < 4 * 0.032
+    functions = found.functions
+    assert functions.kl.value < 0.01 and functions.total_variation.value < 0.05 and functions.mutual_information.value < 0.02
+    assert functions.mutual_information_correlation.value > 0.98
+
+
+def test_a_shifted_mean_is_found_in_its_site_and_in_function_space():
+    found = compare(draws(), guide(shift=1.0), X)
+    assert found.mmd.p_value < 0.01 and found.mmd_floor.p_value > 0.01
+    assert found.sliced_wasserstein.value > 3 * found.sliced_wasserstein.floor
+    assert found.moments["slope"].mean.value == pytest.approx(1.0, abs=4 * 0.045)
+    assert found.moments["offset"].mean.value < 4 * 0.045
+    assert found.functions.total_variation.value > 3 * found.functions.total_variation.floor
+
+
+def test_a_wider_law_disagrees_more_with_itself():
+    found = compare(draws(), guide(widen=2.0), X)
+    for moments in found.moments.values():
+        assert moments.sd.value == pytest.approx(0.693, abs=4 * 0.032)
+    assert found.functions.mutual_information.value > 5 * found.functions.mutual_information.floor
+
+
+def test_the_numbers_of_function_space_are_those_of_their_definitions():
+    samples, other = draws(4), guide()
+    torch.manual_seed(4)
+    found = compare(samples, other, X, num_samples=2, num_permutations=1)
+    torch.manual_seed(4)
+    other.sample(1)
+    made = other.constrain(other.network.sample(2))
+
+    def probs(values):
+        slope, offset = values["slope"][:, None], values["offset"]
+        return torch.stack([torch.zeros(len(slope), 25), slope * X.T + offset], -1).double().softmax(-1)
+
+    p, q = (probs({k: v[2 * i : 2 * i + 2] for k, v in samples.items()}).mean(0) for i in range(2))
+    m = probs(made).mean(0)
+    kl = [(a * (a / b).log()).sum(-1).mean() for a, b in ((p, m), (q, m), (p, q))]
+    assert found.functions.kl == pytest.approx((float(kl[0] + kl[1]) / 2, float(kl[2])), rel=1e-4)
+    tv = [(a - b).abs().sum(-1).mean() / 2 for a, b in ((p, m), (q, m), (p, q))]
+    assert found.functions.total_variation == pytest.approx((float(tv[0] + tv[1]) / 2, float(tv[2])), rel=1e-4)
+
+
+def test_without_inputs_only_the_weights_are_compared_and_the_table_has_every_number():
+    found = compare(draws(), guide())
+    assert found.functions is None
+    text = str(compare(draws(), guide(), X))
+    for word in ("sliced Wasserstein", "MMD²", "p-value", "slope: means", "offset: sds", "kl", "mutual information", "1000 draws"):
+        assert word in text
+
+
+def test_bad_input_is_refused_by_name():
+    with pytest.raises(RuntimeError, match="has not been fitted"):
+        compare(draws(), AutoImplicit(model, MLPGenerator()))
+    with pytest.raises(ValueError, match="site 'offset' is missing"):
+        compare({"slope": torch.randn(10)}, guide())
+    for wrong in (1, 1001, 2.5):
+        with pytest.raises(ValueError, match=f"num_samples={wrong}: from 2 to half of the 2000 draws"):
+            compare(draws(), guide(), num_samples=wrong)
+    with pytest.raises(ValueError, match=r"return_site='obs': logits \[N, K\] are needed"):
+        compare(draws(), guide(), X, return_site="obs")

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pyro
+import pyro.infer
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from torch import nn
+
+from models.classifier import Classifier
+from pyro_advbayes import PosteriorClassifier, Potential, Predictive, minibatch
+from pyro_advbayes.nn import dropout_guide, mc_dropout
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(2, 20), nn.ReLU(), nn.Dropout(0.25), nn.Linear(20, 2))
+
+
+def test_a_mask_leaves_units_out_and_scales_the_others():
+    net = network()
+    model, x = Classifier(mc_dropout(net)), torch.randn(7, 2)
+    mask = (torch.rand(20) < 0.5).float()
+    logits = poutine.condition(model, {"net.2.mask": mask})(x)
+    torch.testing.assert_close(logits, net[3](net[1](net[0](x)) * mask / 0.75))
+
+
+def test_over_draws_units_are_left_out_as_often_as_the_layer_says_and_the_same_for_all_rows():
+    model, x = Classifier(mc_dropout(network())), torch.randn(7, 2)
+    masks = Predictive(model, num_samples=2000)(x)["net.2.mask"].reshape(2000, 20)
+    assert set(masks.unique().tolist()) == {0.0, 1.0}
+    assert abs(float(masks.mean()) - 0.75) < 4 * (0.75 * 0.25 / 40_000) ** 0.5
+
+
+def test_masks_of_channels_hold_for_whole_maps():
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(6 * 36, 2))
+    model, x = Classifier(mc_dropout(net)), torch.randn(3, 1, 8, 8)
+    mask = torch.tensor([1.0, 0, 1, 0, 0, 1])
+    logits = poutine.condition(model, {"net.1.mask": mask})(x)
+    torch.testing.assert_close(logits, net[3](net[2](net[0](x) * 2 * mask[:, None, None])))
+
+
+def test_svi_trains_it_and_its_loss_is_the_negative_log_likelihood_of_a_masked_network():
+    x = torch.randn(200, 2)
+    y = (x.sum(-1) > 0).long()
+    net = network()
+    model = Classifier(mc_dropout(net))
+    svi = SVI(minibatch(model, 200), dropout_guide(model), pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
+    torch.manual_seed(0)
+    mask = torch.bernoulli(torch.full((20,), 0.75))
+    torch.manual_seed(0)
+    first = svi.evaluate_loss(x, y)
+    expected = nn.functional.cross_entropy(net[3](net[1](net[0](x)) * mask / 0.75), y, reduction="sum")
+    assert first == pytest.approx(expected.item(), rel=1e-4)
+    for _ in range(150):
+        svi.step(x, y)
+    assert svi.evaluate_loss(x, y) < 0.5 * first
+
+
+@pytest.mark.parametrize("predictive", [Predictive, pyro.infer.Predictive])
+def test_a_prediction_draws_a_network_for_each_draw(predictive):
+    model, x = Classifier(mc_dropout(network())), torch.randn(5, 2)
+    drawn = predictive(model, guide=dropout_guide(model), num_samples=10, return_sites=["net.2.mask", "_RETURN"])(x)
+    assert len(drawn["_RETURN"].flatten(1).unique(dim=0)) > 5
+    assert PosteriorClassifier(model, {"net.2.mask": drawn["net.2.mask"]})(x).shape == (5, 2)
+
+
+def test_what_cannot_be_a_mask_is_refused_by_name():
+    with pytest.raises(ValueError, match="the Sequential has no Dropout layer"):
+        mc_dropout(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"layer '1' leaves every unit out \(p=1.0\)"):
+        mc_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout(1.0)))
+    with pytest.raises(ValueError, match=r"layer '1' \(AlphaDropout\) is no mask"):
+        mc_dropout(nn.Sequential(nn.Linear(2, 2), nn.AlphaDropout(0.1)))
+    x, y = torch.randn(10, 2), torch.zeros(10).long()
+    with pytest.raises(ValueError, match=r"'net.2.mask' .* is discrete"):
+        Potential(Classifier(mc_dropout(network())), (x, y))
