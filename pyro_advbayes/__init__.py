@@ -3,6 +3,7 @@
 from pyro_advbayes import attacks, datasets, diagnostics, nn
 from pyro_advbayes.handlers import minibatch
 from pyro_advbayes.infer import distill
+from pyro_advbayes.infer.active import active_learning
 from pyro_advbayes.infer.adapter import UncertaintyRegularizer, bayes_adapter, weight_decay_prior
 from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.arviz import to_arviz
@@ -44,6 +45,7 @@ __all__ = [
     "TraceAdversarial_ELBO",
     "TraceRobust_ELBO",
     "UncertaintyRegularizer",
+    "active_learning",
     "attacks",
     "bayes_adapter",
     "datasets",

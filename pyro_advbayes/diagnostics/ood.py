@@ -1,14 +1,108 @@
 """How well a score of uncertainty tells inputs from elsewhere (out-of-distribution, adversarial) from the data's own.
 
-All functions take scores of the data's own inputs, ``[N]``, and of the others, ``[M]``, where higher means more unusual;
-1 is perfect. AUPR depends on the share of the two (by chance it is the share of the positive kind), AUROC does not. They
-raise ``ValueError`` where scores are not finite vectors.
+The four measures take scores of the data's own inputs, ``[N]``, and of the others, ``[M]``, where higher means more unusual. AUPR
+depends on the share of the two (by chance it is the share of the positive kind), AUROC and FPR95 do not. They raise ``ValueError`` where
+scores are not finite vectors. :func:`ood_detection` and :func:`adversarial_detection` take the probabilities of draws, and give all
+measures of all scores.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from pyro_advbayes.diagnostics.checks import check_probs
+from pyro_advbayes.diagnostics.uncertainty import model_variance, mutual_information, predictive_entropy, variation_ratio
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "entropy": predictive_entropy,
+    "variation ratio": variation_ratio,
+    "mutual information": mutual_information,
+    "model variance": model_variance,
+}
+
+
+class Detection(NamedTuple):
+    """What one score is worth: :func:`auroc`, :func:`aupr_out`, :func:`aupr_in`, :func:`fpr95`, each in [0, 1]."""
+
+    auroc: float
+    aupr_out: float
+    aupr_in: float
+    fpr95: float
+
+
+def detection(in_scores: Tensor, out_scores: Tensor) -> Detection:
+    """All four measures of one score."""
+    return Detection(*(measure(in_scores, out_scores) for measure in (auroc, aupr_out, aupr_in, fpr95)))
+
+
+def ood_detection(in_probs: Tensor, out_probs: Mapping[str, Tensor]) -> dict[str, dict[str, Detection]]:
+    """
+    The table of an out-of-distribution experiment, from predictions that were made once for each set. ::
+
+        table = ood_detection(probs(x_test), {"notMNIST": probs(letters), "uniform": probs(noise)})
+        table["notMNIST"]["entropy"].auroc
+
+    :param in_probs: of the data's own inputs, ``[draws, N, K]``; ``[N, K]`` of a single network, which leaves out the scores that need
+        draws to disagree.
+    :param out_probs: set -> ``[draws, M, K]`` (or ``[M, K]``).
+    :return: set -> score (``"entropy"``, ``"variation ratio"``, ``"mutual information"``, ``"model variance"``) -> :class:`Detection`.
+    :raises ValueError: if these are no probabilities, or not of the same classes and kind.
+    """
+    own = _scores(in_probs)
+    table = {}
+    for name, probs in out_probs.items():
+        if probs.dim() != in_probs.dim() or probs.shape[-1] != in_probs.shape[-1]:
+            raise ValueError(
+                f"{name}: probabilities {list(probs.shape)} do not go with {list(in_probs.shape)}: [draws, M, K] of the same K"
+            )
+        others = _scores(probs)
+        table[name] = {score: detection(own[score], others[score]) for score in own}
+    return table
+
+
+class AdversarialDetection(NamedTuple):
+    """
+    Clean inputs told from attacked ones, by score.
+
+    :ivar all: -> :class:`Detection` of all attacked inputs; None for each of the three where there are no such inputs.
+    :ivar hit: of those at which the attack changed the source's prediction to a wrong one.
+    :ivar missed: of the others.
+    :ivar hit_share: how many were hit, in [0, 1].
+    """
+
+    all: dict[str, Detection] | None
+    hit: dict[str, Detection] | None
+    missed: dict[str, Detection] | None
+    hit_share: float
+
+
+def adversarial_detection(clean_probs: Tensor, attacked_probs: Tensor, hit: Tensor) -> AdversarialDetection:
+    """
+    How well a detector's uncertainty tells attacked inputs from clean ones. The attack may have been made on another model, the source;
+    whether it hit is the source's matter.
+
+    :param clean_probs: the detector's, of clean inputs, ``[draws, N, K]`` or ``[N, K]``.
+    :param attacked_probs: the detector's, of attacked ones, ``[draws, M, K]`` or ``[M, K]``.
+    :param hit: whether the source is wrong about each, bool ``[M]``.
+    :raises ValueError: if these are no probabilities, or ``hit`` does not fit.
+    """
+    if hit.dtype != torch.bool or hit.shape != attacked_probs.shape[-2:-1]:
+        raise ValueError(
+            f"hit is {hit.dtype} {list(hit.shape)}: a bool for each of the {attacked_probs.shape[-2]} attacked inputs is needed"
+        )
+    parts = {"all": torch.ones_like(hit), "hit": hit, "missed": ~hit}
+    chosen = {name: attacked_probs[..., rows, :] for name, rows in parts.items() if bool(rows.any())}
+    table = ood_detection(clean_probs, chosen)
+    return AdversarialDetection(*(table.get(name) for name in parts), float(hit.double().mean()))
+
+
+def _scores(probs: Tensor) -> dict[str, Tensor]:
+    draws = check_probs(probs).dim() == 3
+    return {name: score(probs) for name, score in SCORES.items() if draws or name in ("entropy", "variation ratio")}
 
 
 def auroc(in_scores: Tensor, out_scores: Tensor) -> float:
@@ -32,6 +126,14 @@ def aupr_in(in_scores: Tensor, out_scores: Tensor) -> float:
 
     labels, scores = _labelled(in_scores, out_scores)
     return float(average_precision_score(1 - labels, -scores))
+
+
+def fpr95(in_scores: Tensor, out_scores: Tensor) -> float:
+    """The share of the others that pass for the data's own where the threshold lets 95 % of those pass; 0 is perfect."""
+    _labelled(in_scores, out_scores)
+    own = in_scores.detach().cpu().double().sort().values
+    threshold = own[-(-95 * len(own) // 100) - 1]
+    return float((out_scores.detach().cpu().double() <= threshold).double().mean())
 
 
 def _labelled(negative: Tensor, positive: Tensor) -> tuple:

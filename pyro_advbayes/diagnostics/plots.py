@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyro_advbayes.diagnostics.acquisition import LearningCurve
 from pyro_advbayes.diagnostics.calibration import Reliability
 from pyro_advbayes.diagnostics.draws import DrawQuality, RetainedAccuracy
 from pyro_advbayes.diagnostics.robustness import AccuracyCurve, GradientNorms
@@ -80,6 +81,24 @@ def plot_accuracy_curves(curves: dict[str, AccuracyCurve], *, xlabel: str = "eps
         (line,) = ax.plot(eps, accuracy, marker="o", markersize=3, label=f"{name} ({accuracy[0]:.3f} to {accuracy[-1]:.3f})")
         ax.fill_between(eps, accuracy - error, accuracy + error, color=line.get_color(), alpha=0.2, linewidth=0)
     ax.set(xlabel=xlabel, ylabel="accuracy under attack")
+    ax.legend()
+    return ax
+
+
+def plot_learning_curves(curves: dict[str, LearningCurve], *, ax: Axes | None = None) -> Axes:
+    """Accuracy against the number of labels, mean over repetitions, with one standard error as a band.
+
+    :param curves: from the name of an acquisition to its curve; the legend adds the accuracy at the end.
+    :raises ValueError: if there are no curves.
+    """
+    if not curves:
+        raise ValueError("curves must name at least one acquisition")
+    ax = ax if ax is not None else _axes()
+    for name, curve in curves.items():
+        mean, error = curve.mean.cpu(), curve.error.cpu()
+        (line,) = ax.plot(curve.num_labels.cpu(), mean, marker="o", markersize=3, label=f"{name} (to {mean[-1]:.3f})")
+        ax.fill_between(curve.num_labels.cpu(), mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
+    ax.set(xlabel="labels", ylabel="accuracy")
     ax.legend()
     return ax
 

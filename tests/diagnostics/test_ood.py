@@ -3,7 +3,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyro_advbayes.diagnostics import aupr_in, aupr_out, auroc
+from pyro_advbayes.diagnostics import (
+    adversarial_detection,
+    aupr_in,
+    aupr_out,
+    auroc,
+    fpr95,
+    model_variance,
+    mutual_information,
+    ood_detection,
+    predictive_entropy,
+    variation_ratio,
+)
 
 ALL = [auroc, aupr_out, aupr_in]
 
@@ -58,3 +69,42 @@ def test_scores_may_be_of_half_precision_and_require_gradients():
     own, others = scores()
     own_16, others_16 = own.bfloat16().requires_grad_(), others.bfloat16().requires_grad_()
     assert auroc(own_16, others_16) == pytest.approx(auroc(own, others), abs=0.01)
+
+
+def test_fpr95_is_the_share_that_passes_with_95_percent_of_the_own():
+    own, others = torch.arange(100.0), torch.tensor([10.0, 93.9, 94.0, 94.1, 200.0])
+    assert fpr95(own, others) == pytest.approx(3 / 5)
+    assert fpr95(torch.arange(10.0), torch.tensor([9.0, 9.5])) == pytest.approx(1 / 2)
+
+
+def draws(confident: float, count: int = 40) -> torch.Tensor:
+    return (confident * torch.randn(5, count, 3)).softmax(-1)
+
+
+def test_the_table_holds_every_measure_of_every_score():
+    own, letters, noise = draws(8.0), draws(1.0), draws(0.1, 30)
+    table = ood_detection(own, {"letters": letters, "noise": noise})
+    assert list(table) == ["letters", "noise"]
+    scores = {"entropy": predictive_entropy, "variation ratio": variation_ratio}
+    scores |= {"mutual information": mutual_information, "model variance": model_variance}
+    for name, others in (("letters", letters), ("noise", noise)):
+        assert list(table[name]) == list(scores)
+        for score, f in scores.items():
+            assert table[name][score] == tuple(measure(f(own), f(others)) for measure in (*ALL, fpr95))
+    assert list(ood_detection(own[0], {"noise": noise[0]})["noise"]) == ["entropy", "variation ratio"]
+    with pytest.raises(ValueError, match="noise: probabilities"):
+        ood_detection(own, {"noise": noise[0]})
+
+
+def test_adversarial_inputs_that_missed_are_told_apart():
+    clean, attacked = draws(8.0), draws(8.0)
+    hit = torch.arange(40) % 4 == 0
+    attacked[:, hit] = draws(0.1, 10)
+    found = adversarial_detection(clean, attacked, hit)
+    assert found.hit_share == 0.25
+    assert found.hit["entropy"].auroc > 0.9 > found.missed["entropy"].auroc
+    mixed = 0.25 * found.hit["entropy"].auroc + 0.75 * found.missed["entropy"].auroc
+    assert found.all["entropy"].auroc == pytest.approx(mixed)
+    assert adversarial_detection(clean, attacked, torch.ones(40, dtype=torch.bool)).missed is None
+    with pytest.raises(ValueError, match=r"hit is .*: a bool for each of the 40"):
+        adversarial_detection(clean, attacked, hit[:3])

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from pyro_advbayes.diagnostics import LearningCurve, acquire, batch_bald, mutual_information, predictive_entropy
+
+
+def predictions(draws=4, inputs=6, classes=3, sharp=2.0):
+    return (sharp * torch.randn(draws, inputs, classes, dtype=torch.float64)).softmax(-1)
+
+
+def joint_information(probs, chosen):
+    """I(labels of the chosen inputs; draw), by counting all joint labels."""
+    draws, _, classes = probs.shape
+    total = 0.0
+    for labels in itertools.product(range(classes), repeat=len(chosen)):
+        p = torch.stack([probs[:, i, k] for i, k in zip(chosen, labels, strict=True)]).prod(0)
+        total += float(torch.special.entr(p.mean()))
+    return total - float(torch.special.entr(probs[:, chosen]).sum() / draws)
+
+
+def test_every_choice_of_batch_bald_raises_the_joint_information_the_most():
+    probs = predictions()
+    chosen = batch_bald(probs, 4).tolist()
+    for size in range(4):
+        gains = [joint_information(probs, [*chosen[:size], i]) if i not in chosen[:size] else -1.0 for i in range(6)]
+        assert gains[chosen[size]] == pytest.approx(max(gains))
+    assert chosen[0] == int(mutual_information(probs).argmax())
+
+
+def test_drawn_labels_estimate_what_all_labels_give():
+    """With far fewer joint labels than there are (81 of 3^8), most choices are those of the full count."""
+    torch.manual_seed(0)
+    probs = predictions(inputs=10)
+    exact = batch_bald(probs, 8, num_labels=3**8).tolist()
+    drawn = batch_bald(probs, 8, num_labels=2000).tolist()
+    assert exact[:6] == drawn[:6]  # up to here nothing had to be drawn in either, or much less than there is
+    information = [joint_information(probs, chosen) for chosen in (exact, drawn)]
+    assert information[1] == pytest.approx(information[0], rel=0.02)
+
+
+def test_batch_bald_does_not_ask_the_same_twice_and_bald_does():
+    probs = predictions(inputs=5)
+    best = int(mutual_information(probs).argmax())
+    probs = torch.cat([probs[:, [best]], probs], 1)
+    assert set(acquire(probs, 2, "bald").tolist()) == {0, best + 1}
+    assert set(acquire(probs, 2, "batch_bald").tolist()) != {0, best + 1}
+
+
+def test_scores_are_taken_from_the_highest_down_and_ties_in_order():
+    probs = predictions(inputs=20)
+    assert acquire(probs, 5, "entropy").tolist() == predictive_entropy(probs).argsort(descending=True)[:5].tolist()
+    same = torch.full((2, 6, 3), 1 / 3)
+    for acquisition in ("entropy", "bald", "variation_ratio", "batch_bald"):
+        assert acquire(same, 3, acquisition).tolist() == [0, 1, 2]
+    assert acquire(probs.float(), 4, "batch_bald").tolist() == acquire(probs, 4, "batch_bald").tolist()
+
+
+def test_random_choices_are_different_inputs_under_the_seed():
+    torch.manual_seed(3)
+    first = acquire(predictions(inputs=50), 20, "random")
+    assert len(first.unique()) == 20 and int(first.max()) < 50
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [((0,), "count=0"), ((7,), "pool of 6"), ((2, "BALD"), "acquisition='BALD': choose one of 'entropy', 'bald'")],
+)
+def test_what_cannot_be_acquired_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        acquire(predictions(), *options)
+
+
+def test_a_learning_curve_has_its_mean_and_standard_error():
+    curve = LearningCurve(torch.tensor([20, 30]), torch.tensor([[0.5, 0.7], [0.7, 0.7], [0.6, 0.7]]))
+    torch.testing.assert_close(curve.mean, torch.tensor([0.6, 0.7]))
+    torch.testing.assert_close(curve.error, torch.tensor([0.1 / 3**0.5, 0.0]), atol=1e-6, rtol=1e-5)
+    assert LearningCurve(torch.tensor([20]), torch.tensor([[0.5]])).error.tolist() == [0.0]
