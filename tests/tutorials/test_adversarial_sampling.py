@@ -28,7 +28,7 @@ def test_every_row_has_every_number(rows):
     assert {"scale", "seed", "numbers", "lr", "init_scale", "fine_tuning", "device", "versions"} <= set(content["settings"])
     three = ("AS", "plain", "plain, longer")
     named = {f"fashion_mnist, {start}, proper: {method}" for start in ("scratch", "fine-tuned") for method in three}
-    assert set(content["results"]) == named | {"fashion_mnist, scratch, proper: AS, mix 1.0"}
+    assert set(content["results"]) == named | {f"fashion_mnist, scratch, proper: AS, {which}" for which in ("mix 1.0", "steps of 0.004")}
     for row in content["results"].values():
         assert 0 <= row["lowest"] <= row["mean"] <= row["highest"] <= 1 and len(row["accuracy"]) == SMOKE.draws
         assert row["ensembled"][1] >= 0 and list(row["retained"]) == ["0.2", "0.4", "0.6", "0.8"]
@@ -63,7 +63,7 @@ def test_budgets_are_equal_as_they_are_called(rows):
     last = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
     last.register_forward_hook(lambda *args: Counted.apply(args[-1]))
     loss = case.loss()
-    handlers = ab.TraceAdversarial_ELBO(loss.ascent.num_steps, mix=loss.mix, backend="handlers")
+    handlers = ab.TraceAdversarial_ELBO(loss.ascent.num_steps, loss.ascent.step_size, loss.mix, backend="handlers")
     handlers.differentiable_loss(model, guide, x, y).backward()
     assert count == case.evaluations
 

@@ -7,7 +7,8 @@ from scratch and by Bayesian fine-tuning from a trained network; then 100 networ
 
 - "plain": variational inference without an adversary, for as many epochs;
 - "plain, longer": the same for as many gradient evaluations, a step of Adversarial Sampling being 7 with the 5 of its adversary;
-- "AS": Adversarial Sampling with mix 0.8, the paper's; and the sweep of mix from 0, which is "plain", to 1.
+- "AS": Adversarial Sampling with mix 0.8 and steps of 0.02, the paper's; with smaller steps; and the sweep of mix from 0, which is
+  "plain", to 1.
 
 Each is fitted with the divergence from the prior as Bayes' rule has it ("proper") and with the weight that the authors' code gives it,
 (1 - mix) / 100 ("cold").
@@ -62,6 +63,8 @@ FINE_TUNING = {"lr": 1e-3, "scale_lr": 0.01, "init_scale": 0.01}
 PRIOR = Normal(0.0, 0.15)
 MIX = 0.8
 NUM_STEPS = 5
+STEP_SIZE = 0.02  # of the adversary, in standard deviations
+SMALL_STEP_SIZE = 0.004
 SHARES = (0.2, 0.4, 0.6, 0.8)
 DATA = ("fashion_mnist", "cifar10")
 
@@ -78,7 +81,7 @@ class Scale(NamedTuple):
     curve_points: int
     curve_draws: int
     curve_test: int
-    mixes: tuple[float, ...]  # beside 0 and the paper's; the first of them first
+    mixes: tuple[float, ...]  # beside 0 and the paper's
     kinds: tuple[str, ...] = ("proper", "cold")  # of the divergence's weight
     depth: int = 20  # of the residual network
 
@@ -113,13 +116,15 @@ class Case(NamedTuple):
     mix: float
     kl: str  # "proper" or "cold"
     longer: bool = False  # as many gradient evaluations as Adversarial Sampling has
+    step_size: float = STEP_SIZE
 
     @property
     def method(self) -> str:
         """Its name among those of one data set, start and weight of the divergence."""
         if self.mix == 0:
             return "plain, longer" if self.longer else "plain"
-        return "AS" if self.mix == MIX else f"AS, mix {self.mix}"
+        usual = "AS" if self.mix == MIX else f"AS, mix {self.mix}"
+        return usual if self.step_size == STEP_SIZE else f"{usual}, steps of {self.step_size}"
 
     @property
     def name(self) -> str:
@@ -139,7 +144,7 @@ class Case(NamedTuple):
     def loss(self) -> ab.TraceAdversarial_ELBO:
         """What is minimised."""
         cold = {"kl_scale": 0.01, "kl_in_mix": True} if self.kl == "cold" else {}
-        return ab.TraceAdversarial_ELBO(num_steps=NUM_STEPS, mix=self.mix, **cold)
+        return ab.TraceAdversarial_ELBO(NUM_STEPS, self.step_size, self.mix, **cold)
 
 
 class Task(NamedTuple):
@@ -161,14 +166,14 @@ class Fitted(NamedTuple):
 
 
 def grid(scale: Scale) -> list[Case]:
-    """All rows, of each data set: the comparison and the far end of the sweep first."""
+    """All rows, of each data set: the comparisons first, then what is varied."""
     cases = []
     for data in DATA:
-        for start in ("scratch", "fine-tuned"):
-            for kl in scale.kinds:
+        for kl in scale.kinds:
+            for start in ("scratch", "fine-tuned"):
                 cases += [Case(data, start, MIX, kl), Case(data, start, 0.0, kl), Case(data, start, 0.0, kl, longer=True)]
-                cases += [Case(data, start, scale.mixes[0], kl)] if start == "scratch" else []
-        cases += [Case(data, "scratch", mix, kl) for mix in scale.mixes[1:] for kl in scale.kinds]
+            cases.append(Case(data, "scratch", MIX, kl, step_size=SMALL_STEP_SIZE))
+        cases += [Case(data, "scratch", mix, kl) for mix in scale.mixes for kl in scale.kinds]
     return cases
 
 
@@ -331,6 +336,15 @@ def measure(fitted: Fitted, task: Task, scale: Scale) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def accuracy(weights: dict[str, Tensor], data: str, task: Task, scale: Scale) -> list[float]:
+    """Of one network, with its standard error."""
+    net = new_network(data, scale).to(task.x.device).eval()
+    net.load_state_dict(weights)
+    probs = torch.cat([net(x).softmax(-1) for x in task.x_test.split(500)])
+    return list(dg.accuracy_under_attack(probs, task.y_test))
+
+
 def run(case: Case, task: Task, scale: Scale, seed: int, work: Path) -> dict[str, Any]:
     """One row, from its own seed: the same numbers whatever was computed before."""
     weights = None
@@ -348,6 +362,8 @@ def run(case: Case, task: Task, scale: Scale, seed: int, work: Path) -> dict[str
     pyro.set_rng_seed(seed + 2)
     steps = case.epochs(scale) * -(-len(task.x) // BATCH_SIZE)
     about = {"epochs": case.epochs(scale), "gradient evaluations": steps * case.evaluations, "loss": fitted.loss, "seconds": seconds}
+    if weights is not None:
+        about["trained network"] = accuracy(weights, case.data, task, scale)
     return {**case._asdict(), **about, **measure(fitted, task, scale), "curve": fitted.curve}
 
 
@@ -366,7 +382,11 @@ def picture(rows: dict[str, Any], path: Path) -> None:
     }
     dg.plot_retained_accuracy(retained, ax=axes[1, 0])
     for kl, colour in (("proper", "tab:blue"), ("cold", "tab:orange")):
-        sweep = [row for row in rows.values() if row["start"] == "scratch" and row["kl"] == kl and not row["longer"]]
+        sweep = [
+            row
+            for row in rows.values()
+            if row["start"] == "scratch" and row["kl"] == kl and not row["longer"] and row["step_size"] == STEP_SIZE
+        ]
         sweep.sort(key=lambda row: row["mix"])
         if sweep:
             mixes = [row["mix"] for row in sweep]
