@@ -31,6 +31,7 @@ def test_every_row_has_every_number(rows):
     assert set(content["results"]) == named | {f"fashion_mnist, scratch, proper: AS, {which}" for which in ("mix 1.0", "steps of 0.004")}
     for row in content["results"].values():
         assert 0 <= row["lowest"] <= row["mean"] <= row["highest"] <= 1 and len(row["accuracy"]) == SMOKE.draws
+        assert ("trained network" in row) == (row["start"] == "fine-tuned")
         assert row["ensembled"][1] >= 0 and list(row["retained"]) == ["0.2", "0.4", "0.6", "0.8"]
         assert [point["epoch"] for point in row["curve"]] == ([] if row["start"] == "fine-tuned" else [row["epochs"] // 2, row["epochs"]])
 
