@@ -91,7 +91,7 @@ def _epochs(fashion_mnist: int, cifar10: int) -> dict[str, int]:
 
 
 SCALES = {
-    "smoke": Scale(100, 40, _epochs(2, 2), _epochs(2, 2), _epochs(1, 1), 4, 2, 2, 20, (1.0,), kinds=("proper",), depth=8),
+    "smoke": Scale(40, 20, _epochs(2, 2), _epochs(2, 2), _epochs(1, 1), 4, 2, 2, 20, (1.0,), kinds=("proper",), depth=8),
     "cpu": Scale(4000, 1000, _epochs(10, 20), _epochs(10, 30), _epochs(4, 4), 100, 10, 10, 500, (1.0, 0.4)),
     "paper": Scale(
         60_000,
