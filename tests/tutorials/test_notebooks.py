@@ -48,6 +48,20 @@ def test_bayesian_adversarial_learning_is_as_told():
         assert curves[name][6] > curves["plain posterior"][6] + 0.08  # at 0.15, where each is good to 0.026
 
 
+def test_adversarial_sampling_is_as_told():
+    path = ROOT / "tutorials" / "03-adversarial-sampling.ipynb"
+    shown, printed = streams(nbformat.read(path, as_version=4)), streams(execute(path))
+    number = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
+    told = [re.sub(r"\s+", " ", re.sub(number, "#", text)) for text in (printed, shown)]
+    assert told[0] == told[1]
+    rows = re.findall(r"^(plain|plain, 7 x longer|AS) +(0\.\d+) +0\.\d+ +0\.\d+ +(0\.\d+) ±", printed, flags=re.M)
+    lowest, ensembled = ({name: float(row[i]) for name, *row in rows} for i in range(2))
+    assert lowest["AS"] > max(lowest["plain"], lowest["plain, 7 x longer"]) + 0.05  # where one draw is good to 0.02
+    assert max(ensembled.values()) - min(ensembled.values()) < 0.04  # each good to 0.012
+    for low, high, together in re.findall(r"^fine-tuned.*lowest (\S+), highest (\S+), ensembled (\S+)$", printed, flags=re.M):
+        assert float(low) > 0.9 and float(high) > 0.95 and float(together) > 0.95
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_outputs_are_small_and_free_of_warnings(path):
     assert path.stat().st_size < 300_000

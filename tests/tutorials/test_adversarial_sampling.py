@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+
+import matplotlib.image
+import pyro
+import pytest
+import torch
+
+import pyro_advbayes as ab
+from tutorials.papers import adversarial_sampling as script
+from tutorials.papers.adversarial_sampling import MIX, SCALES, Case
+
+SMOKE = SCALES["smoke"]
+ONLY = ["--scale", "smoke", "--only", "fashion_mnist", "--out"]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The smallest scale, of the convolutional network."""
+    out = tmp_path_factory.mktemp("sampling")
+    script.main([*ONLY, str(out)])
+    return out
+
+
+def test_every_row_has_every_number(rows):
+    content = json.loads((rows / "adversarial_sampling-smoke.json").read_text())
+    assert {"scale", "seed", "numbers", "lr", "init_scale", "fine_tuning", "device", "versions"} <= set(content["settings"])
+    three = ("AS", "plain", "plain, longer")
+    named = {f"fashion_mnist, {start}, proper: {method}" for start in ("scratch", "fine-tuned") for method in three}
+    assert set(content["results"]) == named | {f"fashion_mnist, scratch, proper: AS, {which}" for which in ("mix 1.0", "steps of 0.004")}
+    for row in content["results"].values():
+        assert 0 <= row["lowest"] <= row["mean"] <= row["highest"] <= 1 and len(row["accuracy"]) == SMOKE.draws
+        assert ("trained network" in row) == (row["start"] == "fine-tuned")
+        assert row["ensembled"][1] >= 0 and list(row["retained"]) == ["0.2", "0.4", "0.6", "0.8"]
+        assert [point["epoch"] for point in row["curve"]] == ([] if row["start"] == "fine-tuned" else [row["epochs"] // 2, row["epochs"]])
+
+
+def test_budgets_are_equal_as_they_are_called(rows):
+    """A gradient evaluation is counted at each draw of the weights that the network is run backwards at."""
+    results = json.loads((rows / "adversarial_sampling-smoke.json").read_text())["results"]
+    for start in ("scratch", "fine-tuned"):
+        adversarial, plain, longer = (results[f"fashion_mnist, {start}, proper: {m}"] for m in ("AS", "plain", "plain, longer"))
+        assert adversarial["epochs"] == plain["epochs"]
+        assert adversarial["gradient evaluations"] == longer["gradient evaluations"] == 7 * plain["gradient evaluations"]
+
+    case, count = Case("fashion_mnist", "scratch", MIX, "proper"), 0
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits):
+            return logits.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            nonlocal count
+            count += 1
+            return gradient
+
+    model = script.new_model("fashion_mnist", SMOKE, "cpu")
+    x, y = torch.rand(20, 1, 28, 28), torch.arange(20) % 10
+    guide = ab.AutoAdversarialNormal(model)
+    guide(x, y)
+    last = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+    last.register_forward_hook(lambda *args: Counted.apply(args[-1]))
+    loss = case.loss()
+    handlers = ab.TraceAdversarial_ELBO(loss.ascent.num_steps, loss.ascent.step_size, loss.mix, backend="handlers")
+    handlers.differentiable_loss(model, guide, x, y).backward()
+    assert count == case.evaluations
+
+
+def test_a_cold_row_weighs_the_divergence_as_the_authors_code_does():
+    """Between no and full weight of likelihood and divergence, at one and the same noise."""
+    model = script.new_model("fashion_mnist", SMOKE, "cpu")
+    x, y = torch.rand(20, 1, 28, 28), torch.arange(20) % 10
+    guide = ab.AutoAdversarialNormal(model, init_scale=0.05)
+    guide(x, y)
+
+    def value(loss):
+        pyro.set_rng_seed(0)
+        return loss.differentiable_loss(model, guide, x, y).item()
+
+    proper, cold, none = (
+        value(loss)
+        for loss in (
+            Case("", "scratch", MIX, "proper").loss(),
+            Case("", "scratch", MIX, "cold").loss(),
+            ab.TraceAdversarial_ELBO(mix=MIX, kl_scale=0.0),
+        )
+    )
+    assert cold - none == pytest.approx((proper - none) * (1 - MIX) / 100, rel=1e-2)
+
+
+@pytest.mark.parametrize("start", ["scratch", "fine-tuned"])
+def test_the_residual_network_runs_and_only_training_from_scratch_moves_its_statistics(start, tmp_path):
+    scale = SMOKE._replace(num_train=40, num_test=20)
+    task = script.load("smoke", "cifar10", None, "cpu")
+    task = task._replace(x=task.x[:40], y=task.y[:40])
+    assert task.x.shape[1:] == (3, 16, 16)
+    case = Case("cifar10", start, MIX, "cold")
+    row = script.run(case, task, scale, 0, tmp_path)
+    assert row["gradient evaluations"] == 7 * case.epochs(scale) and 0 <= row["lowest"] <= row["highest"] <= 1
+    if start == "fine-tuned":
+        weights = script.trained("cifar10", task, scale, 0, tmp_path / "cifar10-0.safetensors")
+        pyro.set_rng_seed(0)
+        model = script.fine_tuned(case, task, scale, weights).model
+        statistics = {name: value for name, value in model.named_buffers() if "running" in name}
+        assert statistics
+        for name, value in statistics.items():
+            assert torch.equal(value, weights[name.removeprefix("net.")])
+
+
+def test_augmented_images_are_windows_of_the_padded_ones():
+    images = torch.arange(1.0, 1 + 2 * 3 * 5 * 5).reshape(2, 3, 5, 5)
+    pyro.set_rng_seed(0)
+    found = [script.augmented(images) for _ in range(200)]
+    windows = torch.nn.functional.pad(images, (4, 4, 4, 4)).unfold(2, 5, 1).unfold(3, 5, 1)  # [2, 3, 9, 9, 5, 5]
+    seen = set()
+    for moved in found:
+        for i in range(2):
+            both = torch.stack([moved[i], moved[i].flip(-1)])
+            same = (windows[i].movedim(0, 2)[None] == both[:, None, None]).flatten(3).all(-1)  # [2, 9, 9]
+            assert same.any()
+            seen.update(map(tuple, same.nonzero().tolist()))
+    assert len(seen) > 100  # of 162 ways: 81 windows, flipped or not
+
+
+def test_gains_are_differences_from_the_rows_of_the_same_kind():
+    def row(mix, lowest, ensembled):
+        return {"mix": mix, "lowest": lowest, "ensembled": [ensembled, 0.03]}
+
+    rows = {
+        "a: AS": row(MIX, 0.8, 0.9),
+        "a: plain": row(0.0, 0.7, 0.85),
+        "a: plain, longer": row(0.0, 0.75, 0.95),
+        "b: plain": row(0.0, 0.1, 0.1),
+    }
+    epochs, gradients = script.gains(rows)
+    assert (epochs["budget"], gradients["budget"]) == ("epochs", "gradients")
+    assert epochs["lowest"] == pytest.approx(10) and epochs["ensembled"] == pytest.approx(5)
+    assert gradients["lowest"] == pytest.approx(5) and gradients["ensembled"] == pytest.approx(-5)
+    assert epochs["error"] == pytest.approx(3 * 2**0.5)
+
+
+def test_the_picture_shows_its_numbers(rows):
+    pixels = matplotlib.image.imread(rows / "adversarial_sampling-smoke-fashion_mnist.png")
+    assert pixels.shape[1] >= 800 and 0.02 < (pixels[..., :3].min(-1) < 0.9).mean() < 0.9
+
+
+def test_only_what_is_missing_is_computed_again_to_the_same_numbers(rows, tmp_path, monkeypatch):
+    name, missing = "adversarial_sampling-smoke.json", "fashion_mnist, scratch, proper: plain"
+    content = json.loads((rows / name).read_text())
+    kept = {key: row for key, row in content["results"].items() if key != missing}
+    (tmp_path / name).write_text(json.dumps({**content, "results": kept}))
+    measured, measure = [], script.measure
+    monkeypatch.setattr(script, "measure", lambda *args: measured.append(1) or measure(*args))
+    script.main([*ONLY, str(tmp_path)])
+    again = json.loads((tmp_path / name).read_text())["results"]
+    assert len(measured) == 1
+    drop = {"seconds"}
+    assert {k: v for k, v in again[missing].items() if k not in drop} == {
+        k: v for k, v in content["results"][missing].items() if k not in drop
+    }
+
+
+def test_settings_are_not_mixed_in_one_file(rows, monkeypatch):
+    monkeypatch.setattr(script, "LR", 0.02)
+    with pytest.raises(ValueError, match="was written with another lr: move it away"):
+        script.main([*ONLY, str(rows)])
