@@ -15,7 +15,7 @@ What the authors' code does and this does not:
   length, and PGD the size of the largest attack as well; the trainings of the published sizes are rows of their own.
 - Probabilities are averaged, not logits.
 
-The rows of "settings" vary BAL one choice at a time, with fewer learners.
+The rows of "settings" vary BAL's choices, the first as published, the others one at a time; at the scale of a CPU with fewer learners.
 
 A row is written to ``bal_mnist-<scale>.json`` when it is finished, and not computed again by the next start; chains that were
 interrupted go on from their checkpoint, in ``bal_mnist-<scale>-work/``.
@@ -98,8 +98,8 @@ class Setting(NamedTuple):
 
 
 # A step of 30 is a jump to the side of the box wherever the loss has a slope of 0.01 nats per unit. That the weights' steps become small
-# is what makes a last state a good network: at a constant step the noise of minibatches, on each of which 15 updates are made, costs a
-# hundredth of the clean accuracy.
+# is meant to make a last state a good network, without the noise of minibatches, on each of which 15 updates are made; the row
+# "constant steps of weights" says what it is worth.
 MAIN = Setting(ab.Box(LARGEST), 30.0)
 SEARCH = {
     "published cost and steps": Setting(ab.L2(0.0256), 0.13, annealed=False),  # 300 / (4 + 16 + ...) / 256 for the sum over learners

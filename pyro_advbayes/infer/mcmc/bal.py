@@ -304,11 +304,11 @@ class BAL(SGMCMCKernel):
         return {**super().settings(), **parts, **updates, "loss": own, "cost": cost, "adversary": repr(self.adversary)}
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "inputs": [self._random.get_state(), self._lasting]}
+        return {**super().state(), "inputs": [self._random.get_state(), self._lasting, self._sizes]}
 
     def load(self, state: Mapping[str, Any]) -> None:
         super().load(state)
-        random, self._lasting = state["inputs"]
+        random, self._lasting, self._sizes = state["inputs"]
         self._random.set_state(random.cpu())
 
     def __getstate__(self) -> dict[str, Any]:

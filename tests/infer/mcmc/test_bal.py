@@ -305,6 +305,15 @@ def test_an_interrupted_run_goes_on_bit_for_bit(how, tmp_path):
         assert torch.equal(resumed.get_extras()[name], value)
 
 
+def test_a_finished_run_that_is_resumed_still_says_how_far_inputs_were_moved(tmp_path):
+    x, y = blobs()
+    path = tmp_path / "run.safetensors"
+    finished = sampled(ab.BAL(network(), "x", 16, clip=(0.0, 1.0)), x, y, samples=2, chains=2, checkpoint=path)
+    again = ab.SGMCMC.resume(path, ab.BAL(network(), "x", 16, clip=(0.0, 1.0)), x, y, disable_progbar=True)
+    moved = finished.kernel.diagnostics()["perturbation"]
+    assert moved["linf"] > 0.0 and again.kernel.diagnostics()["perturbation"] == moved
+
+
 def test_another_adversary_is_not_resumed(tmp_path):
     x, y = blobs()
     path = tmp_path / "run.safetensors"
