@@ -5,8 +5,8 @@ from __future__ import annotations
 from pyro.distributions import Normal
 from torch import Tensor, nn
 
-from models.classifier import Classifier
 from pyro_advbayes.nn import Prior, bayesianize
+from pyro_advbayes.nn.classifier import Classifier
 
 
 class ChannelsLast(nn.Module):

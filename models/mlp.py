@@ -8,8 +8,8 @@ from itertools import pairwise
 from pyro.distributions import Normal
 from torch import nn
 
-from models.classifier import Classifier
 from pyro_advbayes.nn import Prior, bayesianize
+from pyro_advbayes.nn.classifier import Classifier
 
 
 def mlp_network(sizes: Sequence[int] = (784, 400, 400, 10), activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:

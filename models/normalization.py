@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from pyro.distributions import Normal
 from torch import Tensor, nn
+
+from pyro_advbayes.nn import Classifier, Prior, bayesianize
 
 
 class FilterResponseNorm(nn.Module):
@@ -79,3 +82,17 @@ def affine_parameters(net: nn.Module) -> list[str]:
         if isinstance(module, layers)
         for parameter, _ in module.named_parameters(recurse=False)
     ]
+
+
+def normalized_classifier(
+    net: nn.Module, prior: Prior = Normal(0.0, 0.15), *, bayesian_norm: bool = True, eval_only: bool = True
+) -> Classifier:
+    """
+    The Bayesian classifier around a network with normalisation.
+
+    :param net: from images to logits.
+    :param prior: as for :func:`pyro_advbayes.nn.bayesianize`; that of Adversarial Sampling by default.
+    :param bool bayesian_norm: whether gains, shifts and thresholds of normalisation have priors too; else they are parameters.
+    :param bool eval_only: as for ``bayesianize``; False where BatchNorm's statistics are to be learnt.
+    """
+    return Classifier(bayesianize(net, prior, exclude=() if bayesian_norm else affine_parameters(net), eval_only=eval_only))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pyro.distributions import Normal
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from models.classifier import Classifier
-from models.normalization import Layer, affine_parameters, normalization
-from pyro_advbayes.nn import Prior, bayesianize
+from models.normalization import Layer, normalization, normalized_classifier
+from pyro_advbayes.nn import Classifier
 
 
 class ResidualBlock(nn.Module):
@@ -73,20 +73,6 @@ def initialize(net: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def resnet(
-    depth: int = 20,
-    num_classes: int = 10,
-    norm: str = "batch",
-    prior: Prior = Normal(0.0, 0.15),
-    *,
-    bayesian_norm: bool = True,
-    eval_only: bool = True,
-) -> Classifier:
-    """
-    The Bayesian classifier around :func:`resnet_network`.
-
-    :param prior: as for :func:`pyro_advbayes.nn.bayesianize`, likewise ``eval_only``: False where BatchNorm's statistics are to be learnt.
-    :param bool bayesian_norm: whether gains and shifts of normalisation have priors too; else they are parameters.
-    """
-    net = resnet_network(depth, num_classes, norm)
-    return Classifier(bayesianize(net, prior, exclude=[] if bayesian_norm else affine_parameters(net), eval_only=eval_only))
+def resnet(depth: int = 20, num_classes: int = 10, norm: str = "batch", **options: Any) -> Classifier:
+    """The Bayesian classifier around :func:`resnet_network`; for ``options`` see :func:`models.normalization.normalized_classifier`."""
+    return normalized_classifier(resnet_network(depth, num_classes, norm), **options)

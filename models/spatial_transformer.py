@@ -8,8 +8,8 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, grid_sample
 
-from models.classifier import Classifier
 from pyro_advbayes.nn import FanIn, Prior, bayesianize
+from pyro_advbayes.nn.classifier import Classifier
 
 LAST_LOCATING_LAYER = "locate.9."
 

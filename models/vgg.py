@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pyro.distributions import Normal
+from typing import Any
+
 from torch import nn
 
-from models.classifier import Classifier
-from models.normalization import affine_parameters, normalization
-from pyro_advbayes.nn import Prior, bayesianize
+from models.normalization import normalization, normalized_classifier
+from pyro_advbayes.nn import Classifier
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -35,19 +35,6 @@ def vgg_network(num_classes: int = 10, norm: str = "batch") -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, num_classes))
 
 
-def vgg(
-    num_classes: int = 10,
-    norm: str = "batch",
-    prior: Prior = Normal(0.0, 0.15),
-    *,
-    bayesian_norm: bool = True,
-    eval_only: bool = True,
-) -> Classifier:
-    """
-    The Bayesian classifier around :func:`vgg_network`.
-
-    :param prior: as for :func:`pyro_advbayes.nn.bayesianize`, likewise ``eval_only``: False where BatchNorm's statistics are to be learnt.
-    :param bool bayesian_norm: whether gains and shifts of normalisation have priors too; else they are parameters.
-    """
-    net = vgg_network(num_classes, norm)
-    return Classifier(bayesianize(net, prior, exclude=[] if bayesian_norm else affine_parameters(net), eval_only=eval_only))
+def vgg(num_classes: int = 10, norm: str = "batch", **options: Any) -> Classifier:
+    """The Bayesian classifier around :func:`vgg_network`; for ``options`` see :func:`models.normalization.normalized_classifier`."""
+    return normalized_classifier(vgg_network(num_classes, norm), **options)

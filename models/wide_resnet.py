@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pyro.distributions import Normal
+from typing import Any
+
 from torch import Tensor, nn
 
-from models.classifier import Classifier
-from models.normalization import Layer, affine_parameters, normalization
+from models.normalization import Layer, normalization, normalized_classifier
 from models.resnet import initialize
-from pyro_advbayes.nn import Prior, bayesianize
+from pyro_advbayes.nn import Classifier
 
 
 class WideBlock(nn.Module):
@@ -68,21 +68,6 @@ def wide_resnet_network(depth: int = 28, width: int = 10, num_classes: int = 10,
     return net
 
 
-def wide_resnet(
-    depth: int = 28,
-    width: int = 10,
-    num_classes: int = 10,
-    norm: str = "batch",
-    prior: Prior = Normal(0.0, 0.15),
-    *,
-    bayesian_norm: bool = True,
-    eval_only: bool = True,
-) -> Classifier:
-    """
-    The Bayesian classifier around :func:`wide_resnet_network`.
-
-    :param prior: as for :func:`pyro_advbayes.nn.bayesianize`, likewise ``eval_only``: False where BatchNorm's statistics are to be learnt.
-    :param bool bayesian_norm: whether gains and shifts of normalisation have priors too; else they are parameters.
-    """
-    net = wide_resnet_network(depth, width, num_classes, norm)
-    return Classifier(bayesianize(net, prior, exclude=[] if bayesian_norm else affine_parameters(net), eval_only=eval_only))
+def wide_resnet(depth: int = 28, width: int = 10, num_classes: int = 10, norm: str = "batch", **options: Any) -> Classifier:
+    """The Bayesian classifier around :func:`wide_resnet_network`; ``options`` go to :func:`models.normalization.normalized_classifier`."""
+    return normalized_classifier(wide_resnet_network(depth, width, num_classes, norm), **options)

@@ -15,20 +15,9 @@ from torch.func import grad, grad_and_value, vmap
 
 import pyro_advbayes as ab
 from pyro_advbayes.graph import trace_graph
-from pyro_advbayes.nn import bayesianize
+from pyro_advbayes.nn import Classifier, bayesianize
 
 ROWS = 12
-
-
-class Classifier(PyroModule):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x, y=None):
-        logits = self.net(x)
-        with pyro.plate("data", len(x)):
-            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
 
 
 class Residual(nn.Module):

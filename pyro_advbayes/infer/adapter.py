@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Categorical, Normal
+from pyro.distributions import Normal
 from pyro.infer import ELBO
 from pyro.infer.autoguide import init_to_value
 from pyro.nn import PyroModule
@@ -22,7 +21,7 @@ from pyro_advbayes.batches import Batch, Loader
 from pyro_advbayes.handlers import GivenMessenger, minibatch
 from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
-from pyro_advbayes.nn import bayesianize
+from pyro_advbayes.nn import Classifier, bayesianize
 from pyro_advbayes.structure import kept_statistics, refuse_random_layers
 
 Weights = nn.Module | Mapping[str, Tensor]
@@ -198,20 +197,6 @@ def _epoch(objective: Callable[..., Tensor], batches: Loader, optimiser: torch.o
     return total / rows
 
 
-class _Classifier(PyroModule):
-    """A network's outputs as the logits of a class."""
-
-    def __init__(self, net: PyroModule) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        logits = self.net(x)
-        with pyro.plate("data", len(x)):
-            pyro.sample("obs", Categorical(logits=logits), obs=y)
-        return logits
-
-
 def _as_model(model: Callable, weight_decay: float | None, num_data: int) -> Callable:
     plain = isinstance(model, nn.Module) and not isinstance(model, PyroModule)
     if plain and weight_decay is None:
@@ -220,7 +205,7 @@ def _as_model(model: Callable, weight_decay: float | None, num_data: int) -> Cal
         raise ValueError(
             f"weight_decay={weight_decay}: the model has priors of its own; make them with bayesianize(net, prior=weight_decay_prior(...))"
         )
-    return _Classifier(bayesianize(model, prior=weight_decay_prior(weight_decay, num_data))) if plain else model
+    return Classifier(bayesianize(model, prior=weight_decay_prior(weight_decay, num_data))) if plain else model
 
 
 def _fitting_values(model: Callable, pretrained: Weights, batch: Batch) -> dict[str, Tensor]:

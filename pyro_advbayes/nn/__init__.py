@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pyro_advbayes.nn.bayesian import FanIn, Prior, bayesianize
+from pyro_advbayes.nn.classifier import Classifier
 from pyro_advbayes.nn.dropout import dropout_guide, mc_dropout
 from pyro_advbayes.nn.reparameterization import ExemplarReparameterization, Flipout, LocalReparameterization
 
 __all__ = [
+    "Classifier",
     "ExemplarReparameterization",
     "FanIn",
     "Flipout",

@@ -8,11 +8,11 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from models.classifier import Classifier
 from models.mlp import mlp_network
 from pyro_advbayes import datasets
 from pyro_advbayes.infer.classifier import PosteriorClassifier
 from pyro_advbayes.nn import bayesianize
+from pyro_advbayes.nn.classifier import Classifier
 
 SIZES = (6, 16, 4)
 

@@ -9,11 +9,11 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
-from models.classifier import Classifier
 from models.mlp import mlp_network
 from pyro_advbayes.attacks import FeatureAttack
 from pyro_advbayes.infer.classifier import PosteriorClassifier
 from pyro_advbayes.nn import bayesianize
+from pyro_advbayes.nn.classifier import Classifier
 from tests.attacks.posteriors import SIZES, digits_examples, digits_network, examples, posterior
 
 EPS = 0.1

@@ -8,9 +8,9 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
-from models.classifier import Classifier
 from pyro_advbayes.attacks import PGD, GuideClassifier
 from pyro_advbayes.nn import bayesianize
+from pyro_advbayes.nn.classifier import Classifier
 from tests.attacks.posteriors import digits_examples, digits_network
 
 

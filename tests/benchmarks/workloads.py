@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from models.bal_convnet import bal_convnet, bal_convnet_network
-from models.classifier import Classifier
 from models.mlp import mlp, mlp_network
+from pyro_advbayes.nn.classifier import Classifier
 
 ROWS = 60_000
 BATCH = 100

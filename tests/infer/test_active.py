@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import pyro_advbayes as ab
-from models.classifier import Classifier
+from pyro_advbayes.nn.classifier import Classifier
 
 
 class Centroids:

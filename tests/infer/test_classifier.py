@@ -14,11 +14,11 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule
 from torch import nn
 
-from models.classifier import Classifier
 from models.mlp import mlp_network
 from pyro_advbayes.infer.classifier import PosteriorClassifier
 from pyro_advbayes.infer.predictive import Predictive
 from pyro_advbayes.nn import bayesianize
+from pyro_advbayes.nn.classifier import Classifier
 
 SIZES = (4, 8, 3)
 

@@ -13,11 +13,11 @@ from pyro.nn import PyroModule
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.classifier import Classifier
 from models.mlp import mlp
 from pyro_advbayes.infer import predictive as module
 from pyro_advbayes.infer.predictive import Predictive
 from pyro_advbayes.nn import bayesianize
+from pyro_advbayes.nn.classifier import Classifier
 
 DRAWS = 23
 

@@ -13,8 +13,8 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from torch import nn
 
-from models.classifier import Classifier
 from pyro_advbayes.nn import FanIn, bayesianize
+from pyro_advbayes.nn.classifier import Classifier
 
 
 def small_net() -> nn.Sequential:

@@ -8,9 +8,9 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
-from models.classifier import Classifier
 from pyro_advbayes import PosteriorClassifier, Potential, Predictive, minibatch
 from pyro_advbayes.nn import dropout_guide, mc_dropout
+from pyro_advbayes.nn.classifier import Classifier
 
 
 def network() -> nn.Sequential:

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import pyro_advbayes as ab
-from models.classifier import Classifier
 from pyro_advbayes.nn import ExemplarReparameterization, Flipout, LocalReparameterization
+from pyro_advbayes.nn.classifier import Classifier
 
 HANDLERS = [ExemplarReparameterization, Flipout, LocalReparameterization]
 ROWS = 16

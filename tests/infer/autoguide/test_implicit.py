@@ -10,7 +10,6 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuideList
-from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_advbayes import PosteriorClassifier, Potential, Predictive
@@ -20,20 +19,8 @@ from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
 from pyro_advbayes.infer.distill import APD, FactoredGenerator, HyperGenerator, MLPGenerator
 from pyro_advbayes.infer.elbo import TraceRobust_ELBO
 from pyro_advbayes.infer.mcmc import files
-from pyro_advbayes.nn import bayesianize
+from pyro_advbayes.nn import Classifier, bayesianize
 from tests.small_models import data, logistic, regression
-
-
-class Classifier(PyroModule):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x, y=None):
-        logits = self.net(x)
-        with pyro.plate("data", len(x)):
-            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
-        return logits
 
 
 def classifier(width: int = 4) -> Classifier:

@@ -11,9 +11,9 @@ import torch
 from pyro.infer import MCMC
 
 import pyro_advbayes as ab
-from models.classifier import Classifier
 from models.mlp import mlp
 from models.vae import VAE
+from pyro_advbayes.nn.classifier import Classifier
 
 
 def coin(x, y):

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import pyro_advbayes as ab
-from models.classifier import Classifier
 from pyro_advbayes.attacks import PGD
+from pyro_advbayes.nn.classifier import Classifier
 
 UPDATES, SAMPLES, WARMUP, CHAINS = 45, 10, 20, 4
 
