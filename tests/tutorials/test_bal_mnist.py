@@ -12,6 +12,7 @@ import torch
 import pyro_advbayes as ab
 from pyro_advbayes.attacks import FGSM, WRM
 from tutorials.papers import bal_mnist
+from tutorials.papers.experiments import Results
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,28 @@ def test_only_what_is_missing_is_computed_again_from_the_same_start(rows, tmp_pa
         assert {k: v for k, v in again[key].items() if k != "seconds"} == {
             k: v for k, v in content["results"][key].items() if k != "seconds"
         }
+
+
+def test_processes_with_rows_of_their_own_fill_one_file(rows, tmp_path):
+    name = "bal_mnist-smoke.json"
+    wanted = json.loads((rows / name).read_text())["settings"]
+    first, second = (Results(tmp_path / name, wanted) for _ in range(2))
+    first.add("ERM", {"of": "the first"})
+    assert "ERM" in second
+    second.add("BNN", {"of": "the second"})
+    first.add("WRM", {"of": "the first"})
+    assert list(json.loads((tmp_path / name).read_text())["results"]) == ["ERM", "BNN", "WRM"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_rows_can_be_chosen_and_an_unknown_one_is_named(tmp_path, capsys):
+    only = bal_mnist.main(["--scale", "smoke", "--out", str(tmp_path), "--only", "ERM"])
+    assert list(only["results"]) == ["ERM"]
+    with pytest.raises(SystemExit):
+        bal_mnist.main(["--scale", "smoke", "--out", str(tmp_path), "--only", "FGSM"])
+    assert "--only FGSM: the rows are ERM, BAL, 2 learners" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="at the size of BAL's perturbations: first --only 'BAL, 2 learners'"):
+        bal_mnist.main(["--scale", "smoke", "--out", str(tmp_path), "--only", "WRM, size of BAL"])
 
 
 def test_settings_are_not_mixed_in_one_file(rows):

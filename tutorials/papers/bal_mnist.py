@@ -18,7 +18,8 @@ What the authors' code does and this does not:
 The rows of "settings" vary BAL's choices, the first as published, the others one at a time; at the scale of a CPU with fewer learners.
 
 A row is written to ``bal_mnist-<scale>.json`` when it is finished, and not computed again by the next start; chains that were
-interrupted go on from their checkpoint, in ``bal_mnist-<scale>-work/``.
+interrupted go on from their checkpoint, in ``bal_mnist-<scale>-work/``. Processes that are given different rows by ``--only`` may run
+beside each other.
 """
 
 from __future__ import annotations
@@ -236,12 +237,16 @@ def of_size(make: Callable[[float], Attack], l2: float, classifier: ab.Posterior
 def methods(scale: Scale, work: Path) -> dict[str, Callable]:
     """From a row's name to a function of ``(model, task, start, l2)`` to a :class:`Found`; l2 is the length of BAL's perturbations."""
 
+    usual = usual_learners(scale)
+
     def bal(name: str, setting: Setting | None, learners: int) -> Callable:
         checkpoint = work / f"{name}.safetensors"
         return lambda model, task, start, l2: sampled(setting, learners, model, task, scale, start, checkpoint)
 
     def sized(make: Callable[[float], Attack]) -> Callable:
-        def train(model: torch.nn.Module, task: Task, start: Draws, l2: float) -> Found:
+        def train(model: torch.nn.Module, task: Task, start: Draws, l2: float | None) -> Found:
+            if l2 is None:
+                raise ValueError(f"this row is trained at the size of BAL's perturbations: first --only 'BAL, {usual} learners'")
             attack = of_size(make, l2, ab.PosteriorClassifier(model, stacked(start)), task)
             return trained(attack, model, task, scale, start)
 
@@ -251,7 +256,6 @@ def methods(scale: Scale, work: Path) -> dict[str, Callable]:
         return lambda model, task, start, l2: trained(attack, model, task, scale, start)
 
     steps = min(15, scale.pgd_steps)
-    usual = usual_learners(scale)
     rows = {
         "ERM": as_it_is(None),
         f"BAL, {usual} learners": bal(f"bal-{usual}", MAIN, usual),
@@ -341,6 +345,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--scale", choices=SCALES, default="cpu", help=scales)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, help="folder of MNIST's; by default PYRO_ADVBAYES_DATA")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to compute, all by default")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the files")
     args = parser.parse_args(argv)
@@ -349,8 +354,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results = Results(args.out / f"bal_mnist-{args.scale}.json", settings(args.scale, args.seed, args.device, **numbers))
     work = args.out / f"bal_mnist-{args.scale}-work"
     work.mkdir(parents=True, exist_ok=True)
-    task, model, rows = load(args.scale, scale, args.data, args.device), new_model(args.device), methods(scale, work)
-    for name in tqdm(rows, desc="BAL on MNIST", disable=None):
+    rows = methods(scale, work)
+    if unknown := sorted(set(args.only or ()) - set(rows)):
+        parser.error(f"--only {', '.join(unknown)}: the rows are {', '.join(rows)}")
+    task, model = load(args.scale, scale, args.data, args.device), new_model(args.device)
+    for name in tqdm(args.only or rows, desc="BAL on MNIST", disable=None):
         if name not in results:
             start = first_network(model, task, scale, args.seed, work / f"start-{args.seed}.safetensors")
             pyro.set_rng_seed(args.seed + 1)
@@ -361,7 +369,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             about = {"size": found.size, "about": found.about, "seconds": seconds}
             results.add(name, {**about, **measure(model, found.samples, task, scale)})
             picture({name: results.found[name] for name in rows if name in results}, results.path.with_suffix(".png"))
-    ordered = {name: results.found[name] for name in rows}
+    ordered = {name: results.found[name] for name in rows if name in results}
     print(table(ordered))
     return {"settings": results.settings, "results": ordered}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def settings(scale: str, seed: int, device: str, **others: Any) -> dict[str, Any
 
 class Results:
     """
-    Results by name in one JSON file, ``{"settings": ..., "results": {name: ...}}``.
+    Results by name in one JSON file, ``{"settings": ..., "results": {name: ...}}``. The file is read again whenever it matters, so that
+    several processes, each with rows of its own, may fill it.
 
     :param path: the file; what is in it is not computed again.
     :param wanted: the settings.
@@ -40,21 +42,27 @@ class Results:
     """
 
     def __init__(self, path: Path, wanted: dict[str, Any]) -> None:
-        self.path, self.settings, self.found = path, wanted, {}
-        if path.exists():
-            content = json.loads(path.read_text())
-            differing = [name for name in wanted if content["settings"].get(name) != wanted[name]]
-            if differing:
-                raise ValueError(f"{path} was written with another {', '.join(differing)}: move it away, or give another --out")
-            self.found = content["results"]
+        self.path, self.settings = path, wanted
+        self.found: dict[str, Any] = {}
+        self._read()
 
     def __contains__(self, name: str) -> bool:
+        self._read()
         return name in self.found
+
+    def _read(self) -> None:
+        if self.path.exists():
+            content = json.loads(self.path.read_text())
+            differing = [name for name in self.settings if content["settings"].get(name) != self.settings[name]]
+            if differing:
+                raise ValueError(f"{self.path} was written with another {', '.join(differing)}: move it away, or give another --out")
+            self.found = content["results"]
 
     def add(self, name: str, result: dict[str, Any]) -> None:
         """Keeps a result, in the file as well: whole, or not at all."""
+        self._read()
         self.found[name] = result
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
+        part = self.path.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps({"settings": self.settings, "results": self.found}, indent=1) + "\n")
         part.replace(self.path)
