@@ -3,7 +3,7 @@ Measures speed and memory, and compares with what is to be reached::
 
     python tests/benchmarks/run.py                          # everything; keeps results/cpu.json
     python tests/benchmarks/run.py --device cuda            # everything; keeps results/cuda.json
-    python tests/benchmarks/run.py --only step_small        # a row or some
+    python tests/benchmarks/run.py --only step_small        # a row or some; with --out they take their places among the file's others
     python tests/benchmarks/run.py --quick --out quick.json # two short rounds of each, to see that everything runs
 
 Rivals take turns in one process, and their times are compared round by round. A number is a median with its quartiles.
@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,26 +68,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: PyTorch sees no CUDA device here")
     watch = Stopwatch(device, options.quick)
-    report = {
-        "machine": machine(device),
-        "quick": options.quick,
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "load": [_load()],
-        "rows": {},
-    }
+    report = {"machine": machine(device), "quick": options.quick, "rows": {}}
     out = options.out
     if out is None and not options.quick and set(options.only) == set(ROWS):
         out = Path(__file__).parent / "results" / f"{device.type}.json"
+    if out is not None and out.exists() and set(options.only) != set(ROWS):
+        report["rows"] = _others(out, report)
     results: dict[str, list[Result]] = {}
     for name in options.only:
         print(f"{name}: {' '.join(ROWS[name].__doc__.split())}", flush=True)
-        start = time.perf_counter()
+        begun, load, start = time.strftime("%Y-%m-%d %H:%M:%S"), _load(), time.perf_counter()
         results[name] = ROWS[name](watch)
         for result in results[name]:
             print(_text(result), flush=True)
         seconds = round(time.perf_counter() - start, 1)
-        report["rows"][name] = {"what": ROWS[name].__doc__, "seconds": seconds, "results": [r.as_json() for r in results[name]]}
-        report["load"].append(_load())
+        about = {"what": ROWS[name].__doc__, "started": begun, "seconds": seconds, "load": [load, _load()]}
+        report["rows"][name] = {**about, "results": [r.as_json() for r in results[name]]}
         if out is not None:  # after every row: a run takes long, and may be stopped
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(report, indent=1) + "\n")
@@ -95,6 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\nA quick run shows that everything runs; its numbers mean nothing.")
     if out is not None:
         print(f"\nwritten to {out}")
+
+
+def _others(out: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """The rows that a file has, if they are of this machine and of runs like this one."""
+    found = json.loads(out.read_text())
+    if differing := [name for name in ("machine", "quick") if found[name] != report[name]]:
+        sys.exit(f"{out} has rows of another {' and '.join(differing)}: give another --out")
+    return found["rows"]
 
 
 def _load() -> float:

@@ -42,6 +42,20 @@ def test_a_partial_run_keeps_the_results_of_the_last_full_one(monkeypatch, tmp_p
     assert (tmp_path / "results" / "cpu.json").exists()
 
 
+def test_rows_measured_later_take_their_places_in_the_file_unless_it_is_of_another_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "ROWS", {"nothing": _nothing, "else": _nothing})
+    out = tmp_path / "kept.json"
+    run.main(["--only", "else", "--out", str(out)])
+    first = json.loads(out.read_text())["rows"]["else"]
+    run.main(["--only", "nothing", "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert set(report["rows"]) == {"nothing", "else"} and report["rows"]["else"] == first
+    assert len(first["load"]) == 2 and first["started"]
+    out.write_text(json.dumps({**report, "machine": {**report["machine"], "cpu": "abacus"}}))
+    with pytest.raises(SystemExit, match="has rows of another machine: give another --out"):
+        run.main(["--only", "nothing", "--out", str(out)])
+
+
 def _nothing(watch: Stopwatch) -> list:
     """Measures nothing."""
     return []
