@@ -17,7 +17,7 @@ What the authors' code does and this does not:
 
 - Adam is not made anew at every epoch, and standard deviations start at 0.05, not at exp(0.15) = 1.16.
 - The adversary's steps do not write into BatchNorm's running statistics.
-- Gains of BatchNorm start around 0 with the prior's deviation, at most; the authors draw them from (0, 1).
+- Gains of BatchNorm start at 1; the authors draw them from (0, 1).
 - Inputs of CIFAR-10 are standardised by its own mean and deviation. The copy of CIFAR-10 that the library reads is a lossy one.
 
 A row is written to ``adversarial_sampling-<scale>.json`` when it is finished, and not computed again by the next start. Trained networks
@@ -41,6 +41,7 @@ import matplotlib.pyplot as plt
 import pyro
 import torch
 from pyro.distributions import Normal
+from pyro.infer.autoguide import init_to_value
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, pad
@@ -260,10 +261,11 @@ def trained(data: str, task: Task, scale: Scale, seed: int, path: Path) -> dict[
 
 
 def from_scratch(case: Case, task: Task, scale: Scale, look: Callable[[nn.Module, Callable], dict[str, Any]]) -> Fitted:
-    """A guide that starts at random; ``look`` is what a point of its training curve is."""
+    """A guide that starts where a network's training would; ``look`` is what a point of its training curve is."""
     pyro.clear_param_store()
     model, loss, epochs = new_model(case.data, scale, str(task.x.device)), case.loss(), case.epochs(scale)
-    guide = ab.AutoAdversarialNormal(model, init_loc_fn=ab.init_to_fan_in, init_scale=INIT_SCALE)
+    means = {f"net.{name}": value.detach().to(task.x.device) for name, value in new_network(case.data, scale).named_parameters()}
+    guide = ab.AutoAdversarialNormal(model, init_loc_fn=init_to_value(values=means), init_scale=INIT_SCALE)
     guide(task.x[:BATCH_SIZE], task.y[:BATCH_SIZE])
     batches, scaled = Batches(task, case.data), ab.minibatch(model, size=len(task.x))
     optimiser = torch.optim.Adam(guide.parameters(), lr=LR)
