@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pyro
 import pytest
 import torch
@@ -12,9 +14,10 @@ from pyro.optim import Adam
 from pyro_advbayes import minibatch
 from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
+from pyro_advbayes.nn import ExemplarReparameterization
 from tests.benchmarks import rows_variational
 from tests.benchmarks.measure import Stopwatch
-from tests.benchmarks.workloads import BATCH, ROWS, SMALL, data
+from tests.benchmarks.workloads import BATCH, CONVNET, ROWS, SMALL, data
 
 
 @pytest.mark.parametrize("mix", [0.0, rows_variational.MIX])
@@ -42,3 +45,19 @@ def test_the_rows_name_what_they_compare():
         c.what for row in (rows_variational.adversarial_step, rows_variational.guide_prediction) for r in row(watch) for c in r.comparisons
     ]
     assert compared == ["TraceAdversarial_ELBO / hand-written PyTorch", *["Pyro's Predictive / Predictive"] * 3]
+
+
+def test_each_way_to_draw_a_network_for_every_image_estimates_one_gradient():
+    x, y = (t[:2] for t in data(CONVNET.inputs, CONVNET.classes, ROWS, torch.device("cpu")))
+    parts = [slice(i, i + 1) for i in range(2)]
+    ways = (([slice(None)], ExemplarReparameterization), ([slice(None)], rows_variational._both), (parts, contextlib.nullcontext))
+    found = []
+    for way in ways:
+        pyro.set_rng_seed(0)  # one start for all
+        contender = rows_variational._pyro_gradient(x, y, *way)
+        draws = torch.stack([contender.call()[7] for _ in range(40)])  # by the means of the last layer's biases
+        found.append((draws.mean(0), draws.std(0) / 40**0.5))
+    (expected, its_error), *others = found
+    for mean, error in others:
+        assert ((mean - expected).abs() < 4 * (error.square() + its_error.square()).sqrt()).all()
+        assert (its_error / mean.abs().amax()).max() < 0.1  # the comparison can tell something
