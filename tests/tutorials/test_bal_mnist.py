@@ -28,7 +28,7 @@ def test_every_method_has_every_number_with_its_error(rows):
     assert {"scale", "seed", "numbers", "eps", "batch_size", "device", "versions"} <= set(content["settings"])
     kinds = ("FGSM", "IFGSM", "WRM", "PGD")
     named = {"ERM", "BNN", "BAL, 1 learners", "BAL, 2 learners", "PGD, eps 0.15", *(f"{kind}, size of BAL" for kind in kinds)}
-    named |= {f"{kind}, published size" for kind in kinds[:3]}
+    named |= {f"{kind}, published size" for kind in kinds[:3]} | {"PGD, eps 0.15, 2 networks"}
     assert set(content["results"]) == named
     for name, row in content["results"].items():
         assert list(row["FGSM"]) == [str(eps) for eps in bal_mnist.EPS]

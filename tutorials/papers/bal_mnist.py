@@ -13,6 +13,8 @@ What the authors' code does and this does not:
 - Its "PGD" baseline is one step along a squared gradient. Here PGD is PGD.
 - Its trainings move images by less than BAL does. Here they are given the size that BAL's perturbations have, by their mean Euclidean
   length, and PGD the size of the largest attack as well; the trainings of the published sizes are rows of their own.
+- BAL updates weights 15 times on a minibatch and has several learners, and so takes far more gradients than any training on as many
+  minibatches. One row trains as many networks against PGD apart, until they have taken as many gradients as BAL.
 - Probabilities are averaged, not logits.
 
 The rows of "settings" vary BAL's choices, the first as published, the others one at a time; at the scale of a CPU with fewer learners.
@@ -197,6 +199,20 @@ def kernel_of(setting: Setting | None, model: torch.nn.Module, scale: Scale, sta
     )
 
 
+def trained_apart(attack: Attack, minibatches: int, count: int, model: torch.nn.Module, task: Task, start: Draws, folder: Path) -> Found:
+    """As many networks, each trained against the attack with minibatches of its own; they are kept one by one."""
+    networks = []
+    for i in range(count):
+        path = folder / f"trained-apart-{i}.safetensors"
+        if not path.exists():
+            pyro.set_rng_seed(i)
+            save_file(point(model, task, minibatches, attack, start), path)
+        networks.append({site: value.to(task.x.device) for site, value in load_file(path).items()})
+    samples = {site: torch.stack([network[site] for network in networks]) for site in networks[0]}
+    size = size_of(attack, ab.PosteriorClassifier(model, samples), task)
+    return Found(samples, size, {"attack": repr(attack), "networks": count, "minibatches of each": minibatches})
+
+
 def sampled(
     setting: Setting | None, learners: int, model: torch.nn.Module, task: Task, scale: Scale, start: Draws, checkpoint: Path
 ) -> Found:
@@ -256,15 +272,19 @@ def methods(scale: Scale, work: Path) -> dict[str, Callable]:
         return lambda model, task, start, l2: trained(attack, model, task, scale, start)
 
     steps = min(15, scale.pgd_steps)
+    largest = PGD(LARGEST, steps=steps)
+    equal = scale.minibatches * 2 * scale.updates // (steps + 1)  # minibatches of as many gradients as a learner of BAL's
+    apart = f"PGD, eps 0.15, {usual} networks"
     rows = {
         "ERM": as_it_is(None),
         f"BAL, {usual} learners": bal(f"bal-{usual}", MAIN, usual),
-        "PGD, eps 0.15": as_it_is(PGD(LARGEST, steps=steps)),
+        "PGD, eps 0.15": as_it_is(largest),
         "FGSM, size of BAL": sized(FGSM),
         "IFGSM, size of BAL": sized(partial(IFGSM, steps=steps)),
         "WRM, size of BAL": sized(partial(WRM, steps=steps)),
         "PGD, size of BAL": sized(partial(PGD, steps=steps)),
         "BNN": bal("bnn", None, usual),
+        apart: lambda model, task, start, l2: trained_apart(largest, equal, usual, model, task, start, work),
     }
     rows |= {f"BAL, {count} learners": bal(f"bal-{count}", MAIN, count) for count in scale.learners if count != usual}
     rows |= {f"{name}, published size": as_it_is(attack) for name, attack in PUBLISHED.items()}
