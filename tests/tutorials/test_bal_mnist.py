@@ -38,14 +38,20 @@ def test_every_method_has_every_number_with_its_error(rows):
         assert (row["size"] is None) == (name in ("ERM", "BNN"))
 
 
-def test_an_attack_of_a_size_has_that_size():
+def test_an_attack_of_a_size_has_that_size_and_follows_the_network():
     scale = bal_mnist.SCALES["smoke"]
     task, model = bal_mnist.load("smoke", scale, None, "cpu"), bal_mnist.new_model("cpu")
     pyro.set_rng_seed(0)
-    classifier = ab.PosteriorClassifier(model, bal_mnist.stacked(bal_mnist.point(model, task, 5, None, None)))
+    start = bal_mnist.stacked(bal_mnist.point(model, task, 5, None, None))
+    network, steeper = (ab.PosteriorClassifier(model, {site: factor * value for site, value in start.items()}) for factor in (1.0, 1.2))
     for make in (FGSM, partial(WRM, steps=1)):
-        attack = bal_mnist.of_size(make, 1.5, classifier, task)
-        assert bal_mnist.size_of(attack, classifier, task)["l2"] == pytest.approx(1.5, rel=0.02)
+        attack = bal_mnist.OfSize(make, 1.5, task)
+        first = attack(network)
+        assert bal_mnist.size_of(first, network, task)["l2"] == pytest.approx(1.5, rel=0.02)
+    assert bal_mnist.size_of(first, steeper, task)["l2"] > 1.2 * 1.5
+    for _ in range(6):
+        followed = attack(steeper)
+    assert bal_mnist.size_of(followed, steeper, task)["l2"] == pytest.approx(1.5, rel=0.05)
 
 
 def test_the_picture_shows_its_numbers(rows):

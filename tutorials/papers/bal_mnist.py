@@ -12,7 +12,8 @@ What the authors' code does and this does not:
 - The adversary's step size stays; perturbed images are clipped to [0, 1]; no clean term is added to the loss.
 - Its "PGD" baseline is one step along a squared gradient. Here PGD is PGD.
 - Its trainings move images by less than BAL does. Here they are given the size that BAL's perturbations have, by their mean Euclidean
-  length, and PGD the size of the largest attack as well; the trainings of the published sizes are rows of their own.
+  length, at which their strength is held as the network changes, and PGD the size of the largest attack as well; the trainings of the
+  published sizes are rows of their own.
 - BAL updates weights 15 times on a minibatch and has several learners, and so takes far more gradients than any training on as many
   minibatches. One row trains as many networks against PGD apart, until they have taken as many gradients as BAL.
 - Probabilities are averaged, not logits.
@@ -154,26 +155,71 @@ def new_model(device: str) -> torch.nn.Module:
 # ------------------------------------------------------------------------------------------------------------------ defenders
 
 
-def point(model: torch.nn.Module, task: Task, minibatches: int, attack: Attack | None, start: Draws | None) -> Draws:
+class OfSize:
+    """
+    An attack whose strength follows a network as it is trained, so that the mean Euclidean length of what it does stays the same.
+
+    :param make: an attack of a strength.
+    :param l2: the length.
+    """
+
+    def __init__(self, make: Callable[[float], Attack], l2: float, task: Task) -> None:
+        self.make, self.l2, self.task, self.strength = make, l2, task, None
+
+    def __call__(self, classifier: ab.PosteriorClassifier) -> Attack:
+        """For a network: at first by bisection, then from the strength that the network before had."""
+        if self.strength is None:
+            low, high = 1e-3, 1e3
+            for _ in range(12):
+                self.strength = (low * high) ** 0.5
+                low, high = (self.strength, high) if self._length(classifier) < self.l2 else (low, self.strength)
+        else:
+            self.strength *= min(max(self.l2 / self._length(classifier), 0.25), 4.0) ** 0.5
+        return self.make(self.strength)
+
+    def _length(self, classifier: ab.PosteriorClassifier) -> float:
+        return size_of(self.make(self.strength), classifier, self.task)["l2"]
+
+
+def point(model: torch.nn.Module, task: Task, minibatches: int, attack: Attack | OfSize | None, start: Draws | None) -> Draws:
     """A MAP estimate, by Adam: on clean images, or on what an attack makes of them."""
     pyro.clear_param_store()
     own = {site: value.clone() for site, value in (start or {}).items()}  # a guide trains the tensors that it was given
     guide = AutoDelta(model, init_loc_fn=init_to_value(values=own) if own else ab.init_to_fan_in)
-    loss = Trace_ELBO() if attack is None else ab.TraceRobust_ELBO(attack)
+    first = attack(ab.PosteriorClassifier(model, stacked(start))) if isinstance(attack, OfSize) else attack
+    loss = Trace_ELBO() if first is None else ab.TraceRobust_ELBO(first)
     svi = SVI(ab.minibatch(model, size=len(task.x)), guide, Adam({"lr": 1e-3}), loss)
     epochs = -(-minibatches * BATCH_SIZE // len(task.x))
     rows = torch.cat([torch.randperm(len(task.x)) for _ in range(epochs)])[: minibatches * BATCH_SIZE].to(task.x.device)
-    for batch in tqdm(rows.split(BATCH_SIZE), desc=repr(attack) if attack else "clean images", disable=None):
+    for i, batch in enumerate(tqdm(rows.split(BATCH_SIZE), desc="clean images" if first is None else repr(first), disable=None)):
+        if i and i % 10 == 0 and isinstance(attack, OfSize):
+            loss.attack = attack(ab.PosteriorClassifier(model, {site: value.detach()[None] for site, value in guide().items()}))
         svi.step(task.x[batch], task.y[batch])
     return {site: value.detach().clone() for site, value in guide().items()}
 
 
-def trained(attack: Attack | None, model: torch.nn.Module, task: Task, scale: Scale, start: Draws) -> Found:
+def trained(attack: Attack | OfSize | None, model: torch.nn.Module, task: Task, scale: Scale, start: Draws) -> Found:
     """Training against an attack, from the trained network; without one, that network."""
     if attack is None:
         return Found(stacked(start), None, {})
     samples = stacked(point(model, task, scale.minibatches, attack, start))
-    return Found(samples, size_of(attack, ab.PosteriorClassifier(model, samples), task), {"attack": repr(attack)})
+    classifier = ab.PosteriorClassifier(model, samples)
+    last = attack(classifier) if isinstance(attack, OfSize) else attack
+    return Found(samples, size_of(last, classifier, task), {"attack": repr(last)})
+
+
+def trained_apart(attack: Attack, minibatches: int, count: int, model: torch.nn.Module, task: Task, start: Draws, folder: Path) -> Found:
+    """As many networks, each trained against the attack with minibatches of its own; they are kept one by one."""
+    networks = []
+    for i in range(count):
+        path = folder / f"trained-apart-{i}.safetensors"
+        if not path.exists():
+            pyro.set_rng_seed(i)
+            save_file(point(model, task, minibatches, attack, start), path)
+        networks.append({site: value.to(task.x.device) for site, value in load_file(path).items()})
+    samples = {site: torch.stack([network[site] for network in networks]) for site in networks[0]}
+    size = size_of(attack, ab.PosteriorClassifier(model, samples), task)
+    return Found(samples, size, {"attack": repr(attack), "networks": count, "minibatches of each": minibatches})
 
 
 def kernel_of(setting: Setting | None, model: torch.nn.Module, scale: Scale, start: Draws) -> ab.BAL | ab.SGAdaLD:
@@ -197,20 +243,6 @@ def kernel_of(setting: Setting | None, model: torch.nn.Module, scale: Scale, sta
         clean_share=setting.clean_share,
         **common,
     )
-
-
-def trained_apart(attack: Attack, minibatches: int, count: int, model: torch.nn.Module, task: Task, start: Draws, folder: Path) -> Found:
-    """As many networks, each trained against the attack with minibatches of its own; they are kept one by one."""
-    networks = []
-    for i in range(count):
-        path = folder / f"trained-apart-{i}.safetensors"
-        if not path.exists():
-            pyro.set_rng_seed(i)
-            save_file(point(model, task, minibatches, attack, start), path)
-        networks.append({site: value.to(task.x.device) for site, value in load_file(path).items()})
-    samples = {site: torch.stack([network[site] for network in networks]) for site in networks[0]}
-    size = size_of(attack, ab.PosteriorClassifier(model, samples), task)
-    return Found(samples, size, {"attack": repr(attack), "networks": count, "minibatches of each": minibatches})
 
 
 def sampled(
@@ -241,15 +273,6 @@ def size_of(attack: Attack, classifier: ab.PosteriorClassifier, task: Task) -> d
     return {"linf": float(moved.abs().amax(1).mean()), "l2": float(torch.linalg.vector_norm(moved, dim=1).mean())}
 
 
-def of_size(make: Callable[[float], Attack], l2: float, classifier: ab.PosteriorClassifier, task: Task) -> Attack:
-    """The attack that moves images by a mean Euclidean length of ``l2``: by bisection."""
-    low, high = 1e-3, 1e3
-    for _ in range(12):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if size_of(make(middle), classifier, task)["l2"] < l2 else (low, middle)
-    return make(float(f"{(low * high) ** 0.5:.3g}"))
-
-
 def methods(scale: Scale, work: Path) -> dict[str, Callable]:
     """From a row's name to a function of ``(model, task, start, l2)`` to a :class:`Found`; l2 is the length of BAL's perturbations."""
 
@@ -263,8 +286,7 @@ def methods(scale: Scale, work: Path) -> dict[str, Callable]:
         def train(model: torch.nn.Module, task: Task, start: Draws, l2: float | None) -> Found:
             if l2 is None:
                 raise ValueError(f"this row is trained at the size of BAL's perturbations: first --only 'BAL, {usual} learners'")
-            attack = of_size(make, l2, ab.PosteriorClassifier(model, stacked(start)), task)
-            return trained(attack, model, task, scale, start)
+            return trained(OfSize(make, l2, task), model, task, scale, start)
 
         return train
 
