@@ -88,10 +88,40 @@ class RowGenerator(nn.Module):
         return self(self.latent(count))
 
 
-class NetworkGenerator(RowGenerator):
+class StandardizedGenerator(RowGenerator):
     r"""
-    A network of the user's own, from noise ``[n, noise]`` to rows ``[n, P]``, in standardised units: :math:`\theta = \mathrm{loc} +
-    \mathrm{scale} \cdot g(z)` with mean and standard deviation of the draws, so that it holds 2P numbers beside its own.
+    Base: a code is a whole row in standardised units, :math:`\theta = \mathrm{loc} + \mathrm{scale} \cdot g(z)` with mean and standard
+    deviation of the draws.
+    """
+
+    def __init__(self, noise: int) -> None:
+        super().__init__(noise)
+        self.register_buffer("loc", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+
+    def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
+        self.size = numel(shapes)
+        self.loc, self.scale = (torch.full((), value, dtype=dtype, device=device) for value in (0.0, 1.0))
+
+    @torch.no_grad()
+    def prepare(self, rows: Rows, mean: Tensor, sd: Tensor) -> None:
+        self.standardize(mean.clone(), sd.clone())
+
+    def standardize(self, loc: Tensor, scale: Tensor) -> None:
+        """Says what the units are, ``[P]`` each or one number for all."""
+        self.loc, self.scale = loc, scale
+
+    def encode(self, rows: Tensor) -> Tensor:
+        return (rows - self.loc) / self.scale
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.addcmul(self.loc, self.scale, self.code(z))
+
+
+class NetworkGenerator(StandardizedGenerator):
+    r"""
+    A network of the user's own, from noise ``[n, noise]`` to rows ``[n, P]`` in standardised units, so that it holds 2P numbers beside
+    its own.
 
     :param network: any module with an attribute ``noise``, the dimension of its input.
     """
@@ -102,21 +132,17 @@ class NetworkGenerator(RowGenerator):
             raise ValueError(f"generator: {type(network).__name__} has no attribute noise, the dimension of its input: set one (an int)")
         super().__init__(noise)
         self.network = network
-        self.register_buffer("loc", torch.zeros(()))
-        self.register_buffer("scale", torch.ones(()))
 
     def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
-        size = numel(shapes)
         self.network.to(device, dtype)
         with torch.no_grad():
             shape = tuple(self.network(torch.zeros(2, self.noise, dtype=dtype, device=device)).shape)
-        if shape != (2, size):
+        if shape != (2, numel(shapes)):
             raise ValueError(
-                f"generator: {type(self.network).__name__} makes {shape} of noise (2, {self.noise}): (2, {size}) is needed, a number for "
-                "each element of the sites"
+                f"generator: {type(self.network).__name__} makes {shape} of noise (2, {self.noise}): (2, {numel(shapes)}) is needed, a "
+                "number for each element of the sites"
             )
-        self.size = size
-        self.loc, self.scale = (torch.full((size,), value, dtype=dtype, device=device) for value in (0.0, 1.0))
+        super().build(shapes, dtype, device)
 
     def settings(self) -> dict[str, Any]:
         return {"network": type(self.network).__name__, "noise": self.noise}
@@ -124,21 +150,11 @@ class NetworkGenerator(RowGenerator):
     def numbers(self, shapes: Sequence[Sequence[int]]) -> int:
         return sum(p.numel() for p in self.network.state_dict().values()) + 2 * numel(shapes)
 
-    def prepare(self, rows: Rows, mean: Tensor, sd: Tensor) -> None:
-        self.loc.copy_(mean)
-        self.scale.copy_(sd)
-
-    def encode(self, rows: Tensor) -> Tensor:
-        return (rows - self.loc) / self.scale
-
     def code(self, z: Tensor) -> Tensor:
         return self.network(z)
 
-    def forward(self, z: Tensor) -> Tensor:
-        return torch.addcmul(self.loc, self.scale, self.network(z))
 
-
-class MLPGenerator(RowGenerator):
+class MLPGenerator(StandardizedGenerator):
     r"""
     The generator of Adversarial Posterior Distillation (Wang et al., ICML 2018): noise → hidden layers with ReLU → the whole vector of
     weights, He initialisation. Beside its hidden layers it holds (h + 1)·P numbers, with h the width of the last: with 100, as much as
@@ -152,13 +168,10 @@ class MLPGenerator(RowGenerator):
         super().__init__(noise)
         self.hidden = as_widths(hidden)
         self.layers = nn.Sequential()
-        self.register_buffer("loc", torch.zeros(()))
-        self.register_buffer("scale", torch.ones(()))
 
     def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
-        self.size = numel(shapes)
+        super().build(shapes, dtype, device)
         self.layers = mlp((self.noise, *self.hidden, self.size), dtype, device)
-        self.loc, self.scale = self.loc.to(device, dtype), self.scale.to(device, dtype)
 
     def settings(self) -> dict[str, Any]:
         return {"noise": self.noise, "hidden": list(self.hidden)}
@@ -166,30 +179,20 @@ class MLPGenerator(RowGenerator):
     def numbers(self, shapes: Sequence[Sequence[int]]) -> int:
         return mlp_numbers((self.noise, *self.hidden, numel(shapes))) + 2
 
-    @torch.no_grad()
-    def prepare(self, rows: Rows, mean: Tensor, sd: Tensor) -> None:
-        self._rescale(mean.clone(), sd.clone())
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        self._rescale(self.loc.new_zeros(()), self.scale.new_ones(()))
-
-    def _rescale(self, loc: Tensor, scale: Tensor) -> None:
-        """Another standardisation, which leaves a trained generator's rows what they were; a new one's biases are all 0."""
+    def standardize(self, loc: Tensor, scale: Tensor) -> None:
+        """Leaves a trained generator's rows what they were; a new one's biases are all 0."""
         last = self.layers[-1]
         if bool(last.bias.any()):
             last.bias.copy_((self.loc + self.scale * last.bias - loc) / scale)
             last.weight.mul_((self.scale / scale).expand(self.size).unsqueeze(-1))
-        self.loc, self.scale = loc, scale
+        super().standardize(loc, scale)
 
-    def encode(self, rows: Tensor) -> Tensor:
-        return (rows - self.loc) / self.scale
+    @torch.no_grad()
+    def finish(self) -> None:
+        self.standardize(self.loc.new_zeros(()), self.scale.new_ones(()))
 
     def code(self, z: Tensor) -> Tensor:
         return self.layers(z)
-
-    def forward(self, z: Tensor) -> Tensor:
-        return torch.addcmul(self.loc, self.scale, self.layers(z))
 
 
 def numel(shapes: Sequence[Sequence[int]]) -> int:

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_advbayes.infer.autoguide.generators import RowGenerator, as_widths, mlp, mlp_numbers, numel
-from pyro_advbayes.infer.autoguide.rows import Rows
+from pyro_advbayes.infer.autoguide.generators import StandardizedGenerator, as_widths, mlp, mlp_numbers, numel
 
 
-class HyperGenerator(RowGenerator):
+class HyperGenerator(StandardizedGenerator):
     r"""
     A hypernetwork with a trunk that all layers share. The trunk makes :math:`t = g(z)`, ``[w]``; row j (an output unit) of a site s of two
     dimensions or more is, in standardised units,
@@ -35,18 +34,16 @@ class HyperGenerator(RowGenerator):
             raise ValueError(f"width={width!r}: the numbers that a row is made of, an int >= 1")
         self.hidden, self.width = as_widths(hidden), width
         self.trunk, self.gains, self.shifts, self.heads = nn.Sequential(), nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
-        self.register_buffer("loc", torch.zeros(0))
-        self.register_buffer("scale", torch.zeros(0))
 
     def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
-        self.size, w = numel(shapes), self.width
+        super().build(shapes, dtype, device)
+        w = self.width
         self.trunk = mlp((self.noise, *self.hidden, w), dtype, device)
         options = {"dtype": dtype, "device": device}
         tables = [_table(shape) for shape in shapes]
         self.gains = nn.ParameterList([torch.randn(rows, w, **options) for rows, _ in tables])
         self.shifts = nn.ParameterList([torch.randn(rows, w, **options) for rows, _ in tables])
         self.heads = nn.ParameterList([torch.randn(w, columns, **options) / math.sqrt(w) for _, columns in tables])
-        self.loc, self.scale = torch.zeros(self.size, **options), torch.ones(self.size, **options)
 
     def settings(self) -> dict[str, Any]:
         return {"noise": self.noise, "hidden": list(self.hidden), "width": self.width}
@@ -56,20 +53,10 @@ class HyperGenerator(RowGenerator):
         made = sum(self.width * (2 * rows + columns) for rows, columns in tables)
         return 2 * numel(shapes) + made + mlp_numbers((self.noise, *self.hidden, self.width))
 
-    def prepare(self, rows: Rows, mean: Tensor, sd: Tensor) -> None:
-        self.loc.copy_(mean)
-        self.scale.copy_(sd)
-
-    def encode(self, rows: Tensor) -> Tensor:
-        return (rows - self.loc) / self.scale
-
     def code(self, z: Tensor) -> Tensor:
         t = self.trunk(z).unsqueeze(1)
         made = zip(self.gains, self.shifts, self.heads, strict=True)
         return torch.cat([((t * gain + shift).relu() @ head).flatten(1) for gain, shift, head in made], dim=-1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        return torch.addcmul(self.loc, self.scale, self.code(z))
 
 
 def _table(shape: Sequence[int]) -> tuple[int, int]:

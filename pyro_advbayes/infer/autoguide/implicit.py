@@ -21,6 +21,7 @@ from torch.distributions.kl import register_kl
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import MLPGenerator, NetworkGenerator, RowGenerator
 from pyro_advbayes.infer.autoguide.hyper import HyperGenerator
+from pyro_advbayes.infer.autoguide.rows import row_dtype
 from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
 from pyro_advbayes.infer.conditioned import without_leading_ones
 from pyro_advbayes.infer.mcmc import files
@@ -102,10 +103,7 @@ class AutoImplicit(AutoGuide):
         :raises ValueError: naming a site that is not the model's, where the model declares its sites, or if the generator does not fit.
         """
         _check_declared(self.model, sites)
-        dtype = sites[0].dtype
-        for site in sites:
-            dtype = torch.promote_types(dtype, site.dtype)
-        self.network.build([site.unconstrained_shape for site in sites], dtype, torch.device(device))
+        self.network.build([site.unconstrained_shape for site in sites], row_dtype(sites), torch.device(device))
         self.sites = tuple(sites)
 
     @property

@@ -52,6 +52,14 @@ def sites_of(values: Mapping[str, Tensor]) -> tuple[Site, ...]:
     return tuple(sites)
 
 
+def row_dtype(sites: Sequence[Site]) -> torch.dtype:
+    """One dtype for all sites."""
+    dtype = sites[0].dtype
+    for site in sites:
+        dtype = torch.promote_types(dtype, site.dtype)
+    return dtype
+
+
 class Rows:
     """
     Base: draws as rows ``[n, P]`` in unconstrained space.

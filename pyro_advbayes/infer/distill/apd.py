@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import RowGenerator
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit, same_sites
-from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, read_samples, site_at, sites_of
+from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, read_samples, row_dtype, site_at, sites_of
 from pyro_advbayes.infer.distill.energy import Energy
 from pyro_advbayes.infer.distill.noise import fit_noise
 from pyro_advbayes.infer.distill.stopping import Stopping
@@ -24,7 +24,6 @@ from pyro_advbayes.infer.distill.training import Settings, Training
 from pyro_advbayes.infer.distill.wgan import WGAN
 from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.potential import Potential
-from pyro_advbayes.structure import Site
 
 PRESETS = {
     "fast": Settings(),
@@ -268,14 +267,6 @@ def settings_of(preset: str, changes: Mapping[str, Any]) -> Settings:
         if name not in known:
             raise ValueError(f"{name}= is no setting: there are {', '.join(known)}")
     return dataclasses.replace(PRESETS[preset], **changes)
-
-
-def row_dtype(sites: Sequence[Site]) -> torch.dtype:
-    """One dtype for all sites."""
-    dtype = sites[0].dtype
-    for site in sites:
-        dtype = torch.promote_types(dtype, site.dtype)
-    return dtype
 
 
 def refuse_constant(rows: Rows, mean: Tensor, sd: Tensor) -> None:

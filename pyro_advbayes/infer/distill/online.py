@@ -10,7 +10,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
-from pyro_advbayes.infer.distill.apd import APD, Codes, Fit, refuse_constant, row_dtype
+from pyro_advbayes.infer.autoguide.rows import row_dtype
+from pyro_advbayes.infer.distill.apd import APD, Codes, Fit, refuse_constant
 from pyro_advbayes.infer.distill.reservoir import Reservoir
 from pyro_advbayes.infer.distill.training import Training
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
