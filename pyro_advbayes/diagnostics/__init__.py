@@ -30,6 +30,7 @@ from pyro_advbayes.diagnostics.plots import (
     plot_reliability,
     plot_retained_accuracy,
     plot_scores,
+    plot_uncertainty_map,
 )
 from pyro_advbayes.diagnostics.robustness import (
     AccuracyCurve,
@@ -91,6 +92,7 @@ __all__ = [
     "plot_reliability",
     "plot_retained_accuracy",
     "plot_scores",
+    "plot_uncertainty_map",
     "predictive_entropy",
     "reliability",
     "retained_accuracy",

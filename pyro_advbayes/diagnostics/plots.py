@@ -208,6 +208,46 @@ def plot_retained_accuracy(curves: dict[str, RetainedAccuracy], *, ax: Axes | No
     return ax
 
 
+def plot_uncertainty_map(
+    scores: Tensor,
+    x1: Tensor,
+    x2: Tensor,
+    *,
+    examples: tuple[Tensor, Tensor] | None = None,
+    label: str = "predictive entropy [nats]",
+    limits: tuple[float, float] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Uncertainty over a plane of inputs, as colours; the title adds the mean over the map. ::
+
+        axis = torch.linspace(-5, 5, 101)
+        inputs = torch.cartesian_prod(axis, axis)
+        plot_uncertainty_map(predictive_entropy(probs(inputs)), axis, axis, examples=(x, y), limits=(0, math.log(2)))
+
+    :param scores: of the inputs ``torch.cartesian_prod(x1, x2)``, ``[len(x1) * len(x2)]``.
+    :param x1: values of the first coordinate, to the right, increasing.
+    :param x2: values of the second, upwards, increasing.
+    :param examples: inputs ``[N, 2]`` and their classes ``[N]``, to be shown as points.
+    :param label: what the scores are, for the colour bar.
+    :param limits: scores at both ends of the colours, so that maps can be compared; by default the smallest and the largest.
+    :raises ValueError: if the scores do not fit the coordinates, or one is not finite.
+    """
+    if scores.shape != (len(x1) * len(x2),) or not bool(scores.isfinite().all()):
+        raise ValueError(
+            f"scores must be {len(x1) * len(x2)} finite numbers, one for each of cartesian_prod(x1, x2), not {list(scores.shape)}"
+        )
+    ax = ax if ax is not None else _axes()
+    right, up, table = x1.cpu().numpy(), x2.cpu().numpy(), scores.detach().cpu().reshape(len(x1), len(x2)).mT.numpy()
+    low, high = limits if limits is not None else (None, None)
+    mesh = ax.pcolormesh(right, up, table, shading="nearest", vmin=low, vmax=high, cmap="viridis", rasterized=True)
+    ax.figure.colorbar(mesh, ax=ax, label=label, shrink=0.8)
+    if examples is not None:
+        x, y = (values.cpu().numpy() for values in examples)
+        ax.scatter(x[:, 0], x[:, 1], c=y, cmap="coolwarm", edgecolors="white", linewidths=0.7, s=25)
+    ax.set(aspect="equal", title=f"mean {table.mean():.3f}")
+    return ax
+
+
 def _axes() -> Axes:
     import matplotlib.pyplot as plt
 

@@ -21,6 +21,7 @@ from pyro_advbayes.diagnostics import (
     plot_reliability,
     plot_retained_accuracy,
     plot_scores,
+    plot_uncertainty_map,
     predictive_entropy,
     reliability,
     retained_accuracy,
@@ -178,3 +179,25 @@ def test_retained_accuracy_is_drawn_as_it_is():
     assert legend(ax) == [f"plain ({curve.accuracy[0]:.3f} to {curve.accuracy[-1]:.3f})"]
     with pytest.raises(ValueError, match="at least one posterior"):
         plot_retained_accuracy({})
+
+
+def test_a_map_shows_the_score_of_an_input_at_its_place():
+    x1, x2 = torch.linspace(-1, 1, 3), torch.linspace(0, 3, 4)
+    inputs = torch.cartesian_prod(x1, x2)
+    scores = (10 * inputs[:, 0] + inputs[:, 1]).requires_grad_()
+    ax = plot_uncertainty_map(scores, x1, x2, examples=(inputs[:2], torch.tensor([0, 1])), limits=(-20.0, 20.0))
+    mesh, points = ax.collections
+    assert np.allclose(mesh.get_array().reshape(4, 3), [[10 * a + b for a in x1] for b in x2])  # rows upwards, columns to the right
+    corners = mesh.get_coordinates()  # of the cells around the inputs
+    assert np.allclose(corners[0, 0], [-1.5, -0.5]) and np.allclose(corners[-1, -1], [1.5, 3.5])
+    assert mesh.get_clim() == (-20.0, 20.0) and np.allclose(points.get_offsets(), inputs[:2])
+    assert ax.get_title() == "mean 1.500"
+    _, second = plt.subplots()
+    assert plot_uncertainty_map(scores, x1, x2, ax=second) is second and second.collections[0].get_clim() == (-10.0, 13.0)
+
+
+def test_scores_that_do_not_fill_a_map_are_refused():
+    axis = torch.linspace(0, 1, 3)
+    for scores in (torch.zeros(8), torch.zeros(3, 3), torch.full((9,), torch.nan)):
+        with pytest.raises(ValueError, match=r"scores must be 9 finite numbers"):
+            plot_uncertainty_map(scores, axis, axis)
