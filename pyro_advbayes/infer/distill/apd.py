@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,7 +118,7 @@ class APD:
         if not self.guide.network.trainable:  # all of it came from the draws
             return Fit(0, None, None, None, self._finish(rows, len(rows), potential))
         codes = Codes(self.guide.network, rows)
-        return self._train(rows, self.training(codes), self._stopping(codes), self.settings.num_steps, len(rows), potential)
+        return self._train_offline(rows, self.training(codes), self.stopping(codes), potential)
 
     @classmethod
     def resume(
@@ -140,21 +141,19 @@ class APD:
         :raises ValueError: if it is truncated, or of other draws or another generator.
         """
         content = files.load(Path(path))
-        settings = {**content["settings"], "betas": tuple(content["settings"]["betas"])}
-        settings["critic_hidden"] = tuple(settings["critic_hidden"])
-        apd = cls(guide, checkpoint=path, checkpoint_every=content["every"], disable_progbar=disable_progbar, **settings)
+        apd = cls(guide, checkpoint=path, checkpoint_every=content["every"], disable_progbar=disable_progbar, **content["settings"])
         rows, potential = apd._prepare(samples, args, kwargs)
         for what, here in _fingerprint(guide, rows).items():
             if content["fingerprint"][what] != here:
                 raise ValueError(f"{path} is of another fit: its {what} is {content['fingerprint'][what]}, here it is {here}")
         guide.network.restore(content["training"]["generator"])  # which says what codes are
         codes = Codes(guide.network, rows)
-        training, stopping = apd.training(codes), apd._stopping(codes)
+        training, stopping = apd.training(codes), apd.stopping(codes)
         training.load(content["training"])
         if stopping is not None:
             stopping.load(content["stopping"])
         files.set_random_state(content["random"])
-        return apd._train(rows, training, stopping, apd.settings.num_steps, len(rows), potential)
+        return apd._train_offline(rows, training, stopping, potential)
 
     def _prepare(self, samples: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Rows, Potential | None]:
         """The draws as rows that the guide's generator has looked at."""
@@ -182,22 +181,31 @@ class APD:
         kind = WGAN if self.settings.objective == "wgan-gp" else Energy
         return kind(self.guide.network, codes.size, self.settings, codes.random)
 
-    def _stopping(self, codes: Codes) -> Stopping | None:
+    def stopping(self, codes: Codes) -> Stopping | None:
+        """What ends the training on these codes, if anything does."""
         return None if self.settings.check_every is None else Stopping(codes, len(codes), codes.size)
 
-    def polish(self, rows: Rows, training: Training, num_draws: int, potential: Potential) -> Fit:
-        """
-        Goes on with rows that no longer change, where there is something that stops it, and finishes the guide.
+    def _train_offline(self, rows: Rows, training: Training, stopping: Stopping | None, potential: Potential | None) -> Fit:
+        save = partial(self._save_checkpoint, rows, training, stopping)
+        return self.train(rows, training, stopping, self.settings.num_steps, len(rows), potential, save)
 
-        :param num_draws: that the rows stand for.
-        """
-        stopping = self._stopping(Codes(self.guide.network, rows))
-        last = training.steps + (0 if stopping is None else self.settings.num_steps)
-        return self._train(rows, training, stopping, last, num_draws, potential)
-
-    def _train(
-        self, rows: Rows, training: Training, stopping: Stopping | None, last: int, num_draws: int, potential: Potential | None
+    def train(
+        self,
+        rows: Rows,
+        training: Training,
+        stopping: Stopping | None,
+        last: int,
+        num_draws: int,
+        potential: Potential | None,
+        save: Callable[[], None],
     ) -> Fit:
+        """
+        Trains on rows that do not change until something stops it, and finishes the guide.
+
+        :param last: the number of the step that is the last in any case.
+        :param num_draws: that the rows stand for.
+        :param save: called every ``checkpoint_every`` steps, where there is to be a checkpoint.
+        """
         settings, over = self.settings, False
         bar = tqdm(total=last, initial=training.steps, desc="APD", disable=True if self.disable_progbar else None, mininterval=0.5)
         with bar:
@@ -206,7 +214,7 @@ class APD:
                 if stopping is not None and training.steps % settings.check_every == 0:
                     over = look(training, stopping)
                 if self.checkpoint is not None and training.steps % self.checkpoint_every == 0:
-                    self._save_checkpoint(rows, training, stopping)
+                    save()
                 if not bar.disable:
                     shown = {"loss": estimate} if stopping is None else {"distance": stopping.distance, "floor": stopping.floor}
                     bar.set_postfix({name: f"{float(value):.3g}" for name, value in shown.items()}, refresh=False)
@@ -239,7 +247,7 @@ class APD:
         warnings.warn(
             f"APD has not come down to the draws in {training.steps} steps: two-sample distance {distance:.3g}, where two halves of the "
             f"draws are {stopping.floor:.3g} apart. Judge it with distill.compare; more num_steps or a larger generator may help",
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def _save_checkpoint(self, rows: Rows, training: Training, stopping: Stopping | None) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -9,11 +13,15 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_advbayes.batches import is_loader
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.rows import row_dtype
 from pyro_advbayes.infer.distill.apd import APD, Codes, Fit, refuse_constant
 from pyro_advbayes.infer.distill.reservoir import Reservoir
+from pyro_advbayes.infer.distill.stopping import Stopping
 from pyro_advbayes.infer.distill.training import Training
+from pyro_advbayes.infer.mcmc import files
+from pyro_advbayes.infer.mcmc.fingerprint import compare, data_digests, fingerprint, load_kernel, schedule_values
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 
 
@@ -37,6 +45,10 @@ class OnlineAPD:
     :param int num_chains: number of chains, >= 1.
     :param int steps_per_sample: generator steps between two samples, >= 1.
     :param str preset: as in :class:`APD`.
+    :param checkpoint: path of a file from which :meth:`resume` can go on; it holds the buffer, too.
+    :param int checkpoint_every: samples of a chain (those of warm-up count) between checkpoints, >= 1; generator steps, once the chains
+        have ended.
+    :param bool overwrite: whether the checkpoint may replace an existing file.
     :param bool disable_progbar: no progress bar; there is none where the output is no terminal.
     :param changes: settings that differ from the preset's; ``num_steps`` counts those after the chains have ended.
     :raises ValueError: naming an argument out of range.
@@ -53,6 +65,9 @@ class OnlineAPD:
         steps_per_sample: int = 1,
         preset: str = "fast",
         *,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 1000,
+        overwrite: bool = False,
         disable_progbar: bool = False,
         **changes: Any,
     ) -> None:
@@ -63,7 +78,15 @@ class OnlineAPD:
         for name, value in {**counts, "warmup_steps": warmup_steps}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < (name != "warmup_steps"):
                 raise ValueError(f"{name}={value!r}: an int >= {int(name != 'warmup_steps')}")
-        self._fitter = APD(guide, preset, disable_progbar=disable_progbar, **changes)
+        self._fitter = APD(
+            guide,
+            preset,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            overwrite=overwrite,
+            disable_progbar=disable_progbar,
+            **changes,
+        )
         if buffer < self._fitter.settings.batch_size:
             raise ValueError(f"buffer={buffer}: fewer draws than batch_size={self._fitter.settings.batch_size}")
         if num_samples * num_chains < buffer:
@@ -81,34 +104,97 @@ class OnlineAPD:
         :param args: the model's arguments, or one loader of them.
         :param kwargs: the model's keyword arguments.
         :raises ValueError: naming what in model, data or draws cannot be sampled or learned.
+        :raises FileExistsError: if there is a checkpoint already.
         """
-        kernel = self.kernel
+        if self._fitter.checkpoint is not None:
+            files.refuse_existing(self._fitter.checkpoint, self._fitter.overwrite)
         with poutine.block(), pyro.validation_enabled(False):
-            args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
-            kernel.setup_chains(self.num_chains, self.warmup_steps, args, kwargs)
-            sites, device = kernel.potential.sites, kernel.potential.device
-            self.guide.set_sites(sites, device)
-            if not self.guide.network.trainable:
-                raise ValueError(f"{type(self.guide.network).__name__} has nothing to train: sample first, then APD(guide).fit(samples)")
-            reservoir = Reservoir(sites, row_dtype(sites), device, self.buffer)
-            try:
-                training = self._alternate(reservoir)
-            finally:
-                kernel.cleanup()
-        return self._fitter.polish(reservoir, training, reservoir.seen, kernel.potential)
+            self._set_up(args, kwargs)
+            return self._go_on(_Progress(self.buffer), None)
 
-    def _alternate(self, reservoir: Reservoir) -> Training:
-        kernel, params, training, next_look = self.kernel, self.kernel.initial_params, None, self.buffer
+    @classmethod
+    def resume(
+        cls, path: str | Path, guide: AutoImplicit, kernel: SGMCMCKernel, *args: Any, disable_progbar: bool = False, **kwargs: Any
+    ) -> Fit:
+        """
+        Goes on from a checkpoint to the end, with the same result, bit for bit, as a run that was never interrupted.
+
+        :param path: the checkpoint.
+        :param guide: a new guide with the same model and a generator of the same kind.
+        :param kernel: a kernel with the same model and settings.
+        :param args: the same data, as given to :meth:`run`.
+        :raises FileNotFoundError: if there is no such file.
+        :raises ValueError: if it is truncated or no checkpoint of this class, or if generator, model, kernel or data are others.
+        """
+        content = files.load(Path(path))
+        if not isinstance(content, dict) or "reservoir" not in content:
+            raise ValueError(f"{path} is no checkpoint of {cls.__name__}")
+        online = cls(guide, kernel, **content["run"], **content["settings"], checkpoint=path, disable_progbar=disable_progbar)
+        with poutine.block(), pyro.validation_enabled(False):
+            online._set_up(args, kwargs, find_start=False)
+            compare(online._fingerprint, content["fingerprint"], Path(path))
+            load_kernel(kernel, content["kernel"], content["energy"], Path(path))
+            online.reservoir.load(content["reservoir"])
+            return online._go_on(_Progress(**content["progress"]), content)
+
+    def _set_up(self, args: Sequence[Any], kwargs: Mapping[str, Any], find_start: bool = True) -> None:
+        kernel, loader = self.kernel, is_loader(args, dict(kwargs))
+        scheduled = schedule_values(kernel, self.warmup_steps + self.num_samples)
+        args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+        kernel.setup_chains(self.num_chains, self.warmup_steps, args, kwargs, find_start)
+        sites, device = kernel.potential.sites, kernel.potential.device
+        self.guide.set_sites(sites, device)
+        network = self.guide.network
+        if not network.trainable:
+            raise ValueError(f"{type(network).__name__} has nothing to train: sample first, then APD(guide).fit(samples)")
+        self.reservoir = Reservoir(sites, row_dtype(sites), device, self.buffer)
+        digests = None if self._fitter.checkpoint is None else data_digests(kernel, loader)
+        generator = {"name": type(network).__name__, **network.settings()}
+        self._fingerprint = {**fingerprint(kernel, scheduled, digests), "generator": generator}
+
+    def _go_on(self, at: _Progress, content: Mapping[str, Any] | None) -> Fit:
+        """
+        To the end, from the start or from a checkpoint.
+
+        :param content: of the checkpoint, whose kernel and reservoir are in place.
+        """
+        training = stopping = None
+        if content is not None:
+            self.guide.network.restore((content["training"] or content)["generator"])  # which says what codes are
+            if content["training"] is not None:
+                training = self._fitter.training(self._codes())
+                training.load(content["training"])
+            if at.last is not None and content["stopping"] is not None:
+                stopping = self._fitter.stopping(self._codes())
+                stopping.load(content["stopping"])
+            files.set_random_state(content["random"])
+        kernel = self.kernel
+        try:
+            training = self._alternate(at, training)
+        finally:
+            kernel.cleanup()
+        if at.last is None:
+            stopping = self._fitter.stopping(self._codes())
+            at.last = training.steps + (0 if stopping is None else self._fitter.settings.num_steps)
+        save = partial(self._save_checkpoint, at, training, stopping)
+        return self._fitter.train(self.reservoir, training, stopping, at.last, self.reservoir.seen, kernel.potential, save)
+
+    def _alternate(self, at: _Progress, training: Training | None) -> Training:
+        kernel, params, reservoir, fitter = self.kernel, self.kernel.initial_params, self.reservoir, self._fitter
         total = self.warmup_steps + self.num_samples
-        with tqdm(total=total, desc="OnlineAPD", disable=True if self.disable_progbar else None, mininterval=0.5) as bar:
-            for i in range(total):
+        bar = tqdm(total=total, initial=at.samples, desc="OnlineAPD", disable=True if self.disable_progbar else None, mininterval=0.5)
+        with bar:
+            for i in range(at.samples, total):
                 params = kernel.sample(params)
                 if i >= self.warmup_steps:
                     reservoir.add(kernel.potential.join(params)[~kernel.info["diverging"]])
-                if reservoir.seen >= next_look:
-                    training, next_look = self._look(reservoir, training), 2 * reservoir.seen
+                if reservoir.seen >= at.next_look:
+                    training, at.next_look = self._look(training), 2 * reservoir.seen
                 for _ in range(self.steps_per_sample if training is not None else 0):
                     training.step()
+                at.samples = i + 1
+                if fitter.checkpoint is not None and at.samples % fitter.checkpoint_every == 0:
+                    self._save_checkpoint(at, training, None)
                 if not bar.disable:
                     bar.set_postfix({**kernel.logging(), "draws": reservoir.seen}, refresh=False)
                 bar.update()
@@ -116,11 +202,47 @@ class OnlineAPD:
             raise RuntimeError(f"chains were lost before they had filled the buffer: {reservoir.seen} draws of {self.buffer}")
         return training
 
-    def _look(self, reservoir: Reservoir, training: Training | None) -> Training:
+    def _look(self, training: Training | None) -> Training:
         """Mean and scale of the draws so far, and training in these units."""
         if training is not None:
             training.swap()
-        mean, sd = reservoir.moments()
-        refuse_constant(reservoir, mean, sd)
-        self.guide.network.prepare(reservoir, mean, sd)
-        return self._fitter.training(Codes(self.guide.network, reservoir))
+        mean, sd = self.reservoir.moments()
+        refuse_constant(self.reservoir, mean, sd)
+        self.guide.network.prepare(self.reservoir, mean, sd)
+        return self._fitter.training(self._codes())
+
+    def _codes(self) -> Codes:
+        return Codes(self.guide.network, self.reservoir)
+
+    def _save_checkpoint(self, at: _Progress, training: Training | None, stopping: Stopping | None) -> None:
+        kernel, fitter = self.kernel, self._fitter
+        content = {
+            "run": {
+                "buffer": self.buffer,
+                "num_samples": self.num_samples,
+                "warmup_steps": self.warmup_steps,
+                "num_chains": self.num_chains,
+                "steps_per_sample": self.steps_per_sample,
+                "checkpoint_every": fitter.checkpoint_every,
+            },
+            "settings": asdict(fitter.settings),
+            "fingerprint": self._fingerprint,
+            "energy": kernel.reference_energy(),
+            "kernel": kernel.state(),
+            "reservoir": self.reservoir.state(),
+            "progress": asdict(at),
+            "generator": dict(self.guide.network.state_dict()) if training is None else None,
+            "training": None if training is None else training.state(),
+            "stopping": None if stopping is None else stopping.state(),
+            "random": files.random_state(kernel.potential.device),
+        }
+        files.save(fitter.checkpoint, content)
+
+
+@dataclass
+class _Progress:
+    """How far a run is: draws seen before the next look at them, samples of each chain, and the last step once the chains have ended."""
+
+    next_look: int
+    samples: int = 0
+    last: int | None = None

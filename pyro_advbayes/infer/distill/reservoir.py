@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,3 +40,11 @@ class Reservoir(Rows):
 
     def take(self, index: Tensor) -> Tensor:
         return self._rows[index.to(self.device)]
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`load` needs to go on from here."""
+        return {"rows": self._rows[: len(self)], "seen": self.seen}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a :meth:`state` of as large a reservoir."""
+        self._rows[: len(state["rows"])], self.seen = state["rows"], state["seen"]

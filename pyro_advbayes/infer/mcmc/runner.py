@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,8 @@ from tqdm.auto import tqdm
 from pyro_advbayes.batches import is_loader
 from pyro_advbayes.infer.mcmc import files, summary
 from pyro_advbayes.infer.mcmc.draws import Field, FileDraws, MemoryDraws
+from pyro_advbayes.infer.mcmc.fingerprint import compare, data_digests, fingerprint, load_kernel, schedule_values
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
-from pyro_advbayes.infer.mcmc.schedules import check_value
-from pyro_advbayes.infer.mcmc.step_size import AutoStepSize
 
 STATISTICS = ("energy", "step_size", "temperature", "gradient_norm", "diverging")
 _PREFIX, _EXTRA = "sample_stats/", "extras/"
@@ -154,20 +151,9 @@ class SGMCMC(AbstractMCMC):
 
     def _resume_from(self, content: dict[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         kernel = self.kernel
-        sites = {site: shape for site, shape, *_ in content["fingerprint"]["sites"]}
         self._setup(args, kwargs, find_start=False)
-        _compare(self._fingerprint(), content["fingerprint"], self.checkpoint)
-        kernel.load(_to(content["kernel"], kernel.potential.device))
-        energy = kernel.reference_energy()
-        rtol = 1e-5 if energy.dtype.itemsize >= 4 else 1e-2  # the same model on another machine differs by rounding
-        same = torch.isclose(energy, content["energy"].to(energy.device), rtol=rtol, equal_nan=True)
-        if not bool(same.all()):
-            place = int((~same).nonzero()[0])
-            raise ValueError(
-                f"{self.checkpoint} is of another model: its sites {sorted(sites)} have the same names and shapes, but the energy "
-                f"{('where chain 0 was', 'at 0')[place]} is {float(energy[place]):.6g} instead of {float(content['energy'][place]):.6g} "
-                "(another prior or likelihood?)"
-            )
+        compare(self._fingerprint(), content["fingerprint"], self.checkpoint)
+        load_kernel(kernel, content["kernel"], content["energy"], self.checkpoint)
         done = kernel._samples
         if not self.draws_path.exists():
             raise FileNotFoundError(f"{self.draws_path}: the draws that belong to {self.checkpoint} are missing")
@@ -176,32 +162,13 @@ class SGMCMC(AbstractMCMC):
 
     def _setup(self, args: Sequence[Any], kwargs: Mapping[str, Any], find_start: bool = True) -> None:
         self.kernel.initial_params = None if self._initial is None else dict(self._initial)
-        self._scheduled = self._schedule_values()
+        self._scheduled = schedule_values(self.kernel, self.warmup_steps + self.num_samples)
         args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         self.kernel.setup_chains(self.num_chains, self.warmup_steps, args, kwargs, find_start)
         # ArviZ runs the model on these: of a loader, its first batch
         loader = is_loader(args, dict(kwargs))
-        batches = self.kernel.potential.batches
-        self._args, self._kwargs = (batches.example if loader else args), dict(kwargs)
-        self._data = None
-        if self.checkpoint is not None:
-            tensors = batches.tensors if loader else self.kernel.potential.arguments.tensors
-            self._data = [_digest(value) for value in tensors] + (batches.describe() if loader else [])
-
-    def _schedule_values(self) -> dict[str, list[float]]:
-        """
-        Step size and temperature from the run's first update to its last.
-
-        :raises ValueError: if one is out of range somewhere, before hours are spent on the way there.
-        """
-        last = (self.warmup_steps + self.num_samples) * self.kernel.updates_per_sample - 1
-        steps = sorted({round(last * i / 1000) for i in range(1001)})
-        schedules = {"step_size": self.kernel.step_size, "temperature": self.kernel.temperature}
-        return {
-            name: [check_value(schedule(step), name, step) for step in steps]
-            for name, schedule in schedules.items()
-            if not isinstance(schedule, AutoStepSize)
-        }
+        self._args, self._kwargs = (self.kernel.potential.batches.example if loader else args), dict(kwargs)
+        self._data = None if self.checkpoint is None else data_digests(self.kernel, loader)
 
     def _new_draws(self, resume: int | None = None) -> MemoryDraws | FileDraws:
         fields = {s.name: Field(s.shape, self.draws_dtype or s.dtype) for s in self.kernel.potential.sites}
@@ -277,19 +244,7 @@ class SGMCMC(AbstractMCMC):
         files.save(self.checkpoint, content)
 
     def _fingerprint(self) -> dict[str, Any]:
-        kernel, potential = self.kernel, self.kernel.potential
-        return {
-            "model": type(kernel.model).__name__ if isinstance(kernel.model, torch.nn.Module) else kernel.model.__qualname__,
-            "sites": [[site.name, list(site.shape), str(site.dtype)] for site in potential.sites],
-            "kernel": type(kernel).__name__,
-            "settings": kernel.settings(),
-            **{name: values[::20] for name, values in self._scheduled.items()},
-            "data": self._data,
-            "num_data": potential.batches.num_data,
-            "backend": [kernel.backend, potential.chunk_size],
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
+        return fingerprint(self.kernel, self._scheduled, self._data)
 
     # ------------------------------------------------------------------------------------------------------- what came out
 
@@ -364,40 +319,3 @@ class SGMCMC(AbstractMCMC):
         print(summary.table(samples, prob, max_elements))
         lost = sum(bool(rows) for rows in self._diagnostics["divergences"])
         print(f"\nchains lost: {lost} of {self.num_chains}")
-
-
-def _digest(value: Tensor) -> list[Any]:
-    """Shape, dtype and a hash."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in value.detach().flatten().split(1 << 20):
-        digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
-    return [list(value.shape), str(value.dtype), digest.hexdigest()]
-
-
-def _compare(now: dict[str, Any], then: dict[str, Any], path: Path | None) -> None:
-    for key in [key for key in now if key not in ("threads", "torch")]:
-        here, there = now[key], then.get(key)
-        if here != there:
-            if isinstance(here, dict) and isinstance(there, dict):  # name the setting that differs
-                name = next(name for name in (*here, *there) if here.get(name) != there.get(name))
-                key, here, there = f"{key}[{name!r}]", here.get(name), there.get(name)
-            raise ValueError(f"{path} is of another run: its {key} is {_shorten(there)}, here it is {_shorten(here)}")
-    for key in ("threads", "torch"):
-        if now[key] != then[key]:
-            warnings.warn(
-                f"{path} was written with {key}={then[key]}, here it is {now[key]}: results may differ in the last bits",
-                stacklevel=4,
-            )
-
-
-def _shorten(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 300 else text[:300] + "..."
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
-        return {key: item if key in ("random", "batches", "alive") else _to(item, device) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to(item, device) for item in value)
-    return value.to(device) if isinstance(value, Tensor) else value

@@ -94,7 +94,15 @@ def test_bad_arguments_are_refused_by_name():
     guide, kernel = AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,))), SGLD(logistic)
     with pytest.raises(ValueError, match="kernel=function"):
         OnlineAPD(guide, logistic)
-    for wrong in ({"buffer": 0}, {"num_samples": 0}, {"warmup_steps": -1}, {"num_chains": 1.5}, {"steps_per_sample": 0}, {"ema": 2.0}):
+    for wrong in (
+        {"buffer": 0},
+        {"num_samples": 0},
+        {"warmup_steps": -1},
+        {"num_chains": 1.5},
+        {"steps_per_sample": 0},
+        {"checkpoint_every": 0},
+        {"ema": 2.0},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             OnlineAPD(guide, kernel, **wrong)
     with pytest.raises(ValueError, match="FactoredGenerator has nothing to train: sample first"):
@@ -113,3 +121,111 @@ def test_a_guide_fitted_online_may_be_fitted_again():
         warnings.simplefilter("ignore")
         OnlineAPD(guide, SGLD(gaussian, step_size=0.05), 300, 100, 10, num_chains=4, num_steps=10).run()
     assert APD(guide).fit({"w": torch.randn(2000, 2)}).converged
+
+
+SMALL = {"buffer": 60, "num_samples": 60, "warmup_steps": 20, "num_chains": 2, "batch_size": 40, "num_steps": 60, "check_every": 10}
+
+
+class Stopped(Exception):
+    pass
+
+
+class Mortal(SGLD):
+    """Dies before it has given as many samples."""
+
+    last: int | None = None
+
+    def sample(self, params):
+        if self._samples == self.last:
+            raise Stopped
+        return super().sample(params)
+
+
+def mortal() -> Mortal:
+    return Mortal(logistic, step_size=1e-2, batch_size=20, backend="handlers")  # which needs no time to be traced
+
+
+def small(kind) -> AutoImplicit:
+    return AutoImplicit(logistic, kind(noise=4, hidden=(16,), **({"rank": 2} if kind is FactoredGenerator else {})))
+
+
+IN_WARMUP, BEFORE_IT_LEARNS, AS_IT_LEARNS, AFTER_THE_CHAINS = 15, 45, 75, None
+
+
+@pytest.mark.parametrize(
+    "preset,kind,dies",
+    [
+        ("fast", MLPGenerator, IN_WARMUP),
+        ("fast", MLPGenerator, BEFORE_IT_LEARNS),
+        ("fast", MLPGenerator, AS_IT_LEARNS),
+        ("fast", FactoredGenerator, AFTER_THE_CHAINS),
+        ("paper", MLPGenerator, AS_IT_LEARNS),
+    ],
+)
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, preset, kind, dies):
+    path, results = tmp_path / "online.safetensors", []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pyro.set_rng_seed(3)
+        whole = small(kind)
+        fit = OnlineAPD(whole, mortal(), preset=preset, **SMALL).run(*data())
+        results.append(whole.sample(10)["w"])
+        pyro.set_rng_seed(3)
+        run = OnlineAPD(small(kind), mortal(), preset=preset, checkpoint=path, checkpoint_every=7, **SMALL)
+        run.kernel.last = dies
+        if dies is None:  # the last checkpoint is short of the end
+            run.run(*data())
+        else:
+            with pytest.raises(Stopped):
+                run.run(*data())
+        pyro.set_rng_seed(999)
+        again = small(kind)
+        resumed = OnlineAPD.resume(path, again, mortal(), *data())
+        results.append(again.sample(10)["w"])
+    assert resumed == fit and again.num_draws == whole.num_draws == 120
+    assert torch.equal(*results)
+
+
+def test_a_checkpoint_is_of_one_run_and_is_never_overwritten_or_half_written(tmp_path, monkeypatch):
+    path, (x, y) = tmp_path / "online.safetensors", data()
+
+    def start(**changes):
+        return OnlineAPD(small(MLPGenerator), mortal(), checkpoint=path, checkpoint_every=7, **{**SMALL, **changes})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        start().run(x, y)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        start().run(x, y)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        OnlineAPD.resume(tmp_path / "none.safetensors", small(MLPGenerator), mortal(), x, y)
+    others = {
+        "its data is": (small(MLPGenerator), mortal(), x, 1 - y),
+        "settings.*batch_size": (small(MLPGenerator), Mortal(logistic, step_size=1e-2, batch_size=30, backend="handlers"), x, y),
+        "its kernel is Mortal, here it is SGLD": (small(MLPGenerator), SGLD(logistic, step_size=1e-2, batch_size=20), x, y),
+        r"its generator\['name'\] is MLPGenerator, here it is FactoredGenerator": (small(FactoredGenerator), mortal(), x, y),
+        r"its generator\['noise'\] is 4, here it is 5": (AutoImplicit(logistic, MLPGenerator(5, (16,))), mortal(), x, y),
+    }
+    for message, (guide, kernel, *arguments) in others.items():
+        with pytest.raises(ValueError, match=message):
+            OnlineAPD.resume(path, guide, kernel, *arguments)
+    assert path.read_bytes() == before
+    # what dies while it writes leaves the last whole file
+    monkeypatch.setattr("pyro_advbayes.infer.mcmc.files.save_file", lambda tensors, name, **_: (open(name, "wb").write(b"half"), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        start(overwrite=True).run(x, y)
+    assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    path.write_bytes(before[: len(before) // 2])
+    with pytest.raises(ValueError, match="is truncated"):
+        OnlineAPD.resume(path, small(MLPGenerator), mortal(), x, y)
+
+
+def test_checkpoints_of_other_runs_are_refused(tmp_path):
+    path = tmp_path / "apd.safetensors"
+    w = torch.randn(100, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        APD(small(MLPGenerator), batch_size=40, num_steps=20, checkpoint=path, checkpoint_every=10).fit({"w": w, "b": w[:, 0]})
+    with pytest.raises(ValueError, match="is no checkpoint of OnlineAPD"):
+        OnlineAPD.resume(path, small(MLPGenerator), mortal(), *data())

@@ -1,0 +1,119 @@
+"""What a checkpoint remembers of its run, so that it goes on with the same model, kernel and data, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
+from pyro_advbayes.infer.mcmc.schedules import check_value
+from pyro_advbayes.infer.mcmc.step_size import AutoStepSize
+
+
+def schedule_values(kernel: SGMCMCKernel, num_samples: int) -> dict[str, list[float]]:
+    """
+    Step size and temperature from a run's first update to its last.
+
+    :param num_samples: of a chain, those of warm-up included.
+    :raises ValueError: if one is out of range somewhere, before hours are spent on the way there.
+    """
+    last = num_samples * kernel.updates_per_sample - 1
+    steps = sorted({round(last * i / 1000) for i in range(1001)})
+    schedules = {"step_size": kernel.step_size, "temperature": kernel.temperature}
+    return {
+        name: [check_value(schedule(step), name, step) for step in steps]
+        for name, schedule in schedules.items()
+        if not isinstance(schedule, AutoStepSize)
+    }
+
+
+def data_digests(kernel: SGMCMCKernel, loader: bool) -> list[Any]:
+    """
+    Shape, dtype and a hash of every tensor of the data.
+
+    :param loader: whether they come from one.
+    """
+    batches = kernel.potential.batches
+    tensors = batches.tensors if loader else kernel.potential.arguments.tensors
+    return [_digest(value) for value in tensors] + (batches.describe() if loader else [])
+
+
+def fingerprint(kernel: SGMCMCKernel, scheduled: Mapping[str, list[float]], data: list[Any] | None) -> dict[str, Any]:
+    """What a run depends on, as plain values; of :func:`schedule_values` and :func:`data_digests`."""
+    potential = kernel.potential
+    return {
+        "model": type(kernel.model).__name__ if isinstance(kernel.model, torch.nn.Module) else kernel.model.__qualname__,
+        "sites": [[site.name, list(site.shape), str(site.dtype)] for site in potential.sites],
+        "kernel": type(kernel).__name__,
+        "settings": kernel.settings(),
+        **{name: values[::20] for name, values in scheduled.items()},
+        "data": data,
+        "num_data": potential.batches.num_data,
+        "backend": [kernel.backend, potential.chunk_size],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def compare(now: dict[str, Any], then: dict[str, Any], path: Path) -> None:
+    """:raises ValueError: naming what differs between two fingerprints. Warns of what may change the last bits."""
+    for key in [key for key in now if key not in ("threads", "torch")]:
+        here, there = now[key], then.get(key)
+        if here != there:
+            if isinstance(here, dict) and isinstance(there, dict):  # name the setting that differs
+                name = next(name for name in (*here, *there) if here.get(name) != there.get(name))
+                key, here, there = f"{key}[{name!r}]", here.get(name), there.get(name)
+            raise ValueError(f"{path} is of another run: its {key} is {_shorten(there)}, here it is {_shorten(here)}")
+    for key in ("threads", "torch"):
+        if now[key] != then[key]:
+            warnings.warn(
+                f"{path} was written with {key}={then[key]}, here it is {now[key]}: results may differ in the last bits",
+                stacklevel=4,
+            )
+
+
+def load_kernel(kernel: SGMCMCKernel, state: dict[str, Any], then: Tensor, path: Path) -> None:
+    """
+    Sets a kernel to where it was.
+
+    :param state: its state.
+    :param then: its reference energy in that state.
+    :raises ValueError: if the energy is another now: priors and likelihoods are in no fingerprint.
+    """
+    kernel.load(_to(state, kernel.potential.device))
+    energy = kernel.reference_energy()
+    rtol = 1e-5 if energy.dtype.itemsize >= 4 else 1e-2  # the same model on another machine differs by rounding
+    same = torch.isclose(energy, then.to(energy.device), rtol=rtol, equal_nan=True)
+    if not bool(same.all()):
+        place = int((~same).nonzero()[0])
+        raise ValueError(
+            f"{path} is of another model: its sites {sorted(site.name for site in kernel.potential.sites)} have the same names and shapes, "
+            f"but the energy {('where chain 0 was', 'at 0')[place]} is {float(energy[place]):.6g} instead of {float(then[place]):.6g} "
+            "(another prior or likelihood?)"
+        )
+
+
+def _digest(value: Tensor) -> list[Any]:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in value.detach().flatten().split(1 << 20):
+        digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
+    return [list(value.shape), str(value.dtype), digest.hexdigest()]
+
+
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {key: item if key in ("random", "batches", "alive") else _to(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to(item, device) for item in value)
+    return value.to(device) if isinstance(value, Tensor) else value
