@@ -70,12 +70,33 @@ class RowGenerator(nn.Module):
         """Whether there is anything that the draws did not give in closed form."""
         return next(self.parameters(), None) is not None
 
+    def stored(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """
+        The numbers for a file: the state, in half precision if asked for.
+
+        :param dtype: ``torch.float16`` or ``torch.bfloat16``; None keeps what they are.
+        :raises ValueError: for another dtype, or if a number is too large for it.
+        """
+        state = dict(self.state_dict())
+        if dtype is None:
+            return state
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"dtype={dtype}: torch.float16, torch.bfloat16, or None for what the numbers are")
+        rounded = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+        for name, value in rounded.items():
+            if bool((value.isinf() & state[name].isfinite()).any()):
+                raise ValueError(
+                    f"dtype={dtype}: {name} of the generator holds {float(state[name].abs().max()):.3g}, which is beyond its range; "
+                    "take torch.bfloat16"
+                )
+        return rounded
+
     def restore(self, state: dict[str, Tensor]) -> None:
         """:meth:`load_state_dict` for buffers whose shapes depend on the draws, or on how far training had come."""
         like = self.like
         for name, _ in self.named_buffers(recurse=False):
             if name in state:
-                setattr(self, name, torch.empty_like(state[name], device=like.device))
+                setattr(self, name, torch.empty_like(state[name], dtype=like.dtype, device=like.device))
         self.load_state_dict(state)
 
     def latent(self, count: int) -> Tensor:

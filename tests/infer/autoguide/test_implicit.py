@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuideList
+from safetensors.torch import load_file
 from torch import nn
 
 from pyro_advbayes import PosteriorClassifier, Potential, Predictive
@@ -299,6 +300,51 @@ def test_the_published_generator_pays_beyond_a_hundred_and_one_draws():
 def test_storage_formulas_count_what_a_finished_generator_holds(kind):
     network = fitted(kind).network
     assert sum(value.numel() for value in network.state_dict().values()) == network.numbers([(4, 3), (4,), (2, 4), (2,)])
+
+
+@pytest.mark.parametrize(
+    "generator",
+    [
+        MLPGenerator(noise=4, hidden=(8,)),
+        FactoredGenerator(rank=3, noise=4, hidden=(8,)),
+        FactoredGenerator(rank=3, hidden=None),
+        HyperGenerator(noise=4, hidden=(8,), width=5),
+    ],
+)
+@pytest.mark.parametrize("dtype,digits", [(torch.float16, 11), (torch.bfloat16, 8)])
+@pytest.mark.filterwarnings("ignore:.*keep the draws, or take a smaller generator")
+def test_half_precision_takes_half_the_bytes_and_moves_draws_by_its_rounding(tmp_path, generator, dtype, digits):
+    guide = fitted(generator)
+    full, half = tmp_path / "full.safetensors", tmp_path / "half.safetensors"
+    guide.save(full)
+    guide.save(half, dtype=dtype)
+    assert guide.storage(dtype).bytes == guide.storage().bytes / 2
+    assert guide.storage(dtype).pays_from < guide.storage().pays_from
+    held = {path: sum(tensor.nbytes for tensor in load_file(path).values() if tensor.is_floating_point()) for path in (full, half)}
+    assert held[half] == guide.storage(dtype).bytes and held[full] == guide.storage().bytes
+    loaded = AutoImplicit.load(half, classifier())
+    torch.manual_seed(5)
+    here = guide.sample(200)
+    torch.manual_seed(5)
+    there = loaded.sample(200)
+    for name, value in here.items():
+        assert there[name].dtype == torch.float32
+        moved = ((there[name] - value) / value.std(0)).square().mean().sqrt()
+        assert 0 < float(moved) < 4 * 2.0**-digits  # a few roundings, each by less than 2^-digits
+
+
+def test_half_precision_that_loses_the_posterior_says_so(tmp_path):
+    far = {"w": 100.0 + 0.01 * torch.randn(300, 3), "b": torch.randn(300)}
+    guide = quick(AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,))), far)
+    with pytest.warns(UserWarning, match=r"float16 moves the draws of site 'w' by .* of their standard deviation") as caught:
+        guide.save(tmp_path / "rounded.safetensors", dtype=torch.float16)
+    assert len(caught) == 1  # site 'b' is as good as before
+    huge = quick(AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,))), {"w": 1e6 * torch.randn(300, 3), "b": torch.randn(300)})
+    with pytest.raises(ValueError, match=r"layers.2.\w+ of the generator holds .* beyond its range; take torch.bfloat16"):
+        huge.save(tmp_path / "huge.safetensors", dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"dtype=torch\.int8"):
+        guide.save(tmp_path / "small.safetensors", dtype=torch.int8)
+    assert [path.name for path in tmp_path.iterdir()] == ["rounded.safetensors"]
 
 
 def test_draws_with_the_ones_that_predictive_puts_in_front_are_understood():
