@@ -156,12 +156,17 @@ class NetworkGenerator(StandardizedGenerator):
 
     def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
         self.network.to(device, dtype)
-        with torch.no_grad():
-            shape = tuple(self.network(torch.zeros(2, self.noise, dtype=dtype, device=device)).shape)
+        name = type(self.network).__name__
+        try:
+            with torch.no_grad():
+                made = self.network(torch.zeros(2, self.noise, dtype=dtype, device=device))
+        except RuntimeError as error:
+            raise ValueError(f"generator: {name} does not take noise (2, {self.noise}), which its attribute says: {error}") from error
+        shape = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
         if shape != (2, numel(shapes)):
             raise ValueError(
-                f"generator: {type(self.network).__name__} makes {shape} of noise (2, {self.noise}): (2, {numel(shapes)}) is needed, a "
-                "number for each element of the sites"
+                f"generator: {name} makes {shape} of noise (2, {self.noise}): (2, {numel(shapes)}) is needed, a number for each element "
+                "of the sites"
             )
         super().build(shapes, dtype, device)
 

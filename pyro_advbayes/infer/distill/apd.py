@@ -141,6 +141,8 @@ class APD:
         :raises ValueError: if it is truncated, or of other draws or another generator.
         """
         content = files.load(Path(path))
+        if not isinstance(content, dict) or "reservoir" in content or "training" not in content:
+            raise ValueError(f"{path} is no checkpoint of {cls.__name__}")
         apd = cls(guide, checkpoint=path, checkpoint_every=content["every"], disable_progbar=disable_progbar, **content["settings"])
         rows, potential = apd._prepare(samples, args, kwargs)
         for what, here in _fingerprint(guide, rows).items():

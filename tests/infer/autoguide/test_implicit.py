@@ -216,6 +216,13 @@ def test_a_file_of_another_model_is_refused_by_name(tmp_path):
         wider(data(5)[0])
 
 
+def test_draws_of_another_model_are_noticed_at_the_first_call():
+    x, _ = data(5)
+    guide = quick(AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,))), {"weights": torch.randn(200, 3)})
+    with pytest.raises(ValueError, match=r"site 'weights' is the guide's, but not the model's, which has .*'w', 'b'"):
+        guide(x)
+
+
 def test_what_is_no_file_of_a_guide_is_refused(tmp_path):
     path = tmp_path / "other.safetensors"
     with pytest.raises(FileNotFoundError):
@@ -365,6 +372,18 @@ def test_bad_arguments_are_refused_by_name():
     own.noise = 3
     with pytest.raises(ValueError, match=r"Linear makes \(2, 25\) of noise \(2, 3\): \(2, 26\) is needed"):
         quick(AutoImplicit(model, own), draws(model, data(5)[0]))
+    own = nn.Linear(4, 26)
+    own.noise = 3
+    with pytest.raises(ValueError, match=r"Linear does not take noise \(2, 3\), which its attribute says"):
+        quick(AutoImplicit(model, own), draws(model, data(5)[0]))
+    own = nn.LSTM(3, 26)
+    own.noise = 3
+    with pytest.raises(ValueError, match=r"LSTM makes tuple of noise \(2, 3\)"):
+        quick(AutoImplicit(model, own), draws(model, data(5)[0]))
+    partial = draws(model, data(5)[0])
+    del partial["net.2.bias"]
+    with pytest.raises(ValueError, match=r"site 'net.2.bias' of the model is missing; draws are needed of it"):
+        quick(AutoImplicit(model, MLPGenerator()), partial)
     for wrong in ({"noise": 0}, {"noise": 2.5}, {"hidden": (0,)}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             MLPGenerator(**wrong)

@@ -100,6 +100,10 @@ def test_bad_input_is_refused_by_name():
         compare(draws(), AutoImplicit(model, MLPGenerator()))
     with pytest.raises(ValueError, match="site 'offset' is missing"):
         compare({"slope": torch.randn(10)}, guide())
+    broken = draws()
+    broken["slope"][3] = float("nan")
+    with pytest.raises(ValueError, match="draw 3 of site 'slope' is not finite"):
+        compare(broken, guide())
     for wrong in (1, 1001, 2.5):
         with pytest.raises(ValueError, match=f"num_samples={wrong}: from 2 to half of the 2000 draws"):
             compare(draws(), guide(), num_samples=wrong)

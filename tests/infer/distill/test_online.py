@@ -221,11 +221,40 @@ def test_a_checkpoint_is_of_one_run_and_is_never_overwritten_or_half_written(tmp
         OnlineAPD.resume(path, small(MLPGenerator), mortal(), x, y)
 
 
-def test_checkpoints_of_other_runs_are_refused(tmp_path):
-    path = tmp_path / "apd.safetensors"
+def test_files_of_another_kind_are_refused(tmp_path):
+    offline, online, guide = (tmp_path / f"{name}.safetensors" for name in ("offline", "online", "guide"))
     w = torch.randn(100, 3)
+    samples = {"w": w, "b": w[:, 0] + w[:, 1]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        APD(small(MLPGenerator), batch_size=40, num_steps=20, checkpoint=path, checkpoint_every=10).fit({"w": w, "b": w[:, 0]})
-    with pytest.raises(ValueError, match="is no checkpoint of OnlineAPD"):
-        OnlineAPD.resume(path, small(MLPGenerator), mortal(), *data())
+        fitted = small(MLPGenerator)
+        APD(fitted, batch_size=40, num_steps=20, checkpoint=offline, checkpoint_every=10).fit(samples)
+        fitted.save(guide)
+        OnlineAPD(small(MLPGenerator), mortal(), checkpoint=online, checkpoint_every=10, **SMALL).run(*data())
+    for path in (offline, guide):
+        with pytest.raises(ValueError, match=f"{path.name} is no checkpoint of OnlineAPD"):
+            OnlineAPD.resume(path, small(MLPGenerator), mortal(), *data())
+    for path in (online, guide):
+        with pytest.raises(ValueError, match=f"{path.name} is no checkpoint of APD"):
+            APD.resume(path, small(MLPGenerator), samples)
+    for path in (online, offline):
+        with pytest.raises(ValueError, match=f"{path.name} holds no AutoImplicit"):
+            AutoImplicit.load(path, logistic)
+    for path in (online, offline, guide):
+        with pytest.raises(ValueError, match=f"{path.name} is truncated, or no file of draws"):
+            APD(small(MLPGenerator)).fit(path)
+
+
+def test_what_the_chains_give_is_checked_as_draws_of_others_are():
+    sample = reservoir(10, size=3)
+    rows = torch.randn(10, 3)
+    rows[4, 1] = torch.nan
+    sample.add(rows)
+    with pytest.raises(ValueError, match="the chains: draw 4 of site 'w' is not finite"):
+        sample.moments()
+    own = torch.nn.Linear(2, 5)
+    own.noise = 2
+    with pytest.raises(ValueError, match=r"Linear makes \(2, 5\) of noise \(2, 2\): \(2, 4\) is needed"):
+        OnlineAPD(AutoImplicit(logistic, own), mortal(), **SMALL).run(*data())
+    with pytest.raises(ValueError, match="rank=5: the sites hold 4 numbers"):
+        OnlineAPD(AutoImplicit(logistic, FactoredGenerator(rank=5)), mortal(), **SMALL).run(*data())
