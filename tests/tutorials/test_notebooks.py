@@ -62,6 +62,32 @@ def test_adversarial_sampling_is_as_told():
         assert float(low) > 0.9 and float(high) > 0.95 and float(together) > 0.95
 
 
+def test_distilling_a_posterior_is_as_told():
+    path = ROOT / "tutorials" / "04-distilling-a-posterior.ipynb"
+    shown, printed = streams(nbformat.read(path, as_version=4)), streams(execute(path))
+    number = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
+    told = [re.sub(r"\s+", " ", re.sub(number, "#", text)) for text in (printed, shown)]
+    assert told[0] == told[1]
+    rows = re.findall(r"^(SGD|SGLD|APD) +" + r" +".join([r"(\d\.\d+)"] * 5) + "$", printed, flags=re.M)
+    entropy = {name: dict(zip(("everywhere", "data", "boundary", "behind", "fits"), map(float, row), strict=True)) for name, *row in rows}
+    assert entropy["SGD"]["boundary"] < 0.5 * min(entropy["SGLD"]["boundary"], entropy["APD"]["boundary"])
+    assert abs(entropy["APD"]["boundary"] - entropy["SGLD"]["boundary"]) < 0.15
+    # the bound is the chain's own Monte Carlo error: what its halves differ by, on the mean and where they differ most
+    gaps = {name: (float(mean), float(most)) for name, mean, most in re.findall(r"^  (.+): +mean (\S+), largest (\S+)$", printed, re.M)}
+    assert all(here < own for here, own in zip(gaps["APD and SGLD"], gaps["halves of the SGLD chain"], strict=True))
+    stored = re.findall(r"^(\S.*?) +\d+ kB = +(\S+) draws +distance (\S+)$", printed, flags=re.M)
+    draws, distance = ({name: float(row[i]) for name, *row in stored} for i in range(2))
+    assert distance["factored, rank 8"] < distance["every 50th draw"] and draws["factored, rank 8"] < draws["every 50th draw"]
+    assert distance["factored, rank 8"] < distance["factored, rank 2"]
+    scores = re.findall(r"^(SGLD|APD|one draw of SGLD) +(0\.\d+) +(0\.\d+) +(0\.\d+)$", printed, flags=re.M)
+    auroc = {name: [float(value) for value in row] for name, *row in scores}
+    assert all(abs(ours - theirs) < 0.06 for ours, theirs in zip(auroc["APD"], auroc["SGLD"], strict=True))  # each good to 0.02
+    assert all(ours > single for ours, single in zip(auroc["APD"], auroc["one draw of SGLD"], strict=True))
+    files = re.findall(r"^torch\.float\S+ +(\d+) kB +distance (\S+)$", printed, flags=re.M)
+    (full, apart), (half, rounded) = ([float(value) for value in row] for row in files)
+    assert half < 0.55 * full and abs(rounded - apart) < 0.001
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_outputs_are_small_and_free_of_warnings(path):
     assert path.stat().st_size < 300_000

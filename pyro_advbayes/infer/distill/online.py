@@ -131,11 +131,14 @@ class OnlineAPD:
             raise ValueError(f"{path} is no checkpoint of {cls.__name__}")
         online = cls(guide, kernel, **content["run"], **content["settings"], checkpoint=path, disable_progbar=disable_progbar)
         with poutine.block(), pyro.validation_enabled(False):
-            online._set_up(args, kwargs, find_start=False)
-            compare(online._fingerprint, content["fingerprint"], Path(path))
-            load_kernel(kernel, content["kernel"], content["energy"], Path(path))
-            online.reservoir.load(content["reservoir"])
-            return online._go_on(_Progress(**content["progress"]), content)
+            return online._resume_from(content, args, kwargs)
+
+    def _resume_from(self, content: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Fit:
+        self._set_up(args, kwargs, find_start=False)
+        compare(self._fingerprint, content["fingerprint"], self._fitter.checkpoint)
+        load_kernel(self.kernel, content["kernel"], content["energy"], self._fitter.checkpoint)
+        self._reservoir.load(content["reservoir"])
+        return self._go_on(_Progress(**content["progress"]), content)
 
     def _set_up(self, args: Sequence[Any], kwargs: Mapping[str, Any], find_start: bool = True) -> None:
         kernel, loader = self.kernel, is_loader(args, dict(kwargs))
@@ -147,7 +150,7 @@ class OnlineAPD:
         network = self.guide.network
         if not network.trainable:
             raise ValueError(f"{type(network).__name__} has nothing to train: sample first, then APD(guide).fit(samples)")
-        self.reservoir = Reservoir(sites, row_dtype(sites), device, self.buffer)
+        self._reservoir = Reservoir(sites, row_dtype(sites), device, self.buffer)
         digests = None if self._fitter.checkpoint is None else data_digests(kernel, loader)
         generator = {"name": type(network).__name__, **network.settings()}
         self._fingerprint = {**fingerprint(kernel, scheduled, digests), "generator": generator}
@@ -177,10 +180,10 @@ class OnlineAPD:
             stopping = self._fitter.stopping(self._codes())
             at.last = training.steps + (0 if stopping is None else self._fitter.settings.num_steps)
         save = partial(self._save_checkpoint, at, training, stopping)
-        return self._fitter.train(self.reservoir, training, stopping, at.last, self.reservoir.seen, kernel.potential, save)
+        return self._fitter.train(self._reservoir, training, stopping, at.last, self._reservoir.seen, kernel.potential, save)
 
     def _alternate(self, at: _Progress, training: Training | None) -> Training:
-        kernel, params, reservoir, fitter = self.kernel, self.kernel.initial_params, self.reservoir, self._fitter
+        kernel, params, reservoir, fitter = self.kernel, self.kernel.initial_params, self._reservoir, self._fitter
         total = self.warmup_steps + self.num_samples
         bar = tqdm(total=total, initial=at.samples, desc="OnlineAPD", disable=True if self.disable_progbar else None, mininterval=0.5)
         with bar:
@@ -206,13 +209,13 @@ class OnlineAPD:
         """Mean and scale of the draws so far, and training in these units."""
         if training is not None:
             training.swap()
-        mean, sd = self.reservoir.moments()
-        refuse_constant(self.reservoir, mean, sd)
-        self.guide.network.prepare(self.reservoir, mean, sd)
+        mean, sd = self._reservoir.moments()
+        refuse_constant(self._reservoir, mean, sd)
+        self.guide.network.prepare(self._reservoir, mean, sd)
         return self._fitter.training(self._codes())
 
     def _codes(self) -> Codes:
-        return Codes(self.guide.network, self.reservoir)
+        return Codes(self.guide.network, self._reservoir)
 
     def _save_checkpoint(self, at: _Progress, training: Training | None, stopping: Stopping | None) -> None:
         kernel, fitter = self.kernel, self._fitter
@@ -229,7 +232,7 @@ class OnlineAPD:
             "fingerprint": self._fingerprint,
             "energy": kernel.reference_energy(),
             "kernel": kernel.state(),
-            "reservoir": self.reservoir.state(),
+            "reservoir": self._reservoir.state(),
             "progress": asdict(at),
             "generator": dict(self.guide.network.state_dict()) if training is None else None,
             "training": None if training is None else training.state(),

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_advbayes import SGLD
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
@@ -141,8 +142,12 @@ class Mortal(SGLD):
         return super().sample(params)
 
 
-def mortal() -> Mortal:
-    return Mortal(logistic, step_size=1e-2, batch_size=20, backend="handlers")  # which needs no time to be traced
+def mortal(batch_size: int | None = 20) -> Mortal:
+    return Mortal(logistic, step_size=1e-2, batch_size=batch_size, backend="handlers")  # which needs no time to be traced
+
+
+def loader():
+    return (DataLoader(TensorDataset(*data()), 20, shuffle=True),)
 
 
 def small(kind) -> AutoImplicit:
@@ -153,34 +158,34 @@ IN_WARMUP, BEFORE_IT_LEARNS, AS_IT_LEARNS, AFTER_THE_CHAINS = 15, 45, 75, None
 
 
 @pytest.mark.parametrize(
-    "preset,kind,dies",
+    "preset,kind,arguments,dies",
     [
-        ("fast", MLPGenerator, IN_WARMUP),
-        ("fast", MLPGenerator, BEFORE_IT_LEARNS),
-        ("fast", MLPGenerator, AS_IT_LEARNS),
-        ("fast", FactoredGenerator, AFTER_THE_CHAINS),
-        ("paper", MLPGenerator, AS_IT_LEARNS),
+        ("fast", MLPGenerator, data, IN_WARMUP),
+        ("fast", MLPGenerator, data, BEFORE_IT_LEARNS),
+        ("fast", MLPGenerator, data, AS_IT_LEARNS),
+        ("fast", FactoredGenerator, data, AFTER_THE_CHAINS),
+        ("paper", MLPGenerator, loader, AS_IT_LEARNS),
     ],
 )
-def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, preset, kind, dies):
-    path, results = tmp_path / "online.safetensors", []
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, preset, kind, arguments, dies):
+    path, results, batch_size = tmp_path / "online.safetensors", [], None if arguments is loader else 20
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pyro.set_rng_seed(3)
         whole = small(kind)
-        fit = OnlineAPD(whole, mortal(), preset=preset, **SMALL).run(*data())
+        fit = OnlineAPD(whole, mortal(batch_size), preset=preset, **SMALL).run(*arguments())
         results.append(whole.sample(10)["w"])
         pyro.set_rng_seed(3)
-        run = OnlineAPD(small(kind), mortal(), preset=preset, checkpoint=path, checkpoint_every=7, **SMALL)
+        run = OnlineAPD(small(kind), mortal(batch_size), preset=preset, checkpoint=path, checkpoint_every=7, **SMALL)
         run.kernel.last = dies
         if dies is None:  # the last checkpoint is short of the end
-            run.run(*data())
+            run.run(*arguments())
         else:
             with pytest.raises(Stopped):
-                run.run(*data())
+                run.run(*arguments())
         pyro.set_rng_seed(999)
         again = small(kind)
-        resumed = OnlineAPD.resume(path, again, mortal(), *data())
+        resumed = OnlineAPD.resume(path, again, mortal(batch_size), *arguments())
         results.append(again.sample(10)["w"])
     assert resumed == fit and again.num_draws == whole.num_draws == 120
     assert torch.equal(*results)
