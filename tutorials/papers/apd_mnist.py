@@ -361,7 +361,7 @@ def picture(rows: dict[str, Any], path: Path) -> None:
         for name, row in ood.items():
             kind, number = re.subn(r" ?(rank )?\d+,?", "", name)
             if number:
-                kinds.setdefault(kind.strip(), []).append((row["bytes"] / draw, gap(row, ood["SGLD"])))
+                kinds.setdefault(kind.strip(" ,"), []).append((row["bytes"] / draw, gap(row, ood["SGLD"])))
         for kind, points in kinds.items():
             axes[1, 0].plot(*zip(*sorted(points), strict=True), marker="o", label=kind)
         axes[1, 0].axhline(0.5, color="0.6", linestyle="--", linewidth=1)
