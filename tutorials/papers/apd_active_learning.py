@@ -57,15 +57,16 @@ class Scale(NamedTuple):
     updates: int  # of a chain
     warmup: int
     every: int  # updates between two draws
+    steps: int  # of a generator, in every round
     seeds: int
     posteriors: tuple[str, ...]
     small: bool  # the network
 
 
 SCALES = {
-    "smoke": Scale(2, 100, 60, 60, 20, 2, 1, ("SGLD", "APD"), small=True),
-    "cpu": Scale(13, 2000, 1000, 500, 400, 5, 2, ("SGLD",), small=True),
-    "paper": Scale(50, 50_000, 10_000, 3000, 500, 5, 3, ("SGLD", "APD"), small=False),
+    "smoke": Scale(2, 100, 60, 60, 20, 2, 20, 1, ("SGLD", "APD"), small=True),
+    "cpu": Scale(13, 2000, 1000, 500, 400, 5, 1000, 2, ("SGLD",), small=True),
+    "paper": Scale(50, 50_000, 10_000, 3000, 500, 5, 1000, 3, ("SGLD", "APD"), small=False),
 }
 
 
@@ -99,7 +100,7 @@ def fitted(x: Tensor, y: Tensor, posterior: str, scale: Scale) -> ab.PosteriorCl
     samples = mcmc.get_samples()
     if posterior == "APD":
         guide = ab.AutoImplicit(model, FactoredGenerator(RANK))
-        APD(guide, batch_size=min(256, kept), disable_progbar=True).fit(samples, x, y)
+        APD(guide, batch_size=min(256, kept), num_steps=scale.steps, disable_progbar=True).fit(samples, x, y)
         return ab.PosteriorClassifier(model, guide.sample(DRAWS))
     places = torch.linspace(0, kept - 1, min(DRAWS, kept)).round().long().to(x.device)
     return ab.PosteriorClassifier(model, {site: value[places] for site, value in samples.items()})
