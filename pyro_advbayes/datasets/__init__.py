@@ -1,4 +1,5 @@
-"""Data as tensors: every function returns :class:`Examples`, which unpacks to ``x, y``.
+"""Data as tensors: every function returns :class:`Examples`, which unpacks to ``x, y``, but for :func:`mnist_ood`, whose
+images have no labels.
 
 Toy sets and scikit-learn's digits need nothing but the installation. The others read files in a data folder, ``root=``
 or the environment variable ``PYRO_ADVBAYES_DATA``; nothing is downloaded, and an error about a missing file says how to
@@ -8,6 +9,7 @@ get it.
 from pyro_advbayes.datasets.digits import digits
 from pyro_advbayes.datasets.examples import Examples
 from pyro_advbayes.datasets.images import cifar10, cifar10_grey, fashion_mnist, mnist, notmnist, omniglot
+from pyro_advbayes.datasets.ood import mnist_ood
 from pyro_advbayes.datasets.toy import two_gaussians, two_moons
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "digits",
     "fashion_mnist",
     "mnist",
+    "mnist_ood",
     "notmnist",
     "omniglot",
     "two_gaussians",

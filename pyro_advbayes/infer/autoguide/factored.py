@@ -66,17 +66,24 @@ class FactoredGenerator(RowGenerator):
     :param int noise: dimension of z, >= 1.
     :param hidden: widths of the hidden layers of g. None keeps the codes of the n draws in place of g, r·n numbers, and takes one of them
         at random: nothing is trained, and nothing is lost in these directions.
+    :param bool packed: keeps basis and noise in whole numbers from -127 to 127 times a step for each direction, one byte for each in place
+        of four, once training is over. That moves a weight by 1 % of what the direction moves it, and buys three times the rank.
     """
 
-    def __init__(self, rank: int = 8, noise: int = 32, hidden: Sequence[int] | None = (64, 64)) -> None:
+    def __init__(self, rank: int = 8, noise: int = 32, hidden: Sequence[int] | None = (64, 64), packed: bool = False) -> None:
         super().__init__(noise)
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank={rank!r}: the number of directions, an int >= 1")
-        self.rank, self.hidden = rank, None if hidden is None else as_widths(hidden)
+        if not isinstance(packed, bool):
+            raise ValueError(f"packed={packed!r}: True or False")
+        self.rank, self.hidden, self.packed = rank, None if hidden is None else as_widths(hidden), packed
         self.layers = nn.Sequential()
-        self.register_buffer("factors", torch.zeros(0))  # [r + 1, P]: the basis and the mean, so that one product makes both
+        # [r + 1, P]: the basis and the mean, so that one product makes both; of a packed generator that is finished, the mean alone
+        self.register_buffer("factors", torch.zeros(0))
         self.register_buffer("sd", torch.zeros(0))
         self.register_buffer("codes", torch.zeros(0, rank))  # of the draws, where there is no g
+        self.register_buffer("levels", torch.zeros(0, dtype=torch.int8))  # [r + 1, P] of a packed one: the basis and sd, in steps
+        self.register_buffer("steps", torch.zeros(0))  # [r + 1]
 
     def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
         size = numel(shapes)
@@ -87,13 +94,15 @@ class FactoredGenerator(RowGenerator):
             self.layers = mlp((self.noise, *self.hidden, self.rank), dtype, device)
         self.factors = torch.zeros(self.rank + 1, size, dtype=dtype, device=device)
         self.sd = torch.zeros(size, dtype=dtype, device=device)
+        self.levels, self.steps = self.levels[:0].to(device), self.steps[:0].to(device, dtype)
 
     def settings(self) -> dict[str, Any]:
-        return {"rank": self.rank, "noise": self.noise, "hidden": None if self.hidden is None else list(self.hidden)}
+        hidden = None if self.hidden is None else list(self.hidden)
+        return {"rank": self.rank, "noise": self.noise, "hidden": hidden, "packed": self.packed}
 
     def numbers(self, shapes: Sequence[Sequence[int]]) -> int:
         made = self.codes.numel() if self.hidden is None else mlp_numbers((self.noise, *self.hidden, self.rank))
-        return (self.rank + 2) * numel(shapes) + made
+        return (self.rank + 2) * numel(shapes) + made + self.packed * (self.rank + 1)
 
     @torch.no_grad()
     def prepare(self, rows: Rows, mean: Tensor, sd: Tensor) -> None:
@@ -102,8 +111,9 @@ class FactoredGenerator(RowGenerator):
         directions, spread = principal_components(rows, mean, self.rank)
         if not bool((spread > 1e-6 * spread[0]).all()):
             raise ValueError(f"rank={self.rank}: the draws lie in {int((spread > 1e-6 * spread[0]).sum())} directions: take a smaller rank")
-        self.factors[:-1], self.factors[-1] = (directions * spread).mT, mean
-        self.sd.copy_((sd.square() - self.factors[:-1].square().sum(0)).clamp_min(0.0).sqrt())
+        self.factors = torch.cat([(directions * spread).mT, mean.unsqueeze(0)])
+        self.sd = (sd.square() - self.factors[:-1].square().sum(0)).clamp_min(0.0).sqrt()
+        self.levels, self.steps = self.levels[:0], self.steps[:0]
         if self.hidden is None:
             self.codes = torch.cat([self.encode(part) for part in rows.chunks()])
 
@@ -111,8 +121,33 @@ class FactoredGenerator(RowGenerator):
         """Noise ``[count, noise]``, or numbers of draws ``[count]``."""
         return super().latent(count) if self.hidden is not None else torch.randint(len(self.codes), (count,), device=self.codes.device)
 
+    @torch.no_grad()
+    def finish(self) -> None:
+        if self.packed:
+            whole = torch.cat([self.factors[:-1], self.sd.unsqueeze(0)])
+            self.steps = whole.abs().amax(1) / 127
+            self.levels = (whole / self.steps.clamp_min(torch.finfo(whole.dtype).tiny).unsqueeze(1)).round().to(torch.int8)
+            self.factors, self.sd = self.factors[-1:].clone(), self.sd[:0].clone()
+
+    @property
+    def basis(self) -> Tensor:
+        """``[r, P]``."""
+        return self.levels[:-1] * self.steps[:-1, None] if len(self.levels) else self.factors[:-1]
+
+    @property
+    def deviation(self) -> Tensor:
+        """Of the noise, ``[P]``."""
+        return self.levels[-1] * self.steps[-1] if len(self.levels) else self.sd
+
+    def scale_noise(self, factor: float) -> None:
+        """Multiplies the noise by a number >= 0."""
+        if len(self.levels):
+            self.steps[-1] *= factor
+        else:
+            self.sd.mul_(factor)
+
     def encode(self, rows: Tensor) -> Tensor:
-        basis = self.factors[:-1]
+        basis = self.basis
         return (rows - self.factors[-1]) @ (basis / basis.square().sum(-1, keepdim=True)).mT
 
     def code(self, z: Tensor) -> Tensor:
@@ -124,16 +159,17 @@ class FactoredGenerator(RowGenerator):
 
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """What rows are the sum of: the part along the basis, and the noise, ``[n, P]`` each."""
-        quiet = self.code(z) @ self.factors[:-1] + self.factors[-1]
-        return quiet, self.sd * torch.randn_like(quiet)
+        quiet = self.code(z) @ self.basis + self.factors[-1]
+        return quiet, self.deviation * torch.randn_like(quiet)
 
     @torch.no_grad()
     def sample(self, count: int) -> Tensor:
         code = self.code(self.latent(count))
         code = torch.cat([code, code.new_ones(count, 1)], dim=1)
-        rows = code.new_empty(count, self.size)
+        factors = torch.cat([self.basis, self.factors]) if len(self.levels) else self.factors
+        rows, deviation = code.new_empty(count, self.size), self.deviation
         noise = NormalNoise(rows)
         for row in rows.split(1):  # a row is still in the processor's cache when it is scaled
             noise.fill(row)
-            row.mul_(self.sd)
-        return rows.addmm_(code, self.factors)
+            row.mul_(deviation)
+        return rows.addmm_(code, factors)

@@ -45,7 +45,7 @@ def fit_noise(generator: FactoredGenerator, rows: Rows, potential: Potential) ->
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    generator.sd.mul_(low)
+    generator.scale_noise(low)
     return low
 
 

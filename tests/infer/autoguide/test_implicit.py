@@ -150,6 +150,8 @@ def test_it_leaves_nothing_in_the_parameter_store_and_takes_no_random_numbers_to
         MLPGenerator(noise=4, hidden=(8,)),
         FactoredGenerator(rank=3, noise=4, hidden=(8,)),
         FactoredGenerator(rank=3, hidden=None),
+        FactoredGenerator(rank=3, noise=4, hidden=(8,), packed=True),
+        FactoredGenerator(rank=3, hidden=None, packed=True),
         HyperGenerator(noise=4, hidden=(8,), width=5),
     ],
 )
@@ -302,7 +304,12 @@ def test_the_published_generator_pays_beyond_a_hundred_and_one_draws():
 
 @pytest.mark.parametrize(
     "kind",
-    [MLPGenerator(noise=4, hidden=(8, 6)), FactoredGenerator(rank=3, noise=4, hidden=(8,)), HyperGenerator(noise=4, hidden=(8,), width=5)],
+    [
+        MLPGenerator(noise=4, hidden=(8, 6)),
+        FactoredGenerator(rank=3, noise=4, hidden=(8,)),
+        FactoredGenerator(rank=3, noise=4, hidden=(8,), packed=True),
+        HyperGenerator(noise=4, hidden=(8,), width=5),
+    ],
 )
 def test_storage_formulas_count_what_a_finished_generator_holds(kind):
     network = fitted(kind).network
@@ -389,3 +396,5 @@ def test_bad_arguments_are_refused_by_name():
             MLPGenerator(**wrong)
     with pytest.raises(ValueError, match="rank=0"):
         FactoredGenerator(rank=0)
+    with pytest.raises(ValueError, match="packed=8"):
+        FactoredGenerator(packed=8)

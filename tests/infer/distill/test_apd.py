@@ -179,6 +179,32 @@ def test_codes_that_are_kept_lose_nothing_in_their_directions():
     assert sum(value.numel() for value in network.state_dict().values()) == network.numbers([(5,)]) == 7 * 5 + 5 * 500
 
 
+@pytest.mark.parametrize("hidden", [None, (8,)])
+def test_a_packed_generator_is_the_same_within_half_a_step_at_a_byte_a_number(hidden):
+    w = torch.randn(300) + 0.1 * torch.randn(300, 12) @ torch.randn(12, 300) + 0.01 * torch.randn(300, 300)
+    networks, sizes, made = [], [], []
+    for packed in (False, True):
+        pyro.set_rng_seed(0)
+        guide = AutoImplicit(vector(300), FactoredGenerator(rank=10, hidden=hidden, packed=packed))
+        with pytest.warns(UserWarning) if hidden else warnings.catch_warnings():
+            for _ in range(1 + (packed and hidden is None)):  # fitted again, it starts from the draws and not from what is packed
+                pyro.set_rng_seed(0)
+                APD(guide, num_steps=5).fit({"w": w})
+        guide.network.scale_noise(0.5)
+        pyro.set_rng_seed(1)
+        made.append(guide.sample(50)["w"])
+        networks.append(guide.network)
+        sizes.append(guide.storage().bytes)
+    whole, packed = networks
+    assert packed.levels.dtype == torch.int8 and bool((packed.levels.abs().amax(1) == 127).all())
+    errors = torch.cat([packed.basis - whole.basis, packed.deviation[None] - whole.deviation]).abs().amax(1)
+    assert bool((errors <= 0.51 * packed.steps).all()) and bool((packed.steps > 0).all())
+    torch.testing.assert_close(packed.factors[-1], whole.factors[-1])
+    assert sizes[0] - sizes[1] == 3 * 11 * 300 - 4 * 11  # bytes in place of float32, and the steps
+    if hidden is None:  # the same codes are drawn
+        assert float((made[0] - made[1]).square().mean().sqrt()) < 0.02 * float(made[0].std(0).mean())
+
+
 def test_a_finished_mlp_makes_the_rows_that_it_made_before_its_standardisation_was_folded():
     w, _ = correlated()
     generator = MLPGenerator(noise=4, hidden=(8,))

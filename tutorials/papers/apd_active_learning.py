@@ -1,0 +1,177 @@
+"""
+MNIST: which labels to ask for, by the uncertainty of SGLD's draws and of what they are distilled into.
+
+After K.-C. Wang et al., Adversarial distillation of Bayesian neural network posteriors, ICML 2018, section 5.3: two labels of each digit
+at the start, ten more in every round, weights started anew in each; full-batch SGLD with the paper's learning rate and weight decay, at
+its temperature, which is 1/1000: the authors' code divides the variance of the noise by 1000. Predictions are means over 50 draws, or over
+as many as there are.
+
+The network is a convolutional one without BatchNorm and dropout, in place of the authors': of 8 and 16 channels at the scale of a CPU, that
+of models/bal_convnet.py at the paper's. In each round a part of the pool, drawn anew, is looked at.
+
+A curve is written to ``apd_active_learning-<scale>.json`` when it is finished, and not computed again by the next start; one that was
+interrupted goes on from its last round, in ``apd_active_learning-<scale>-work/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from tqdm.auto import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))  # models/ and tutorials/ are part of the checkout, not of the installed package
+
+import pyro_advbayes as ab
+from models.bal_convnet import bal_convnet
+from pyro_advbayes import diagnostics as dg
+from pyro_advbayes.infer.distill import APD, FactoredGenerator
+from pyro_advbayes.nn import Classifier, bayesianize
+from tutorials.papers.experiments import Results, settings
+
+RANGE = (-1.0, 1.0)
+LR, WEIGHT_DECAY, TEMPERATURE = 0.05, 0.05, 1e-3
+DRAWS = 50
+RANK = 8
+ACQUISITIONS = ("entropy", "random", "bald")
+
+
+class Scale(NamedTuple):
+    """How much is asked for, and how long chains are."""
+
+    num_rounds: int
+    candidates: int
+    num_test: int
+    updates: int  # of a chain
+    warmup: int
+    every: int  # updates between two draws
+    steps: int  # of a generator, in every round
+    seeds: int
+    posteriors: tuple[str, ...]
+    small: bool  # the network
+
+
+SCALES = {
+    "smoke": Scale(2, 100, 60, 60, 20, 2, 20, 1, ("SGLD", "APD"), small=True),
+    "cpu": Scale(13, 2000, 1000, 500, 400, 5, 1000, 2, ("SGLD",), small=True),
+    "paper": Scale(50, 50_000, 10_000, 3000, 500, 5, 1000, 3, ("SGLD", "APD"), small=False),
+}
+
+
+def load(name: str, scale: Scale, data: Path | None, device: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Pool and test data ``[N, 1, 28, 28]``; at the smallest scale scikit-learn's digits, enlarged, which need no files."""
+    if name == "smoke":
+        sets = [ab.datasets.digits(split, scale=RANGE) for split in ("train", "test")]
+        (x, y), (x_test, y_test) = ((interpolate(x, (28, 28), mode="bilinear"), y) for x, y in sets)
+    else:
+        (x, y), (x_test, y_test) = (ab.datasets.mnist(data, split, scale=RANGE) for split in ("train", "test"))
+    count = scale.num_test
+    return (x.to(device), y.to(device)), (x_test[:count].to(device), y_test[:count].to(device))
+
+
+def new_model(num_labels: int, scale: Scale, device: torch.device) -> nn.Module:
+    """The network with the prior that the weight decay of a mean over so many labels is."""
+    prior = ab.weight_decay_prior(WEIGHT_DECAY, num_labels)
+    if not scale.small:
+        return bal_convnet(prior=prior).to(device)
+    layers = (nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 5, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+    return Classifier(bayesianize(nn.Sequential(*layers), prior)).to(device)
+
+
+def fitted(x: Tensor, y: Tensor, posterior: str, scale: Scale) -> ab.PosteriorClassifier:
+    """A chain on the labels so far, or what it is distilled into."""
+    model = new_model(len(x), scale, x.device)
+    kernel = ab.SGLD(model, step_size=LR / (2 * len(x)), temperature=TEMPERATURE, num_steps_per_sample=scale.every)
+    kept = (scale.updates - scale.warmup) // scale.every
+    mcmc = ab.SGMCMC(kernel, kept, scale.warmup // scale.every, disable_progbar=True)
+    mcmc.run(x, y)
+    samples = mcmc.get_samples()
+    if posterior == "APD":
+        guide = ab.AutoImplicit(model, FactoredGenerator(RANK))
+        APD(guide, batch_size=min(256, kept), num_steps=scale.steps, disable_progbar=True).fit(samples, x, y)
+        return ab.PosteriorClassifier(model, guide.sample(DRAWS))
+    places = torch.linspace(0, kept - 1, min(DRAWS, kept)).round().long().to(x.device)
+    return ab.PosteriorClassifier(model, {site: value[places] for site, value in samples.items()})
+
+
+def curves(rows: dict[str, Any]) -> dict[str, dg.LearningCurve]:
+    """Of each posterior and acquisition, over the seeds that there are."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, row in rows.items():
+        found.setdefault(name.rsplit(", ", 1)[0], []).append(row)
+    return {
+        name: dg.LearningCurve(torch.tensor(seeds[0]["num_labels"]), torch.tensor([row["accuracy"] for row in seeds]))
+        for name, seeds in found.items()
+    }
+
+
+def picture(rows: dict[str, Any], path: Path) -> None:
+    """Accuracy against the number of labels."""
+    figure, ax = plt.subplots(figsize=(9, 6.5), layout="constrained")
+    dg.plot_learning_curves(curves(rows), ax=ax)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Mean accuracy and its standard error at some numbers of labels."""
+    lines = []
+    for name, curve in curves(rows).items():
+        chosen = range(0, len(curve.num_labels), max(1, len(curve.num_labels) // 6))
+        cells = [f"{int(curve.num_labels[i]):5}: {100 * curve.mean[i]:.2f}±{100 * curve.error[i]:.2f}" for i in chosen]
+        lines.append(f"{name:24}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Runs the curves that are not in the file yet; writes the files and prints the table."""
+    parser = argparse.ArgumentParser(description="Active learning on MNIST with SGLD and with Adversarial Posterior Distillation.")
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="smoke: only to see that everything runs")
+    parser.add_argument("--seed", type=int, default=0, help="of the first repetition")
+    parser.add_argument("--data", type=Path, help="folder of MNIST's; by default PYRO_ADVBAYES_DATA")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the files")
+    parser.add_argument("--only", nargs="+", choices=ACQUISITIONS, default=ACQUISITIONS)
+    args = parser.parse_args(argv)
+    scale = SCALES[args.scale]
+    numbers = {"numbers": scale._asdict(), "lr": LR, "weight_decay": WEIGHT_DECAY, "temperature": TEMPERATURE, "draws": DRAWS}
+    results = Results(args.out / f"apd_active_learning-{args.scale}.json", settings(args.scale, args.seed, args.device, **numbers))
+    work = args.out / f"apd_active_learning-{args.scale}-work"
+    work.mkdir(parents=True, exist_ok=True)
+    pool, test = load(args.scale, scale, args.data, args.device)
+    options = {"num_rounds": scale.num_rounds, "per_round": 10, "per_class": 2, "candidates": scale.candidates}
+    cases = [(p, a, args.seed + i) for i in range(scale.seeds) for p in scale.posteriors for a in args.only]
+    for posterior, acquisition, seed in tqdm(cases, desc="active learning", disable=None):
+        name = f"{posterior}, {acquisition}, seed {seed}"
+        if name not in results:
+            begin = time.perf_counter()
+            curve = ab.active_learning(
+                lambda x, y, posterior=posterior: fitted(x, y, posterior, scale),
+                pool,
+                test,
+                acquisition=acquisition,
+                seed=seed,
+                path=work / f"{name}.safetensors",
+                **options,
+            )
+            row = {"num_labels": curve.num_labels.tolist(), "accuracy": curve.accuracy[0].tolist()}
+            results.add(name, {**row, "seconds": time.perf_counter() - begin})
+            picture(results.found, results.path.with_suffix(".png"))
+    print(table(results.found))
+    return {"settings": results.settings, "results": results.found}
+
+
+if __name__ == "__main__":
+    main()
