@@ -64,7 +64,7 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "smoke": Scale(2, 100, 60, 60, 20, 2, 20, 1, ("SGLD", "APD"), small=True),
+    "smoke": Scale(1, 60, 40, 24, 4, 1, 20, 1, ("SGLD", "APD"), small=True),
     "cpu": Scale(13, 2000, 1000, 500, 400, 5, 1000, 2, ("SGLD",), small=True),
     "paper": Scale(50, 50_000, 10_000, 3000, 500, 5, 1000, 3, ("SGLD", "APD"), small=False),
 }
