@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def test_code_blocks_run_one_after_the_other(tmp_path, monkeypatch):
         block = re.sub(r"(num_samples|warmup_steps)=\d{2,}", r"\1=10", block)
         block = re.sub(r"num_steps_per_sample=\d+", "num_steps_per_sample=5", block)
         block = re.sub(r"queries=\d+", "queries=5", block)
+        block = block.replace("APD(small)", "APD(small, batch_size=20)")  # there are 40 draws
         exec(compile(block, f"README.md, block {i}", "exec"), names)
     assert names["probs"].shape == (40, 300, 10)
     assert names["images"].grad.abs().max() > 0
@@ -33,6 +35,27 @@ def test_every_public_name_has_a_line():
     internal = {"init_to_fan_in", "read_draws"}  # shown in an example; for readers of files
     for name in set(ab.__all__) - internal:
         assert re.search(rf"^\| (`ab\.\w+`, )?`ab\.{name}\b", README, flags=re.M), name
+
+
+def test_tables_have_the_numbers_of_the_result_files():
+    def rows(header: str) -> dict[str, list[str]]:
+        table = README.split(header, 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+        return {label: numbers for label, *numbers in ([cell.strip() for cell in line.strip("|").split("|")] for line in table)}
+
+    def results(name: str) -> dict:
+        return json.loads((ROOT / "tutorials" / "papers" / "results" / name).read_text())["results"]
+
+    robust, found = rows("| | clean | FGSM 0.15 | PGD 0.15 | Square 0.15 |"), results("bal_mnist-paper.json")
+    assert len(robust) >= 4
+    for label, numbers in robust.items():
+        row = found[label]
+        assert numbers == [f"{v[0]:.3f}" for v in (row["FGSM"]["0.0"], *(row[attack]["0.15"] for attack in ("FGSM", "PGD", "Square")))]
+    strange, found = rows("| | accuracy | MB | notMNIST | Omniglot | CIFAR-10, grey | Gaussian | uniform |"), results("apd_mnist-cpu.json")
+    assert len(strange) >= 4
+    for label, numbers in strange.items():
+        row = found[f"OOD: {label}"]
+        aurocs = [row["ood"]["s = 5"][name]["entropy"]["auroc"][0] for name in ("notMNIST", "Omniglot", "CIFAR10bw", "Gaussian", "Uniform")]
+        assert numbers == [f"{row['accuracy'][0]:.3f}", f"{row['bytes'] / 1e6:.1f}", *(f"{value:.1f}" for value in aurocs)]
 
 
 def test_links_and_commands_exist():
