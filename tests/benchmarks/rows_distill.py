@@ -89,7 +89,7 @@ def factored_draws(watch: Stopwatch) -> list[Result]:
     def ours() -> Contender:
         generator = FactoredGenerator(RANK)
         generator.build([torch.Size([size])], torch.float32, watch.device)
-        for buffer in generator.buffers():
+        for buffer in (buffer for buffer in generator.buffers() if buffer.is_floating_point()):
             buffer.uniform_(0.1, 1.0)
         return Contender(lambda: generator.sample(count), count)
 
