@@ -240,7 +240,7 @@ class ExemplarReparameterization(RowwiseMessenger):
     def layer(self, func: Callable, x: Tensor, weight: Tensor, site: DrawnSite, options: dict[str, Any]) -> Tensor:
         own = self.rows(weight, site, len(x))
         if func is F.linear:
-            # In this order the gradient of the weights is laid out as they are: to sum it over rows is ten times as fast.
+            # In this order the gradient of the weights is laid out as they are, and is summed over rows in one sweep.
             out = torch.bmm(own, x.reshape(len(x), -1, x.shape[-1]).mT).mT
             return out.reshape(*x.shape[:-1], own.shape[1])
         options = {**options, "groups": options.get("groups", 1) * len(x)}

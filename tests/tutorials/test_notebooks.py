@@ -8,6 +8,7 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
+NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"  # numbers depend on the versions of the libraries, words do not
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("[0-9]*.ipynb"))
 
 
@@ -24,11 +25,19 @@ def streams(notebook) -> str:
     return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
 
 
+def as_told(stem: str) -> str:
+    """What a notebook prints, once its words have been found to be those of the committed outputs."""
+    path = ROOT / "tutorials" / f"{stem}.ipynb"
+    shown, printed = streams(nbformat.read(path, as_version=4)), streams(execute(path))
+    told = [re.sub(r"\s+", " ", re.sub(NUMBER, "#", text)) for text in (printed, shown)]
+    assert told[0] == told[1]
+    return printed
+
+
 def test_the_first_posterior_is_as_told():
     path = ROOT / "tutorials" / "01-first-posterior.ipynb"
     shown, printed = streams(nbformat.read(path, as_version=4)), streams(execute(path))
-    number = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"  # numbers depend on the versions of the libraries, words do not
-    assert re.sub(number, "#", printed) == re.sub(number, "#", shown)
+    assert re.sub(NUMBER, "#", printed) == re.sub(NUMBER, "#", shown)  # the white space of its tables, too
     assert float(re.search(r"R-hat:.* largest (\S+)", printed).group(1)) < 1.1
     assert float(re.search(r"ESS:.* smallest (\S+)", printed).group(1)) > 100
     point, posterior = (float(value) for value in re.findall(r"AUROC (\S+)", printed))
@@ -36,11 +45,7 @@ def test_the_first_posterior_is_as_told():
 
 
 def test_bayesian_adversarial_learning_is_as_told():
-    path = ROOT / "tutorials" / "02-bayesian-adversarial-learning.ipynb"
-    shown, printed = streams(nbformat.read(path, as_version=4)), streams(execute(path))
-    number = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
-    told = [re.sub(r"\s+", " ", re.sub(number, "#", text)) for text in (printed, shown)]
-    assert told[0] == told[1]
+    printed = as_told("02-bayesian-adversarial-learning")
     rows = re.findall(r"^(plain posterior|adversarial training|BAL) +((?:[\d.]+ +)+)\(", printed, flags=re.M)
     curves = {name: [float(value) for value in values.split()] for name, values in rows}
     assert min(curve[0] for curve in curves.values()) > 0.9  # clean
@@ -49,11 +54,7 @@ def test_bayesian_adversarial_learning_is_as_told():
 
 
 def test_adversarial_sampling_is_as_told():
-    path = ROOT / "tutorials" / "03-adversarial-sampling.ipynb"
-    shown, printed = streams(nbformat.read(path, as_version=4)), streams(execute(path))
-    number = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
-    told = [re.sub(r"\s+", " ", re.sub(number, "#", text)) for text in (printed, shown)]
-    assert told[0] == told[1]
+    printed = as_told("03-adversarial-sampling")
     rows = re.findall(r"^(plain|plain, 7 x longer|AS) +(0\.\d+) +0\.\d+ +0\.\d+ +(0\.\d+) ±", printed, flags=re.M)
     lowest, ensembled = ({name: float(row[i]) for name, *row in rows} for i in range(2))
     assert lowest["AS"] > max(lowest["plain"], lowest["plain, 7 x longer"]) + 0.05  # where one draw is good to 0.02
@@ -63,11 +64,7 @@ def test_adversarial_sampling_is_as_told():
 
 
 def test_distilling_a_posterior_is_as_told():
-    path = ROOT / "tutorials" / "04-distilling-a-posterior.ipynb"
-    shown, printed = streams(nbformat.read(path, as_version=4)), streams(execute(path))
-    number = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
-    told = [re.sub(r"\s+", " ", re.sub(number, "#", text)) for text in (printed, shown)]
-    assert told[0] == told[1]
+    printed = as_told("04-distilling-a-posterior")
     rows = re.findall(r"^(SGD|SGLD|APD) +" + r" +".join([r"(\d\.\d+)"] * 5) + "$", printed, flags=re.M)
     entropy = {name: dict(zip(("everywhere", "data", "boundary", "behind", "fits"), map(float, row), strict=True)) for name, *row in rows}
     assert entropy["SGD"]["boundary"] < 0.5 * min(entropy["SGLD"]["boundary"], entropy["APD"]["boundary"])

@@ -26,7 +26,6 @@ that fine-tuning sets out from are kept in ``adversarial_sampling-<scale>-work/`
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -47,14 +46,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, pad
 from tqdm.auto import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # models/ and tutorials/ are part of the checkout, not of the installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # models/ and tutorials/ are parts of the checkout, not installed
 
 import pyro_advbayes as ab
 from models.bal_convnet import bal_convnet, bal_convnet_network
 from models.resnet import resnet, resnet_network
 from pyro_advbayes import diagnostics as dg
-from tutorials.papers.experiments import Results, settings
+from tutorials.papers.experiments import Results, parser, settings
 
 BATCH_SIZE = 100
 LR = 0.01
@@ -443,15 +441,9 @@ def table(rows: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Fits and measures what is not in the file yet; writes the files and prints the table."""
-    parser = argparse.ArgumentParser(description="Adversarial Sampling on Fashion-MNIST and CIFAR-10.")
-    scales = "smoke: only to see that everything runs; cpu: 4000 images, a few epochs"
-    parser.add_argument("--scale", choices=SCALES, default="cpu", help=scales)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, help="folder of the data sets; by default PYRO_ADVBAYES_DATA")
-    parser.add_argument("--only", choices=DATA, nargs="+", default=DATA, help="data sets, all by default")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the files")
-    args = parser.parse_args(argv)
+    arguments = parser("Adversarial Sampling on Fashion-MNIST and CIFAR-10.", SCALES, "; cpu: 4000 images, a few epochs")
+    arguments.add_argument("--only", choices=DATA, nargs="+", default=DATA, help="data sets, all by default")
+    args = arguments.parse_args(argv)
     scale, stem = SCALES[args.scale], f"adversarial_sampling-{args.scale}" + (f"-seed{args.seed}" if args.seed else "")
     numbers = {"numbers": scale._asdict(), "batch_size": BATCH_SIZE, "lr": LR, "init_scale": INIT_SCALE, "fine_tuning": FINE_TUNING}
     results = Results(args.out / f"{stem}.json", settings(args.scale, args.seed, args.device, **numbers))
@@ -460,7 +452,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for case in tqdm(cases, desc=data, disable=None):
             if case.name not in results:
                 task = task or load(args.scale, data, args.data, args.device)
-                results.add(case.name, run(case, task, scale, args.seed, args.out / f"{stem}-work"))
+                results.add(case.name, run(case, task, scale, args.seed, results.work))
         picture({case.name: results.found[case.name] for case in cases}, args.out / f"{stem}-{data}.png")
     ordered = {case.name: results.found[case.name] for case in grid(scale) if case.name in results}
     print(table(ordered))

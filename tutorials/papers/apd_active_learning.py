@@ -15,7 +15,6 @@ interrupted goes on from its last round, in ``apd_active_learning-<scale>-work/`
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -31,15 +30,14 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # models/ and tutorials/ are part of the checkout, not of the installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # models/ and tutorials/ are parts of the checkout, not installed
 
 import pyro_advbayes as ab
 from models.bal_convnet import bal_convnet
 from pyro_advbayes import diagnostics as dg
 from pyro_advbayes.infer.distill import APD, FactoredGenerator
 from pyro_advbayes.nn import Classifier, bayesianize
-from tutorials.papers.experiments import Results, settings
+from tutorials.papers.experiments import Results, parser, settings
 
 RANGE = (-1.0, 1.0)
 LR, WEIGHT_DECAY, TEMPERATURE = 0.05, 0.05, 1e-3
@@ -137,19 +135,12 @@ def table(rows: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Runs the curves that are not in the file yet; writes the files and prints the table."""
-    parser = argparse.ArgumentParser(description="Active learning on MNIST with SGLD and with Adversarial Posterior Distillation.")
-    parser.add_argument("--scale", choices=SCALES, default="cpu", help="smoke: only to see that everything runs")
-    parser.add_argument("--seed", type=int, default=0, help="of the first repetition")
-    parser.add_argument("--data", type=Path, help="folder of MNIST's; by default PYRO_ADVBAYES_DATA")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the files")
-    parser.add_argument("--only", nargs="+", choices=ACQUISITIONS, default=ACQUISITIONS)
-    args = parser.parse_args(argv)
+    arguments = parser("Active learning on MNIST with SGLD and with Adversarial Posterior Distillation.", SCALES)
+    arguments.add_argument("--only", nargs="+", choices=ACQUISITIONS, default=ACQUISITIONS)
+    args = arguments.parse_args(argv)
     scale = SCALES[args.scale]
     numbers = {"numbers": scale._asdict(), "lr": LR, "weight_decay": WEIGHT_DECAY, "temperature": TEMPERATURE, "draws": DRAWS}
     results = Results(args.out / f"apd_active_learning-{args.scale}.json", settings(args.scale, args.seed, args.device, **numbers))
-    work = args.out / f"apd_active_learning-{args.scale}-work"
-    work.mkdir(parents=True, exist_ok=True)
     pool, test = load(args.scale, scale, args.data, args.device)
     options = {"num_rounds": scale.num_rounds, "per_round": 10, "per_class": 2, "candidates": scale.candidates}
     cases = [(p, a, args.seed + i) for i in range(scale.seeds) for p in scale.posteriors for a in args.only]
@@ -163,7 +154,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 test,
                 acquisition=acquisition,
                 seed=seed,
-                path=work / f"{name}.safetensors",
+                path=results.work / f"{name}.safetensors",
                 **options,
             )
             row = {"num_labels": curve.num_labels.tolist(), "accuracy": curve.accuracy[0].tolist()}

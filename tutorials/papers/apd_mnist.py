@@ -7,8 +7,8 @@ paper's settings on 50 000 digits in [-1, 1], and what is to take the place of i
 "OOD": networks 784-400-400-10 tell 2000 digits of the test split from 2000 images of other sets, inputs multiplied by 1 and by 5 (the
 scale of the authors' settings), by four scores. Mean and standard deviation are over disjoint sets of draws. Rows are the baselines, SGLD,
 a few stored draws (what there is to beat), and generators; "kept codes" are factored generators that keep the codes of the draws in place
-of a network that makes them, and "packed" ones keep a byte for a number. Generators that are trained on whole rows, the published one and
-the hypernetwork, take a second and more a step on a CPU, and are left to the paper's scale.
+of a network that makes them, and "packed" ones keep a byte for a number. Generators that are trained on whole rows of 478 410 weights, the
+published one and the hypernetwork, are left to the paper's scale.
 
 "detection": networks 784-100-10 tell attacked digits from clean ones, FGSM and PGD crafted on each posterior: on what it predicts
 ("posterior"), and on one draw of it as in the paper ("one draw"; dropout switched off). Attacked are digits of the validation split that
@@ -28,7 +28,6 @@ goes on from its checkpoint, in ``apd_mnist-<scale>-work/``.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import time
@@ -47,8 +46,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # models/ and tutorials/ are part of the checkout, not of the installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # models/ and tutorials/ are parts of the checkout, not installed
 
 import pyro_advbayes as ab
 from pyro_advbayes import diagnostics as dg
@@ -56,7 +54,7 @@ from pyro_advbayes.attacks import FGSM, PGD, Attack
 from pyro_advbayes.infer.distill import FactoredGenerator, HyperGenerator, MLPGenerator
 from tutorials.papers import apd_networks as nets
 from tutorials.papers.apd_networks import Chain, Draws, Posterior
-from tutorials.papers.experiments import Results, settings
+from tutorials.papers.experiments import Results, parser, settings
 
 RANGE = (-1.0, 1.0)
 SCALES_OF_INPUTS = (1.0, 5.0)
@@ -396,20 +394,13 @@ def table(rows: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Samples, distils, trains and attacks what is not in the file yet; writes the files and prints the table."""
-    parser = argparse.ArgumentParser(description="Adversarial Posterior Distillation on MNIST.")
-    parser.add_argument("--scale", choices=SCALES, default="cpu", help="smoke: only to see that everything runs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, help="folder of the sets; by default PYRO_ADVBAYES_DATA")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the files")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    args = parser.parse_args(argv)
+    arguments = parser("Adversarial Posterior Distillation on MNIST.", SCALES)
+    arguments.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    args = arguments.parse_args(argv)
     scale = SCALES[args.scale]
     numbers = {"numbers": scale._asdict(), "lr": nets.LR, "weight_decay": nets.WEIGHT_DECAY, "batch_size": nets.BATCH_SIZE, "eps": EPS}
     results = Results(args.out / f"apd_mnist-{args.scale}.json", settings(args.scale, args.seed, args.device, **numbers))
-    work = args.out / f"apd_mnist-{args.scale}-work"
-    work.mkdir(parents=True, exist_ok=True)
-    setup = Setup(load(args.scale, scale, args.data, args.device), scale, work, args.seed)
+    setup = Setup(load(args.scale, scale, args.data, args.device), scale, results.work, args.seed)
 
     def keep(name: str, make: Callable[[], dict[str, Any]]) -> None:
         if name not in results:

@@ -27,7 +27,6 @@ beside each other.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -50,14 +49,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # models/ and tutorials/ are part of the checkout, not of the installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # models/ and tutorials/ are parts of the checkout, not installed
 
 import pyro_advbayes as ab
 from models.bal_convnet import bal_convnet
 from pyro_advbayes import diagnostics as dg
 from pyro_advbayes.attacks import FGSM, IFGSM, PGD, WRM, Attack, OneStepCarliniWagner, Square
-from tutorials.papers.experiments import Results, settings
+from tutorials.papers.experiments import Results, parser, settings
 
 EPS = tuple(round(0.15 * i / 9, 4) for i in range(10))
 LARGEST = EPS[-1]
@@ -382,27 +380,19 @@ def first_network(model: torch.nn.Module, task: Task, scale: Scale, seed: int, p
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Trains, samples and attacks what is not in the file yet; writes the files and prints the table."""
-    parser = argparse.ArgumentParser(description="Bayesian Adversarial Learning on MNIST.")
-    scales = "smoke: only to see that everything runs; cpu: a quarter of the updates"
-    parser.add_argument("--scale", choices=SCALES, default="cpu", help=scales)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, help="folder of MNIST's; by default PYRO_ADVBAYES_DATA")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to compute, all by default")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the files")
-    args = parser.parse_args(argv)
+    arguments = parser("Bayesian Adversarial Learning on MNIST.", SCALES, "; cpu: a quarter of the updates")
+    arguments.add_argument("--only", nargs="+", metavar="ROW", help="rows to compute, all by default")
+    args = arguments.parse_args(argv)
     scale = SCALES[args.scale]
     numbers = {"numbers": scale._asdict(), "eps": EPS, "batch_size": BATCH_SIZE}
     results = Results(args.out / f"bal_mnist-{args.scale}.json", settings(args.scale, args.seed, args.device, **numbers))
-    work = args.out / f"bal_mnist-{args.scale}-work"
-    work.mkdir(parents=True, exist_ok=True)
-    rows = methods(scale, work)
+    rows = methods(scale, results.work)
     if unknown := sorted(set(args.only or ()) - set(rows)):
-        parser.error(f"--only {', '.join(unknown)}: the rows are {', '.join(rows)}")
+        arguments.error(f"--only {', '.join(unknown)}: the rows are {', '.join(rows)}")
     task, model = load(args.scale, scale, args.data, args.device), new_model(args.device)
     for name in tqdm(args.only or rows, desc="BAL on MNIST", disable=None):
         if name not in results:
-            start = first_network(model, task, scale, args.seed, work / f"start-{args.seed}.safetensors")
+            start = first_network(model, task, scale, args.seed, results.work / f"start-{args.seed}.safetensors")
             pyro.set_rng_seed(args.seed + 1)
             begin = time.perf_counter()
             bal = results.found.get(f"BAL, {usual_learners(scale)} learners")

@@ -1,10 +1,12 @@
-"""What the papers' scripts share: files that are written result by result, and read again by the next start."""
+"""What the papers' scripts share: their arguments, and files that are written result by result and read again by the next start."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,24 @@ import pyro
 import torch
 
 import pyro_advbayes as ab
+
+
+def parser(description: str, scales: Iterable[str], about_scales: str = "", data: bool = True) -> argparse.ArgumentParser:
+    """
+    The arguments that the scripts share.
+
+    :param scales: their names; the smallest, "smoke", is a test.
+    :param about_scales: what is to be said of the others.
+    :param data: whether data sets are read from files.
+    """
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--scale", choices=list(scales), default="cpu", help="smoke: only to see that everything runs" + about_scales)
+    found.add_argument("--seed", type=int, default=0, help="of all that is random, but for the data")
+    if data:
+        found.add_argument("--data", type=Path, help="folder of the data sets; by default PYRO_ADVBAYES_DATA")
+    found.add_argument("--device", default="cpu")
+    found.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results", help="folder for the files")
+    return found
 
 
 def settings(scale: str, seed: int, device: str, **others: Any) -> dict[str, Any]:
@@ -45,6 +65,13 @@ class Results:
         self.path, self.settings = path, wanted
         self.found: dict[str, Any] = {}
         self._read()
+
+    @property
+    def work(self) -> Path:
+        """The folder of checkpoints and networks, beside the file."""
+        folder = self.path.with_name(f"{self.path.stem}-work")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def __contains__(self, name: str) -> bool:
         self._read()

@@ -24,7 +24,6 @@ Every cell of the grid is written to ``robustness_half_moons-<scale>.json`` when
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -49,14 +48,13 @@ from pyro.optim import SGD, ClippedAdam
 from torch import Tensor
 from tqdm.auto import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # models/ is part of the checkout, not of the installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # models/ and tutorials/ are parts of the checkout, not installed
 
 import pyro_advbayes as ab
 from models.mlp import mlp
 from pyro_advbayes import diagnostics as dg
 from pyro_advbayes.attacks import FGSM, PGD, Attack, Square, Uniform
-from tutorials.papers.experiments import Results, settings
+from tutorials.papers.experiments import Results, parser, settings
 
 EPS = (0.025, 0.05, 0.1, 0.15)
 SHOWN_EPS = 0.1  # in the scatter plot
@@ -314,12 +312,7 @@ def table(cells: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Goes through the grid, writes the files and prints the table."""
-    parser = argparse.ArgumentParser(description="Robustness of Bayesian neural networks on half moons.")
-    parser.add_argument("--scale", choices=SCALES, default="cpu", help="smoke: only to see that everything runs; cpu: a small grid")
-    parser.add_argument("--seed", type=int, default=0, help="governs inference and attacks; the points are always the same")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the files")
-    args = parser.parse_args(argv)
+    args = parser("Robustness of Bayesian neural networks on half moons.", SCALES, "; cpu: a small grid", data=False).parse_args(argv)
     scale = SCALES[args.scale]
     known = {"grid": scale._asdict(), "eps": EPS, "batch_size": BATCH_SIZE, "prior": "Normal(0, 1)"}
     results = Results(args.out / f"robustness_half_moons-{args.scale}.json", settings(args.scale, args.seed, args.device, **known))

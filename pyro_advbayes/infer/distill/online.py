@@ -21,7 +21,7 @@ from pyro_advbayes.infer.distill.reservoir import Reservoir
 from pyro_advbayes.infer.distill.stopping import Stopping
 from pyro_advbayes.infer.distill.training import Training
 from pyro_advbayes.infer.mcmc import files
-from pyro_advbayes.infer.mcmc.fingerprint import compare, data_digests, fingerprint, load_kernel, schedule_values
+from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, data_digests, fingerprint, load_kernel, schedule_values
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 
 
@@ -135,7 +135,7 @@ class OnlineAPD:
 
     def _resume_from(self, content: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Fit:
         self._set_up(args, kwargs, find_start=False)
-        compare(self._fingerprint, content["fingerprint"], self._fitter.checkpoint)
+        check_fingerprint(self._fingerprint, content["fingerprint"], self._fitter.checkpoint)
         load_kernel(self.kernel, content["kernel"], content["energy"], self._fitter.checkpoint)
         self._reservoir.load(content["reservoir"])
         return self._go_on(_Progress(**content["progress"]), content)

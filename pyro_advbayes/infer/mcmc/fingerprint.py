@@ -61,7 +61,7 @@ def fingerprint(kernel: SGMCMCKernel, scheduled: Mapping[str, list[float]], data
     }
 
 
-def compare(now: dict[str, Any], then: dict[str, Any], path: Path) -> None:
+def check_fingerprint(now: dict[str, Any], then: dict[str, Any], path: Path) -> None:
     """:raises ValueError: naming what differs between two fingerprints. Warns of what may change the last bits."""
     for key in [key for key in now if key not in ("threads", "torch")]:
         here, there = now[key], then.get(key)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from pyro_advbayes.batches import is_loader
 from pyro_advbayes.infer.mcmc import files, summary
 from pyro_advbayes.infer.mcmc.draws import Field, FileDraws, MemoryDraws
-from pyro_advbayes.infer.mcmc.fingerprint import compare, data_digests, fingerprint, load_kernel, schedule_values
+from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, data_digests, fingerprint, load_kernel, schedule_values
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 
 STATISTICS = ("energy", "step_size", "temperature", "gradient_norm", "diverging")
@@ -152,7 +152,7 @@ class SGMCMC(AbstractMCMC):
     def _resume_from(self, content: dict[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         kernel = self.kernel
         self._setup(args, kwargs, find_start=False)
-        compare(self._fingerprint(), content["fingerprint"], self.checkpoint)
+        check_fingerprint(self._fingerprint(), content["fingerprint"], self.checkpoint)
         load_kernel(kernel, content["kernel"], content["energy"], self.checkpoint)
         done = kernel._samples
         if not self.draws_path.exists():
