@@ -24,7 +24,7 @@ def rows(tmp_path_factory):
 
 
 def test_every_row_has_every_number(rows):
-    content = json.loads((rows / "adversarial_sampling-smoke.json").read_text())
+    content = json.loads((rows / "adversarial_sampling-fashion_mnist-smoke.json").read_text())
     assert {"scale", "seed", "numbers", "lr", "init_scale", "fine_tuning", "device", "versions"} <= set(content["settings"])
     three = ("AS", "plain", "plain, longer")
     four = (*three, "AS, steps of 0.002")
@@ -39,7 +39,7 @@ def test_every_row_has_every_number(rows):
 
 def test_budgets_are_equal_as_they_are_called(rows):
     """A gradient evaluation is counted at each draw of the weights that the network is run backwards at."""
-    results = json.loads((rows / "adversarial_sampling-smoke.json").read_text())["results"]
+    results = json.loads((rows / "adversarial_sampling-fashion_mnist-smoke.json").read_text())["results"]
     for start in ("scratch", "fine-tuned"):
         adversarial, plain, longer = (results[f"fashion_mnist, {start}, proper: {m}"] for m in ("AS", "plain", "plain, longer"))
         assert adversarial["epochs"] == plain["epochs"]
@@ -143,12 +143,12 @@ def test_gains_are_differences_from_the_rows_of_the_same_kind():
 
 
 def test_the_picture_shows_its_numbers(rows):
-    pixels = matplotlib.image.imread(rows / "adversarial_sampling-smoke-fashion_mnist.png")
+    pixels = matplotlib.image.imread(rows / "adversarial_sampling-fashion_mnist-smoke.png")
     assert pixels.shape[1] >= 800 and 0.02 < (pixels[..., :3].min(-1) < 0.9).mean() < 0.9
 
 
 def test_only_what_is_missing_is_computed_again_to_the_same_numbers(rows, tmp_path, monkeypatch):
-    name, missing = "adversarial_sampling-smoke.json", "fashion_mnist, scratch, proper: plain"
+    name, missing = "adversarial_sampling-fashion_mnist-smoke.json", "fashion_mnist, scratch, proper: plain"
     content = json.loads((rows / name).read_text())
     kept = {key: row for key, row in content["results"].items() if key != missing}
     (tmp_path / name).write_text(json.dumps({**content, "results": kept}))

@@ -23,8 +23,8 @@ What the authors' code does and this does not:
 - Gains of BatchNorm start at 1; the authors draw them from (0, 1).
 - Inputs of CIFAR-10 are standardised by its own mean and deviation. The copy of CIFAR-10 that the library reads is a lossy one.
 
-A row is written to ``adversarial_sampling-<scale>.json`` when it is finished, and not computed again by the next start. Trained networks
-that fine-tuning sets out from are kept in ``adversarial_sampling-<scale>-work/``.
+A row is written to ``adversarial_sampling-<data set>-<scale>.json`` when it is finished, and not computed again by the next start.
+Trained networks that fine-tuning sets out from are kept in ``adversarial_sampling-<data set>-<scale>-work/``.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ STEP_SIZE = 0.02  # of the adversary, in standard deviations
 SMALL_STEP_SIZE = 0.002
 SHARES = (0.2, 0.4, 0.6, 0.8)
 DATA = ("fashion_mnist", "cifar10")
+STARTS = ("scratch", "fine-tuned")
 
 
 class Size(NamedTuple):
@@ -91,7 +92,6 @@ class Scale(NamedTuple):
     draws: int
     curve_points: int
     curve_draws: int
-    curve_test: int
     depth: int = 20  # of the residual network
 
     def size(self, data: str) -> Size:
@@ -103,9 +103,9 @@ KINDS = ("cold", "proper")
 MIXES = (1.0, 0.4, 0.6, 0.2, 0.9, 0.5, 0.7, 0.3, 0.1)
 
 SCALES = {
-    "smoke": Scale(Size(40, 20, 2, 1, 2, ("proper",), (1.0,)), Size(40, 20, 2, 1, 2, ("proper",), (1.0,)), 4, 2, 2, 20, depth=8),
-    "cpu": Scale(Size(4000, 2000, 50, 50, 20, KINDS, (1.0, 0.4)), Size(2000, 1000, 25, 40, 5, ("cold",), ()), 100, 10, 10, 500),
-    "paper": Scale(Size(60_000, 10_000, 100, 100, 40, KINDS, MIXES), Size(50_000, 10_000, 200, 200, 40, KINDS, MIXES), 100, 20, 20, 2000),
+    "smoke": Scale(Size(40, 20, 2, 1, 2, ("proper",), (1.0,)), Size(40, 20, 2, 1, 2, ("proper",), (1.0,)), 4, 2, 2, depth=8),
+    "cpu": Scale(Size(4000, 2000, 50, 50, 20, KINDS, (1.0, 0.4)), Size(2000, 600, 15, 30, 4, ("cold",), ()), 100, 10, 10),
+    "paper": Scale(Size(60_000, 10_000, 100, 100, 40, KINDS, MIXES), Size(50_000, 10_000, 200, 200, 40, KINDS, MIXES), 100, 20, 20),
 }
 
 
@@ -173,10 +173,10 @@ def grid(scale: Scale) -> list[Case]:
     for data in DATA:
         size = scale.size(data)
         for kl in size.kinds:
-            for start in ("scratch", "fine-tuned"):
+            for start in STARTS:
                 cases += [Case(data, start, 0.0, kl), Case(data, start, MIX, kl), Case(data, start, 0.0, kl, longer=True)]
-                cases.append(Case(data, start, MIX, kl, step_size=SMALL_STEP_SIZE))
         cases += [Case(data, "scratch", mix, kl) for mix in size.mixes for kl in size.kinds]
+        cases += [Case(data, start, MIX, kl, step_size=SMALL_STEP_SIZE) for kl in size.kinds for start in STARTS]
     return cases
 
 
@@ -312,7 +312,7 @@ def fine_tuned(case: Case, task: Task, scale: Scale, weights: dict[str, Tensor])
 def quality(model: nn.Module, guide: Callable, x: Tensor, y: Tensor, draws: int) -> dg.DrawQuality:
     """Of draws from a guide."""
     network = ab.PosteriorClassifier(model.eval(), guide=guide, num_samples=draws)
-    return dg.draw_quality(torch.cat([torch.cat(list(network.log_probs(part))).cpu() for part in x.split(500)], 1), y.cpu())
+    return dg.draw_quality(torch.cat([torch.cat(list(network.log_probs(part))).cpu() for part in x.split(100)], 1), y.cpu())
 
 
 def as_numbers(found: dg.DrawQuality) -> dict[str, Any]:
@@ -356,7 +356,7 @@ def run(case: Case, task: Task, scale: Scale, seed: int, work: Path) -> dict[str
     weights = None
     if case.start == "fine-tuned":
         weights = trained(case.data, task, scale, seed, work / f"{case.data}-{seed}.safetensors")
-    x, y = task.x_test[: scale.curve_test], task.y_test[: scale.curve_test]
+    x, y = task.x_test[: len(task.x_test) // 4], task.y_test[: len(task.y_test) // 4]
 
     def look(model: nn.Module, guide: Callable) -> dict[str, Any]:
         return as_numbers(quality(model, guide, x, y, scale.curve_draws))
@@ -454,25 +454,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments = parser("Adversarial Sampling on Fashion-MNIST and CIFAR-10.", SCALES, "; cpu: a few thousand images")
     arguments.add_argument("--only", choices=DATA, nargs="+", default=DATA, help="data sets, all by default")
     args = arguments.parse_args(argv)
-    scale, stem = SCALES[args.scale], f"adversarial_sampling-{args.scale}" + (f"-seed{args.seed}" if args.seed else "")
-    numbers = {
-        "numbers": {**scale._asdict(), **{data: scale.size(data)._asdict() for data in DATA}},
-        "batch_size": BATCH_SIZE,
-        "lr": LR,
-        "init_scale": INIT_SCALE,
-        "fine_tuning": FINE_TUNING,
-    }
-    results = Results(args.out / f"{stem}.json", settings(args.scale, args.seed, args.device, **numbers))
+    scale, found = SCALES[args.scale], {}
     for data in args.only:
+        numbers = {**scale.size(data)._asdict(), **{name: getattr(scale, name) for name in scale._fields if name not in DATA}}
+        steps = {"batch_size": BATCH_SIZE, "lr": LR, "init_scale": INIT_SCALE, "fine_tuning": FINE_TUNING}
+        stem = f"adversarial_sampling-{data}-{args.scale}" + (f"-seed{args.seed}" if args.seed else "")
+        results = Results(args.out / f"{stem}.json", settings(args.scale, args.seed, args.device, numbers=numbers, **steps))
         cases, task = [case for case in grid(scale) if case.data == data], None
         for case in tqdm(cases, desc=data, disable=None):
             if case.name not in results:
                 task = task or load(args.scale, data, args.data, args.device)
                 results.add(case.name, run(case, task, scale, args.seed, results.work))
-        picture({case.name: results.found[case.name] for case in cases}, args.out / f"{stem}-{data}.png")
-    ordered = {case.name: results.found[case.name] for case in grid(scale) if case.name in results}
-    print(table(ordered))
-    return {"settings": results.settings, "results": ordered}
+        found[data] = {case.name: results.found[case.name] for case in cases}
+        picture(found[data], results.path.with_suffix(".png"))
+        print(table(found[data]))
+    return found
 
 
 if __name__ == "__main__":
