@@ -25,11 +25,13 @@ def rows(tmp_path_factory):
 
 def test_every_row_has_every_number(rows):
     content = json.loads((rows / "adversarial_sampling-fashion_mnist-smoke.json").read_text())
-    assert {"scale", "seed", "numbers", "lr", "init_scale", "fine_tuning", "device", "versions"} <= set(content["settings"])
-    three = ("AS", "plain", "plain, longer")
-    four = (*three, "AS, steps of 0.002")
-    named = {f"fashion_mnist, {start}, proper: {method}" for start in ("scratch", "fine-tuned") for method in four}
-    assert set(content["results"]) == named | {"fashion_mnist, scratch, proper: AS, mix 1.0"}
+    assert {"scale", "seed", "numbers", "lr", "scales", "fine_tuning", "device", "versions"} <= set(content["settings"])
+    methods = {
+        "scratch": ("plain", "plain, longer", "AS", "AS, mix 1.0", "AS, steps of 0.002"),
+        "fine-tuned": ("plain", "plain, longer", "AS", "AS, steps of 0.002"),
+        "wide": ("plain", "plain, longer", "AS, steps of 0.002"),
+    }
+    assert set(content["results"]) == {f"fashion_mnist, {start}, cold: {name}" for start, names in methods.items() for name in names}
     for row in content["results"].values():
         assert 0 <= row["lowest"] <= row["mean"] <= row["highest"] <= 1 and len(row["accuracy"]) == SMOKE.draws
         assert ("trained network" in row) == (row["start"] == "fine-tuned")
@@ -41,7 +43,7 @@ def test_budgets_are_equal_as_they_are_called(rows):
     """A gradient evaluation is counted at each draw of the weights that the network is run backwards at."""
     results = json.loads((rows / "adversarial_sampling-fashion_mnist-smoke.json").read_text())["results"]
     for start in ("scratch", "fine-tuned"):
-        adversarial, plain, longer = (results[f"fashion_mnist, {start}, proper: {m}"] for m in ("AS", "plain", "plain, longer"))
+        adversarial, plain, longer = (results[f"fashion_mnist, {start}, cold: {m}"] for m in ("AS", "plain", "plain, longer"))
         assert adversarial["epochs"] == plain["epochs"]
         assert adversarial["gradient evaluations"] == longer["gradient evaluations"] == 7 * plain["gradient evaluations"]
 
@@ -148,7 +150,7 @@ def test_the_picture_shows_its_numbers(rows):
 
 
 def test_only_what_is_missing_is_computed_again_to_the_same_numbers(rows, tmp_path, monkeypatch):
-    name, missing = "adversarial_sampling-fashion_mnist-smoke.json", "fashion_mnist, scratch, proper: plain"
+    name, missing = "adversarial_sampling-fashion_mnist-smoke.json", "fashion_mnist, scratch, cold: plain"
     content = json.loads((rows / name).read_text())
     kept = {key: row for key, row in content["results"].items() if key != missing}
     (tmp_path / name).write_text(json.dumps({**content, "results": kept}))
