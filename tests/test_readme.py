@@ -50,6 +50,12 @@ def test_tables_have_the_numbers_of_the_result_files():
     for label, numbers in robust.items():
         row = found[label]
         assert numbers == [f"{v[0]:.3f}" for v in (row["FGSM"]["0.0"], *(row[attack]["0.15"] for attack in ("FGSM", "PGD", "Square")))]
+    drawn = rows("| | lowest | highest | ensembled |")
+    found = {**results("adversarial_sampling-fashion_mnist-cpu.json"), **results("adversarial_sampling-cifar10-cpu.json")}
+    assert len(drawn) >= 6
+    for label, numbers in drawn.items():
+        row = found[label]
+        assert numbers == [f"{100 * value:.1f}" for value in (row["lowest"], row["highest"], row["ensembled"][0])]
     strange, found = rows("| | accuracy | MB | notMNIST | Omniglot | CIFAR-10, grey | Gaussian | uniform |"), results("apd_mnist-cpu.json")
     assert len(strange) >= 4
     for label, numbers in strange.items():
