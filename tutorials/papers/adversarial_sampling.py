@@ -27,7 +27,8 @@ What the authors' code does and this does not:
 - Inputs of CIFAR-10 are standardised by its own mean and deviation. The copy of CIFAR-10 that the library reads is a lossy one.
 
 Learning rates and the scales that are started from were chosen by some twenty short runs of plain variational inference and of
-Adversarial Sampling, judged on some of the test images that the tables are of: small differences between rows are to be read with that in mind.
+Adversarial Sampling, judged on some of the test images that the tables are of: small differences between rows are to be read with that in
+mind.
 
 A row is written to ``adversarial_sampling-<data set>-<scale>.json`` when it is finished, and not computed again by the next start.
 Trained networks that fine-tuning sets out from are kept in ``adversarial_sampling-<data set>-<scale>-work/``.
