@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pyro_advbayes as ab
+from tutorials.papers.adversarial_sampling import gains
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -56,6 +57,13 @@ def test_tables_have_the_numbers_of_the_result_files():
     for label, numbers in drawn.items():
         row = found[label]
         assert numbers == [f"{100 * value:.1f}" for value in (row["lowest"], row["highest"], row["ensembled"][0])]
+    compared = gains(found)
+    won = [gain for gain in compared if gain["lowest"] >= 2 and gain["ensembled"] > 0]
+    assert (len(won), len(compared)) == (1, 8) and "One comparison of eight comes out as the paper has it" in README
+    epochs, gradients = (gain for gain in compared if gain["row"] == "fashion_mnist, fine-tuned, cold: AS")
+    told = README.split("One comparison of eight", 1)[1].split("From scratch", 1)[0].replace("\n", " ")
+    assert f"by {epochs['lowest']:.1f} points for the lowest ({gradients['lowest']:.1f} at equal gradients)" in told
+    assert all(f"{gain['ensembled']:.1f} ± {gain['error']:.1f}" in told for gain in (epochs, gradients))
     strange, found = rows("| | accuracy | MB | notMNIST | Omniglot | CIFAR-10, grey | Gaussian | uniform |"), results("apd_mnist-cpu.json")
     assert len(strange) >= 4
     for label, numbers in strange.items():

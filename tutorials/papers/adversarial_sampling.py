@@ -10,8 +10,9 @@ from scratch and by Bayesian fine-tuning from a trained network; then 100 networ
 - "AS": Adversarial Sampling with mix 0.8 and steps of 0.02, the paper's; and the sweep of mix from 0, which is "plain", to 1;
 - "AS, steps of 0.002": five signs of a gradient over 100 000 weights go far. Where the loss is linear and its gradient normally
   distributed over P weights, N steps of size a cost as much as N a sqrt(2 P / pi) standard deviations of a draw's loss: 26 with the
-  paper's, and with these 2.6, which is the worst of 100 draws. Used where the paper's steps end in a network that answers the same to
-  every image, which costs less than bearing them: with a proper divergence, and from a wide start.
+  paper's, and with these 2.6, which is the worst of 100 draws. They take the place of the paper's steps with a proper divergence and from
+  a wide start, where a network that answers the same to every image may cost less than bearing those. On Fashion-MNIST, from a wide
+  start, these end near it, too.
 
 "scratch" starts with standard deviations of 0.01, "wide" with 0.15, which is what the authors may have meant: they start at
 exp(0.15) = 1.16.
@@ -78,6 +79,7 @@ MIX = 0.8
 NUM_STEPS = 5
 STEP_SIZE = 0.02  # of the adversary, in standard deviations
 SMALL_STEP_SIZE = 0.002
+ROWS = 100  # a ResNet is faster on inputs that stay in the cache
 SHARES = (0.2, 0.4, 0.6, 0.8)
 DATA = ("fashion_mnist", "cifar10")
 
@@ -192,7 +194,7 @@ class Fitted(NamedTuple):
 
 
 def usual_step(start: str, kl: str) -> float:
-    """The paper's, where a network bears it."""
+    """The paper's, where a network may bear it."""
     return STEP_SIZE if kl == "cold" and start != "wide" else SMALL_STEP_SIZE
 
 
@@ -206,8 +208,8 @@ def grid(scale: Scale) -> list[Case]:
                 cases += [Case(data, start, 0.0, kl), Case(data, start, MIX, kl, step_size=usual_step(start, kl))]
                 cases.append(Case(data, start, 0.0, kl, longer=True))
             cases += [Case(data, "scratch", mix, kl, step_size=usual_step("scratch", kl)) for mix in size.mixes]
-        if "cold" in size.kinds:
-            cases += [Case(data, start, MIX, "cold", step_size=SMALL_STEP_SIZE) for start in ("scratch", "fine-tuned")]
+        small = [(start, kl) for kl in size.kinds for start in size.starts if usual_step(start, kl) != SMALL_STEP_SIZE]
+        cases += [Case(data, start, MIX, kl, step_size=SMALL_STEP_SIZE) for start, kl in small]
     return cases
 
 
@@ -344,7 +346,7 @@ def fine_tuned(case: Case, task: Task, scale: Scale, weights: dict[str, Tensor])
 def quality(model: nn.Module, guide: Callable, x: Tensor, y: Tensor, draws: int) -> dg.DrawQuality:
     """Of draws from a guide."""
     network = ab.PosteriorClassifier(model.eval(), guide=guide, num_samples=draws)
-    return dg.draw_quality(torch.cat([torch.cat(list(network.log_probs(part))).cpu() for part in x.split(100)], 1), y.cpu())
+    return dg.draw_quality(torch.cat([torch.cat(list(network.log_probs(part))).cpu() for part in x.split(ROWS)], 1), y.cpu())
 
 
 def as_numbers(found: dg.DrawQuality) -> dict[str, Any]:
