@@ -486,11 +486,6 @@ def table(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def ordered(cases: list[Case], results: Results) -> dict[str, Any]:
-    """The rows that there are."""
-    return {case.name: results.found[case.name] for case in cases if case.name in results}
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Fits and measures what is not in the file yet; writes the files and prints the table."""
     arguments = parser("Adversarial Sampling on Fashion-MNIST and CIFAR-10.", SCALES, "; cpu: a few thousand images")
@@ -504,13 +499,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         steps = {"batch_size": BATCH_SIZE, "lr": LR, "scales": (INIT_SCALE, WIDE_SCALE), "fine_tuning": FINE_TUNING[data]}
         stem = f"adversarial_sampling-{data}-{args.scale}" + (f"-seed{args.seed}" if args.seed else "")
         results = Results(args.out / f"{stem}.json", settings(args.scale, args.seed, args.device, numbers=numbers, **steps))
-        cases, task = [case for case in grid(scale) if case.data == data], None
-        missing = [case for case in cases if case.name not in results]
-        for case in tqdm(missing, desc=data, disable=None):
+        cases, task = {case.name: case for case in grid(scale) if case.data == data}, None
+        for case in tqdm([case for name, case in cases.items() if name not in results], desc=data, disable=None):
             task = task or load(args.scale, data, args.data, args.device)
             results.add(case.name, run(case, task, scale, args.seed, results.work))
-            picture(ordered(cases, results), results.path.with_suffix(".png"))  # of the rows so far: all of them take hours
-        found[data] = ordered(cases, results)
+            picture(results.in_order(cases), results.path.with_suffix(".png"))  # of the rows so far: all of them take hours
+        found[data] = results.in_order(cases)
         print(table(found[data]))
     return found
 

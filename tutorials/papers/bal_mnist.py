@@ -400,8 +400,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             seconds = time.perf_counter() - begin
             about = {"size": found.size, "about": found.about, "seconds": seconds}
             results.add(name, {**about, **measure(model, found.samples, task, scale)})
-            picture({name: results.found[name] for name in rows if name in results}, results.path.with_suffix(".png"))
-    ordered = {name: results.found[name] for name in rows if name in results}
+            picture(results.in_order(rows), results.path.with_suffix(".png"))
+    ordered = results.in_order(rows)
     print(table(ordered))
     return {"settings": results.settings, "results": ordered}
 

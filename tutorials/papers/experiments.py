@@ -73,6 +73,11 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def in_order(self, names: Iterable[str]) -> dict[str, Any]:
+        """The results that there are, in the order of ``names``."""
+        self._read()
+        return {name: self.found[name] for name in names if name in self.found}
+
     def __contains__(self, name: str) -> bool:
         self._read()
         return name in self.found
