@@ -220,13 +220,14 @@ class ExemplarReparameterization(RowwiseMessenger):
             svi.step(x, y)
 
     The estimate of the expected log-likelihood stays unbiased, and the part of its gradient's variance that comes from the draw falls with
-    B, since rows no longer share it. Linear layers are one batched product, convolutions one grouped convolution, the gains and shifts of
-    normalisation layers are applied after it; transposed convolutions, embeddings, PReLU and RMSNorm go through ``torch.vmap``. Any
-    distribution that can be drawn from with gradients will do. Memory: B times that of the weights. A linear layer that every row meets
-    once has the same law under :class:`LocalReparameterization`, without those weights; the two can share a model::
+    B, since rows no longer share it. Convolutions are one grouped convolution, linear layers on sequences one batched product, the gains
+    and shifts of normalisation layers are applied after it; transposed convolutions, embeddings, PReLU and RMSNorm go through
+    ``torch.vmap``. Any distribution that can be drawn from with gradients will do.
 
-        with ab.nn.ExemplarReparameterization(shared=linear_sites), ab.nn.LocalReparameterization(shared=other_sites):
-            svi.step(x, y)
+    Where a linear layer meets one vector a row and its weights are Normal, what it makes of the row is drawn in place of the weights, as in
+    :class:`LocalReparameterization`: the outputs have the same law, the gradient is the expectation of the other given them, and there are
+    no B copies of the weights. Where such weights are met again, they are drawn given what the first layer made of them. Memory: B times
+    that of all other weights.
 
     Source: Z. Deng, H. Zhang, X. Yang, Y. Dong and J. Zhu, BayesAdapter: being Bayesian, inexpensively and reliably, via Bayesian
     fine-tuning, 2020.
@@ -235,9 +236,15 @@ class ExemplarReparameterization(RowwiseMessenger):
     """
 
     def rows(self, value: Tensor, site: DrawnSite, rows: int) -> Tensor:
-        return self.once(site, rows, lambda: site.fn.rsample((rows,)))
+        own = self.once(site, rows, lambda: site.fn.rsample((rows,)))
+        if isinstance(own, _Products):
+            own = own.weights(site.fn.rsample((rows,)))
+            site.own = rows, own
+        return own
 
     def layer(self, func: Callable, x: Tensor, weight: Tensor, site: DrawnSite, options: dict[str, Any]) -> Tensor:
+        if func is F.linear and x.dim() == 2 and site.own is None and isinstance(_base(site.fn), Normal):
+            return self.once(site, len(x), lambda: _Products(x, self.normal(site))).values
         own = self.rows(weight, site, len(x))
         if func is F.linear:
             # In this order the gradient of the weights is laid out as they are, and is summed over rows in one sweep.
@@ -332,10 +339,29 @@ class LocalReparameterization(RowwiseMessenger):
                 f"site {site.name!r} is used twice, and LocalReparameterization would draw the two outputs apart: use Flipout or "
                 f"ExemplarReparameterization, or leave the site one draw for all rows, shared={site.name!r}"
             )
-        fn = self.normal(site)
+        return _Products(x, self.normal(site)).values
+
+
+class _Products:
+    """
+    Products of rows ``x`` with Normal weights ``[outputs, inputs]``, of which each row has its own, drawn without the weights.
+
+    :ivar values: ``[rows, outputs]``.
+    """
+
+    def __init__(self, x: Tensor, fn: Normal) -> None:
+        self.x, self.fn = x, fn
         variance = F.linear(x.square(), fn.scale.square())
-        tiny = torch.finfo(variance.dtype).tiny  # a row of zeros has no variance, and the root no slope there
-        return F.linear(x, fn.loc) + variance.clamp_min(tiny).sqrt() * torch.randn_like(variance)
+        self.variance = variance.clamp_min(torch.finfo(variance.dtype).tiny)  # of a row of zeros it is 0, where the root has no slope
+        self.values = F.linear(x, fn.loc) + self.variance.sqrt() * torch.randn_like(variance)
+
+    def weights(self, free: Tensor) -> Tensor:
+        """
+        Draws of the weights given the products: of ``free`` draws ``[rows, outputs, inputs]``, moved along each row's ``x`` to where
+        they give its products. Matheron's rule.
+        """
+        missing = (self.values - torch.einsum("boi,bi->bo", free, self.x)) / self.variance
+        return free + missing.unsqueeze(2) * self.fn.scale.square() * self.x.unsqueeze(1)
 
 
 class _Mode(TorchFunctionMode):

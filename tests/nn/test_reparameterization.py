@@ -94,22 +94,71 @@ def gradients(elbo, model, guide, x, y, count, handler=None):
 
 @pytest.mark.parametrize("make", [dense, images, others])
 def test_every_row_is_that_of_a_network_of_its_own(make):
+    """The weights of linear layers are drawn after the products that they must give."""
     model, guide, x, _ = problem(make)
-    taken = {}
+    met = {}
 
     class Watched(ExemplarReparameterization):
-        def rows(self, value, site, rows):
-            taken[site.name] = super().rows(value, site, rows)
-            return taken[site.name]
+        def once(self, site, rows, draw):
+            met[site.name] = site
+            return super().once(site, rows, draw)
 
     handler = Watched()
     out = outputs(model, guide, x, handler)
     plain = make().eval()
+    own = {name.removeprefix("net."): handler.rows(None, site, ROWS) for name, site in met.items()}
+    assert own.keys() == dict(plain.named_parameters()).keys()
     for row in range(ROWS):
-        weights = {name.removeprefix("net."): own[row] for name, own in taken.items()}
-        assert weights.keys() == dict(plain.named_parameters()).keys()
+        weights = {name: value[row] for name, value in own.items()}
         expected = torch.func.functional_call(plain, weights, x[row : row + 1])
         torch.testing.assert_close(out[row : row + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_given_their_products_have_the_law_of_the_guide():
+    """Mean, deviations, and no correlation, within a row or between rows; a row of zeros says nothing about its weights."""
+    torch.manual_seed(2)
+    x, loc, scale = torch.randn(2, 3), torch.randn(2, 3), torch.rand(2, 3) + 0.5
+    x[1] = 0.0
+    draws = []
+    for _ in range(2000):
+        with ExemplarReparameterization() as handler:
+            w = pyro.sample("w", dist.Normal(loc, scale).to_event(2))
+            out = F.linear(x, w)
+            draws.append(handler.rows(w, handler._sites[id(w)], 2))
+        torch.testing.assert_close(out, torch.einsum("boi,bi->bo", draws[-1], x), rtol=1e-3, atol=1e-5)
+    standardised = ((torch.stack(draws) - loc) / scale).flatten(1)
+    assert float(standardised.mean(0).abs().max()) < 4.0 / 2000**0.5
+    assert float((standardised.var(0) - 1).abs().max()) < 4.5 * (2 / 2000) ** 0.5
+    assert float((torch.corrcoef(standardised.T) - torch.eye(12)).abs().max()) < 4.5 / 2000**0.5
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_products_have_the_gradient_of_drawn_weights(times):
+    """Met once, it is the expectation of that gradient given the products, and varies less."""
+
+    class Weights(ExemplarReparameterization):
+        def layer(self, func, x, weight, site, options):
+            self.rows(weight, site, len(x))  # drawn before the products are
+            return super().layer(func, x, weight, site, options)
+
+    torch.manual_seed(3)
+    x, loc, scale = torch.randn(32, 4), torch.randn(4, 4, requires_grad=True), torch.full((4, 4), 0.5, requires_grad=True)
+
+    def gradients_of(handler):
+        found = []
+        for _ in range(300):
+            with handler():
+                w, out = pyro.sample("w", dist.Normal(loc, scale).to_event(2)), x
+                for _ in range(times):
+                    out = F.linear(out, w)
+            found.append(torch.stack(torch.autograd.grad(out.tanh().square().mean(), (loc, scale))))
+        return torch.stack(found)
+
+    drawn, ours = gradients_of(Weights), gradients_of(ExemplarReparameterization)
+    error = ((drawn.var(0) + ours.var(0)) / 300).sqrt()
+    assert float(((drawn.mean(0) - ours.mean(0)) / error).abs().max()) < 4.0
+    if times == 1:
+        assert float(ours.var(0)[1].sum()) < 0.5 * float(drawn.var(0)[1].sum())
 
 
 @pytest.mark.parametrize("handler", HANDLERS)
