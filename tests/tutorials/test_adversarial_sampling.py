@@ -9,6 +9,7 @@ import torch
 
 import pyro_advbayes as ab
 from tutorials.papers import adversarial_sampling as script
+from tutorials.papers import as_networks as nets
 from tutorials.papers.adversarial_sampling import MIX, SCALES, Case
 
 SMOKE = SCALES["smoke"]
@@ -60,7 +61,7 @@ def test_budgets_are_equal_as_they_are_called(rows):
             count += 1
             return gradient
 
-    model = script.new_model("fashion_mnist", SMOKE, "cpu")
+    model = nets.new_model("fashion_mnist", SMOKE.depth, "cpu")
     x, y = torch.rand(20, 1, 28, 28), torch.arange(20) % 10
     guide = ab.AutoAdversarialNormal(model)
     guide(x, y)
@@ -74,7 +75,7 @@ def test_budgets_are_equal_as_they_are_called(rows):
 
 def test_a_cold_row_weighs_the_divergence_as_the_authors_code_does():
     """Between no and full weight of likelihood and divergence, at one and the same noise."""
-    model = script.new_model("fashion_mnist", SMOKE, "cpu")
+    model = nets.new_model("fashion_mnist", SMOKE.depth, "cpu")
     x, y = torch.rand(20, 1, 28, 28), torch.arange(20) % 10
     guide = ab.AutoAdversarialNormal(model, init_scale=0.05)
     guide(x, y)
@@ -102,7 +103,7 @@ def test_the_residual_network_runs_and_only_training_from_scratch_moves_its_stat
     row = script.run(case, task, SMOKE, 0, tmp_path)
     assert row["gradient evaluations"] == 7 * case.epochs(SMOKE) and 0 <= row["lowest"] <= row["highest"] <= 1
     if start == "fine-tuned":
-        weights = script.trained("cifar10", task, SMOKE, 0, tmp_path / "cifar10-0.safetensors")
+        weights = nets.trained("cifar10", task, SMOKE.depth, 1, 0, tmp_path / "cifar10-0.safetensors")
         pyro.set_rng_seed(0)
         model = script.fine_tuned(case, task, SMOKE, weights).model
         statistics = {name: value for name, value in model.named_buffers() if "running" in name}
@@ -114,7 +115,7 @@ def test_the_residual_network_runs_and_only_training_from_scratch_moves_its_stat
 def test_augmented_images_are_windows_of_the_padded_ones():
     images = torch.arange(1.0, 1 + 2 * 3 * 5 * 5).reshape(2, 3, 5, 5)
     pyro.set_rng_seed(0)
-    found = [script.augmented(images) for _ in range(200)]
+    found = [nets.augmented(images) for _ in range(200)]
     windows = torch.nn.functional.pad(images, (4, 4, 4, 4)).unfold(2, 5, 1).unfold(3, 5, 1)  # [2, 3, 9, 9, 5, 5]
     seen = set()
     for moved in found:

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,38 +49,31 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pyro
 import torch
-from pyro.distributions import Normal
 from pyro.infer.autoguide import init_to_value
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate, pad
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # models/ and tutorials/ are parts of the checkout, not installed
 
 import pyro_advbayes as ab
-from models.bal_convnet import bal_convnet, bal_convnet_network
-from models.resnet import resnet, resnet_network
 from pyro_advbayes import diagnostics as dg
+from tutorials.papers import as_networks as nets
+from tutorials.papers.as_networks import BATCH_SIZE, DATA, Batches, Task
 from tutorials.papers.experiments import Results, parser, settings
 
-BATCH_SIZE = 100
 LR = 0.003
-DROPS = (0.4, 0.7, 0.9)  # of the epochs, where the learning rate falls to a tenth
 INIT_SCALE = 0.01
 WIDE_SCALE = 0.15
 FINE_TUNING = {  # BatchNorm's statistics are fixed, so that ResNet-20 bears little noise and small steps only
     "fashion_mnist": {"lr": 1e-3, "scale_lr": 0.01, "init_scale": 0.01},
     "cifar10": {"lr": 1e-5, "scale_lr": 0.003, "init_scale": 0.003},
 }
-PRIOR = Normal(0.0, 0.15)
 MIX = 0.8
 NUM_STEPS = 5
 STEP_SIZE = 0.02  # of the adversary, in standard deviations
 SMALL_STEP_SIZE = 0.002
 ROWS = 100  # a ResNet is faster on inputs that stay in the cache
 SHARES = (0.2, 0.4, 0.6, 0.8)
-DATA = ("fashion_mnist", "cifar10")
 
 
 class Size(NamedTuple):
@@ -174,15 +167,6 @@ class Case(NamedTuple):
         return ab.TraceAdversarial_ELBO(NUM_STEPS, self.step_size, self.mix, **cold)
 
 
-class Task(NamedTuple):
-    """Images ``[N, C, H, W]`` with their classes."""
-
-    x: Tensor
-    y: Tensor
-    x_test: Tensor
-    y_test: Tensor
-
-
 class Fitted(NamedTuple):
     """A guide, its model, and what was seen on the way."""
 
@@ -190,6 +174,12 @@ class Fitted(NamedTuple):
     guide: ab.AutoAdversarialNormal
     loss: float  # of the last epoch, in nats per data point
     curve: list[dict[str, Any]]
+
+
+def load(scale_name: str, data: str, folder: Path | None, device: str) -> Task:
+    """A data set, as much of it as the scale has."""
+    size = SCALES[scale_name].size(data)
+    return nets.load(data, folder, (size.num_train, size.num_test), device, digits=scale_name == "smoke")
 
 
 def usual_step(start: str) -> float:
@@ -212,99 +202,20 @@ def grid(scale: Scale) -> list[Case]:
     return cases
 
 
-def load(scale_name: str, data: str, folder: Path | None, device: str) -> Task:
-    """A data set; at the smallest scale scikit-learn's digits in its shape, which need no files."""
-    size = SCALES[scale_name].size(data)
-    if scale_name == "smoke":
-        sets = [ab.datasets.digits(split) for split in ("train", "test")]
-        width, channels = (28, 1) if data == "fashion_mnist" else (16, 3)
-        sets = [(interpolate(x, (width, width), mode="bilinear").expand(-1, channels, -1, -1).contiguous(), y) for x, y in sets]
-    else:
-        sets = [getattr(ab.datasets, data)(folder, split) for split in ("train", "test")]
-    chosen = []
-    for (x, y), count in zip(sets, (size.num_train, size.num_test), strict=True):
-        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:count]  # always the same images
-        chosen += [x[rows], y[rows]]
-    task = Task(*(t.to(device) for t in chosen))
-    if data == "cifar10":
-        mean, deviation = (f(task.x, dim=(0, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
-        task = task._replace(x=(task.x - mean) / deviation, x_test=(task.x_test - mean) / deviation)
-    return task
-
-
-def new_network(data: str, scale: Scale) -> nn.Module:
-    """The plain network."""
-    return bal_convnet_network() if data == "fashion_mnist" else resnet_network(scale.depth)
-
-
-def new_model(data: str, scale: Scale, device: str) -> nn.Module:
-    """The Bayesian one."""
-    model = bal_convnet(PRIOR) if data == "fashion_mnist" else resnet(scale.depth, prior=PRIOR, eval_only=False)
-    return model.to(device)
-
-
-class Batches:
-    """Shuffled minibatches; images of CIFAR-10 are flipped, and moved by up to 4 pixels."""
-
-    def __init__(self, task: Task, data: str) -> None:
-        self.x, self.y, self.augmented = task.x, task.y, data == "cifar10"
-
-    def __len__(self) -> int:
-        return -(-len(self.x) // BATCH_SIZE)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for rows in torch.randperm(len(self.x)).to(self.x.device).split(BATCH_SIZE):
-            yield augmented(self.x[rows]) if self.augmented else self.x[rows], self.y[rows]
-
-
-def augmented(images: Tensor) -> Tensor:
-    """Each image flipped at random, and a random window of it after padding by 4 pixels."""
-    count, _, height, width = images.shape
-    images = torch.where(torch.rand(count, 1, 1, 1, device=images.device) < 0.5, images.flip(-1), images)
-    down, right = torch.randint(9, (2, count, 1, 1), device=images.device)
-    rows = down + torch.arange(height, device=images.device)[:, None]
-    columns = right + torch.arange(width, device=images.device)
-    return pad(images, (4, 4, 4, 4)).movedim(1, -1)[torch.arange(count, device=images.device)[:, None, None], rows, columns].movedim(-1, 1)
-
-
-# ------------------------------------------------------------------------------------------------------------------- networks
-
-
-def stepped(optimiser: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate falls three times."""
-    return torch.optim.lr_scheduler.MultiStepLR(optimiser, [max(1, round(share * epochs)) for share in DROPS], gamma=0.1)
-
-
-def trained(data: str, task: Task, scale: Scale, seed: int, path: Path) -> dict[str, Tensor]:
-    """A network's weights, a MAP estimate under the prior; trained once."""
-    if not path.exists():
-        pyro.set_rng_seed(seed)
-        net = new_network(data, scale).to(task.x.device)
-        epochs, decay = scale.size(data).trained_epochs, 0.5 / (len(task.x) * float(PRIOR.variance))
-        optimiser = torch.optim.Adam(net.parameters(), lr=1e-3)
-        schedule, batches = stepped(optimiser, epochs), Batches(task, data)
-        for _ in tqdm(range(epochs), desc=f"{data}, a network", disable=None):
-            for x, y in batches:
-                optimiser.zero_grad()
-                (cross_entropy(net(x), y) + decay * sum(p.square().sum() for p in net.parameters())).backward()
-                optimiser.step()
-            schedule.step()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(net.state_dict(), path)
-    return {name: value.to(task.x.device) for name, value in load_file(path).items()}
+# ----------------------------------------------------------------------------------------------------------------------- fits
 
 
 def from_scratch(case: Case, task: Task, scale: Scale, look: Callable[[nn.Module, Callable], dict[str, Any]]) -> Fitted:
     """A guide that starts where a network's training would; ``look`` is what a point of its training curve is."""
     pyro.clear_param_store()
-    model, loss, epochs = new_model(case.data, scale, str(task.x.device)), case.loss(), case.epochs(scale)
-    means = {f"net.{name}": value.detach().to(task.x.device) for name, value in new_network(case.data, scale).named_parameters()}
+    model, loss, epochs = nets.new_model(case.data, scale.depth, str(task.x.device)), case.loss(), case.epochs(scale)
+    means = {f"net.{name}": value.detach().to(task.x.device) for name, value in nets.new_network(case.data, scale.depth).named_parameters()}
     init_scale = WIDE_SCALE if case.start == "wide" else INIT_SCALE
     guide = ab.AutoAdversarialNormal(model, init_loc_fn=init_to_value(values=means), init_scale=init_scale)
     guide(task.x[:BATCH_SIZE], task.y[:BATCH_SIZE])
     batches, scaled = Batches(task, case.data), ab.minibatch(model, size=len(task.x))
     optimiser = torch.optim.Adam(guide.parameters(), lr=LR)
-    schedule = stepped(optimiser, epochs)
+    schedule = nets.stepped(optimiser, epochs)
     looked_at = {max(1, round(epochs * (point + 1) / scale.curve_points)) for point in range(scale.curve_points)}
     curve = []
     for epoch in tqdm(range(1, epochs + 1), desc=case.name, disable=None):
@@ -324,7 +235,7 @@ def from_scratch(case: Case, task: Task, scale: Scale, look: Callable[[nn.Module
 
 def fine_tuned(case: Case, task: Task, scale: Scale, weights: dict[str, Tensor]) -> Fitted:
     """A guide that starts at a trained network, whose BatchNorm keeps its statistics."""
-    model = new_model(case.data, scale, str(task.x.device)).eval()
+    model = nets.new_model(case.data, scale.depth, str(task.x.device)).eval()
     found = ab.bayes_adapter(
         model,
         weights,
@@ -378,7 +289,7 @@ def measure(fitted: Fitted, task: Task, scale: Scale) -> dict[str, Any]:
 @torch.no_grad()
 def accuracy(weights: dict[str, Tensor], data: str, task: Task, scale: Scale) -> list[float]:
     """Of one network, with its standard error."""
-    net = new_network(data, scale).to(task.x.device).eval()
+    net = nets.new_network(data, scale.depth).to(task.x.device).eval()
     net.load_state_dict(weights)
     probs = torch.cat([net(x).softmax(-1) for x in task.x_test.split(500)])
     return list(dg.accuracy_under_attack(probs, task.y_test))
@@ -388,7 +299,8 @@ def run(case: Case, task: Task, scale: Scale, seed: int, work: Path) -> dict[str
     """One row, from its own seed: the same numbers whatever was computed before."""
     weights = None
     if case.start == "fine-tuned":
-        weights = trained(case.data, task, scale, seed, work / f"{case.data}-{seed}.safetensors")
+        path = work / f"{case.data}-{seed}.safetensors"
+        weights = nets.trained(case.data, task, scale.depth, scale.size(case.data).trained_epochs, seed, path)
     x, y = task.x_test[: len(task.x_test) // 4], task.y_test[: len(task.y_test) // 4]
 
     def look(model: nn.Module, guide: Callable) -> dict[str, Any]:
