@@ -11,7 +11,8 @@ from scratch and by Bayesian fine-tuning from a trained network; then 100 networ
 - "AS, steps of 0.002": five signs of a gradient over 100 000 weights go far. Where the loss is linear and its gradient normally
   distributed over P weights, N steps of size a cost as much as N a sqrt(2 P / pi) standard deviations of a draw's loss: 26 with the
   paper's, and with these 2.6, which is the worst of 100 draws. They take the place of the paper's steps from a wide start, where a
-  network that answers the same to every image may cost less than bearing those; on Fashion-MNIST these end near it, too.
+  network that answers the same to every image may cost less than bearing those; on Fashion-MNIST these end near it, too. Steps between
+  the two are rows as well.
 
 "scratch" starts with standard deviations of 0.01, "wide" with 0.15, which is what the authors may have meant: they start at
 exp(0.15) = 1.16.
@@ -87,6 +88,7 @@ class Size(NamedTuple):
     kinds: tuple[str, ...]  # of the divergence's weight
     starts: tuple[str, ...]
     mixes: tuple[float, ...]  # beside 0 and the paper's
+    step_sizes: tuple[float, ...]  # beside the paper's
 
 
 class Scale(NamedTuple):
@@ -109,17 +111,19 @@ STARTS = ("scratch", "fine-tuned", "wide")
 MIXES = (1.0, 0.4, 0.6, 0.2, 0.9, 0.5, 0.7, 0.3, 0.1)
 
 SCALES = {
-    "smoke": Scale(*2 * [Size(40, 20, 2, 1, 2, ("cold",), STARTS, (1.0,))], draws=4, curve_points=2, curve_draws=2, depth=8),
+    "smoke": Scale(
+        *2 * [Size(40, 20, 2, 1, 2, ("cold",), STARTS, (1.0,), (SMALL_STEP_SIZE,))], draws=4, curve_points=2, curve_draws=2, depth=8
+    ),
     "cpu": Scale(
-        fashion_mnist=Size(4000, 2000, 50, 50, 20, KINDS, STARTS, (1.0, 0.4)),
-        cifar10=Size(2000, 600, 15, 30, 4, ("cold",), ("scratch", "fine-tuned"), ()),
+        fashion_mnist=Size(4000, 2000, 50, 50, 20, KINDS, STARTS, (1.0, 0.4), (SMALL_STEP_SIZE, 0.01, 0.005)),
+        cifar10=Size(2000, 600, 15, 30, 4, ("cold",), ("scratch", "fine-tuned"), (), (SMALL_STEP_SIZE,)),
         draws=100,
         curve_points=10,
         curve_draws=10,
     ),
     "paper": Scale(
-        fashion_mnist=Size(60_000, 10_000, 100, 100, 40, KINDS, STARTS, MIXES),
-        cifar10=Size(50_000, 10_000, 200, 200, 40, KINDS, STARTS, MIXES),
+        fashion_mnist=Size(60_000, 10_000, 100, 100, 40, KINDS, STARTS, MIXES, (SMALL_STEP_SIZE, 0.01, 0.005)),
+        cifar10=Size(50_000, 10_000, 200, 200, 40, KINDS, STARTS, MIXES, (SMALL_STEP_SIZE, 0.01, 0.005)),
         draws=100,
         curve_points=20,
         curve_draws=20,
@@ -197,8 +201,8 @@ def grid(scale: Scale) -> list[Case]:
                 cases += [Case(data, start, 0.0, kl), Case(data, start, MIX, kl, step_size=usual_step(start))]
                 cases.append(Case(data, start, 0.0, kl, longer=True))
             cases += [Case(data, "scratch", mix, kl, step_size=usual_step("scratch")) for mix in size.mixes]
-        small = [(start, kl) for kl in size.kinds for start in size.starts if usual_step(start) != SMALL_STEP_SIZE]
-        cases += [Case(data, start, MIX, kl, step_size=SMALL_STEP_SIZE) for start, kl in small]
+        usual = [(start, kl) for kl in size.kinds for start in size.starts if usual_step(start) == STEP_SIZE]
+        cases += [Case(data, start, MIX, kl, step_size=step) for step in size.step_sizes for start, kl in usual]
     return cases
 
 
@@ -404,7 +408,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = arguments.parse_args(argv)
     scale, found = SCALES[args.scale], {}
     for data in args.only:
-        which = ("kinds", "starts", "mixes")  # rows there are, on which none depends
+        which = ("kinds", "starts", "mixes", "step_sizes")  # rows there are, on which none depends
         numbers = {name: value for name, value in scale.size(data)._asdict().items() if name not in which}
         numbers |= {name: getattr(scale, name) for name in scale._fields if name not in DATA}
         steps = {"batch_size": BATCH_SIZE, "lr": LR, "scales": (INIT_SCALE, WIDE_SCALE), "fine_tuning": FINE_TUNING[data]}
