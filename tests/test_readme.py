@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyro_advbayes as ab
 from tutorials.papers.adversarial_sampling import gains
+from tutorials.papers.apd_active_learning import curves as learning_curves
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -51,19 +52,29 @@ def test_tables_have_the_numbers_of_the_result_files():
     for label, numbers in robust.items():
         row = found[label]
         assert numbers == [f"{v[0]:.3f}" for v in (row["FGSM"]["0.0"], *(row[attack]["0.15"] for attack in ("FGSM", "PGD", "Square")))]
-    drawn = rows("| | lowest | highest | ensembled |")
     found = {**results("adversarial_sampling-fashion_mnist-cpu.json"), **results("adversarial_sampling-cifar10-cpu.json")}
-    assert len(drawn) >= 6
-    for label, numbers in drawn.items():
-        row = found[label]
-        assert numbers == [f"{100 * value:.1f}" for value in (row["lowest"], row["highest"], row["ensembled"][0])]
     compared = gains(found)
-    won = [gain for gain in compared if gain["lowest"] >= 2 and gain["ensembled"] > 0]
-    assert (len(won), len(compared)) == (1, 8) and "One comparison of eight comes out as the paper has it" in README
-    epochs, gradients = (gain for gain in compared if gain["row"] == "fashion_mnist, fine-tuned, cold: AS")
-    told = README.split("One comparison of eight", 1)[1].split("From scratch", 1)[0].replace("\n", " ")
-    assert f"by {epochs['lowest']:.1f} points for the lowest ({gradients['lowest']:.1f} at equal gradients)" in told
-    assert all(f"{gain['ensembled']:.1f} ± {gain['error']:.1f}" in told for gain in (epochs, gradients))
+    drawn = rows("| | lowest | ensembled | equal epochs: lowest | ensembled | equal gradients: lowest | ensembled |")
+    assert set(drawn) == {gain["row"] for gain in compared}
+    for label, numbers in drawn.items():
+        expected = [f"{100 * value:.1f}" for value in (found[label]["lowest"], found[label]["ensembled"][0])]
+        for budget in ("epochs", "gradients"):
+            own = [gain for gain in compared if (gain["row"], gain["budget"]) == (label, budget)]
+            told = [f"{gain['lowest']:+.1f}" for gain in own], [f"{gain['ensembled']:+.1f} ± {gain['error']:.1f}" for gain in own]
+            expected += ["".join(cell) for cell in told]
+        assert numbers == expected
+    won = sum(gain["lowest"] >= 2 and gain["ensembled"] > 0 for gain in compared)
+    assert f"in {won} of {len(compared)} comparisons" in README
+    usual, all_adversarial = (
+        [100 * found[f"fashion_mnist, scratch, {kl}: {row}"]["ensembled"][0] for kl in ("cold", "proper")] for row in ("AS", "AS, mix 1.0")
+    )
+    cold, proper = (one - other for one, other in zip(usual, all_adversarial, strict=True))
+    assert f"by {cold:.1f} points (cold) and {proper:.1f}\n(proper)" in README
+    asked, curves = rows("| labels | 50 | 100 | 150 | 200 |"), learning_curves(results("apd_active_learning-cpu.json"))
+    assert {f"SGLD, {label}" for label in asked} == set(curves) and len(asked) >= 2
+    for label, numbers in asked.items():
+        curve = curves[f"SGLD, {label}"]
+        assert numbers == [f"{100 * curve.mean[curve.num_labels == count].item():.1f}" for count in (50, 100, 150, 200)]
     strange, found = rows("| | accuracy | MB | notMNIST | Omniglot | CIFAR-10, grey | Gaussian | uniform |"), results("apd_mnist-cpu.json")
     assert len(strange) >= 4
     for label, numbers in strange.items():
