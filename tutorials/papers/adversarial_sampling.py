@@ -352,8 +352,8 @@ def picture(rows: dict[str, Any], path: Path) -> None:
             axes[1, 1].plot(mixes, [row["lowest"] for row in sweep], "o--", color=colour, label=f"{kl}, lowest of the draws")
     axes[1, 1].set(xlabel="mix", ylabel="accuracy", title="from scratch")
     axes[1, 1].legend()
-    for ax in axes.flat[:3]:
-        ax.legend(fontsize=7)
+    for ax, place in zip(axes.flat[:3], ("lower right", "center right", "lower left"), strict=True):
+        ax.legend(fontsize=6, loc=place, framealpha=0.5)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
