@@ -75,6 +75,13 @@ def test_tables_have_the_numbers_of_the_result_files():
     for label, numbers in asked.items():
         curve = curves[f"SGLD, {label}"]
         assert numbers == [f"{100 * curve.mean[curve.num_labels == count].item():.1f}" for count in (50, 100, 150, 200)]
+    entropy, random = (curves[f"SGLD, {label}"] for label in ("entropy", "random"))
+    behind = entropy.num_labels[entropy.mean <= random.mean].max().item()
+    assert f"the entropy is ahead from {behind + 10} labels on" in README
+    usual_steps = [gain for gain in compared if gain["row"].startswith("fashion_mnist") and gain["row"].endswith("proper: AS")]
+    lowest, ensembled = ([gain[part] for gain in usual_steps] for part in ("lowest", "ensembled"))
+    assert f"gains {min(lowest):.0f} to {max(lowest):.0f} points with the paper's steps" in README
+    assert f"pays for it with {-max(ensembled):.0f} to {-min(ensembled):.0f} points" in README
     strange, found = rows("| | accuracy | MB | notMNIST | Omniglot | CIFAR-10, grey | Gaussian | uniform |"), results("apd_mnist-cpu.json")
     assert len(strange) >= 4
     for label, numbers in strange.items():

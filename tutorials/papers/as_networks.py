@@ -38,7 +38,7 @@ def load(data: str, folder: Path | None, counts: tuple[int, int], device: str, d
     As many images of a data set's splits, always the same.
 
     :param data: a name in :data:`DATA`.
-    :param folder: where its files are; None for the library's own.
+    :param folder: where its files are; None: ``PYRO_ADVBAYES_DATA``.
     :param counts: of training and test images.
     :param digits: scikit-learn's digits in the shape of its images, which need no files.
     """
