@@ -163,6 +163,18 @@ def refuse_random_layers(model: Callable) -> Iterator[None]:
         handle.remove()
 
 
+def refuse_inference_mode(who: str) -> None:
+    """
+    :param who: needs gradients.
+    :raises RuntimeError: under ``torch.inference_mode``, where ``torch.enable_grad`` does not bring them back.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{who} needs gradients, and torch.inference_mode() has none: use torch.no_grad() instead (in Lightning: "
+            "Trainer(inference_mode=False))"
+        )
+
+
 def _without_shapes(error: Exception) -> str:
     """The message without the table of shapes that Pyro adds to errors from inside a model."""
     return re.split(r"\s*Trace Shapes:", str(error))[0]

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_advbayes.attacks.base import Attack
 from pyro_advbayes.attacks.geometry import Region, flat, rows
 from pyro_advbayes.attacks.problem import ClassifierProblem, Problem, check_gradient, differentiate, method
+from pyro_advbayes.structure import refuse_inference_mode
 
 DECAYS = 0.9, 0.999  # Adam's
 
@@ -119,6 +120,7 @@ class OneStepCarliniWagner(Attack):
             raise ValueError("OneStepCarliniWagner has one published form: leave targeted, eot and objective as they are")
 
     def run(self, problem: ClassifierProblem, region: Region) -> Tensor:
+        refuse_inference_mode("the attack")
         problem.examine(region.center)  # refuses what is no classifier
         x, total, count = region.center.detach().requires_grad_(), 0.0, 0
         with torch.enable_grad():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyro_advbayes.attacks.base import Attack, BallAttack, ascend
 from pyro_advbayes.attacks.geometry import Ball
 from pyro_advbayes.attacks.problem import Ascent, ClassifierProblem, check_gradient, differentiate
+from pyro_advbayes.structure import refuse_inference_mode
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,6 +78,7 @@ class _Distance:
             self._references = list(layer.activations(reference))
 
     def gradient(self, x: Tensor) -> Ascent:
+        refuse_inference_mode("the attack")
         x, losses, gradients = x.detach().requires_grad_(), 0.0, 0.0
         with torch.enable_grad():
             for activation, reference in zip(self._layer.activations(x), self._references, strict=True):

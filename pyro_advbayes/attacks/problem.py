@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_advbayes.attacks.geometry import flat, rows
 from pyro_advbayes.attacks.losses import LOSSES, Loss, cross_entropy
+from pyro_advbayes.structure import refuse_inference_mode
 
 OBJECTIVES = ("loss_of_mean", "mean_loss")
 
@@ -64,6 +65,7 @@ class LossProblem(Problem):
         self._loss = loss
 
     def gradient(self, x: Tensor, success: bool = False) -> Ascent:
+        refuse_inference_mode("the attack")
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             loss = self._checked(self._loss(x), x)
@@ -119,6 +121,7 @@ class ClassifierProblem(Problem):
         self._seen = False
 
     def gradient(self, x: Tensor, success: bool = False) -> Ascent:
+        refuse_inference_mode("the attack")
         x = x.detach().requires_grad_()
         if self._several and not self._mean_loss and self._loss is not cross_entropy:
             return self._gradient_of_mean(x, success)

@@ -153,6 +153,23 @@ def test_layers_that_are_not_there_or_give_no_features_are_refused():
         FeatureAttack(0.1, "net.1", towards=x[:1])(classifier, x, y)
 
 
+WITH_GRADIENTS = (FGSM(0.1), PGD(0.1), APGD(0.1, loss="dlr"), CarliniWagner(), OneStepCarliniWagner(), FeatureAttack(0.1, "net.1"))
+
+
+@pytest.mark.parametrize("attack", [*WITH_GRADIENTS, Square(0.1)], ids=str)
+def test_in_inference_mode_only_an_attack_without_gradients_runs(attack):
+    classifier, _ = posterior(2, dtype=torch.float)
+    x, y = examples(dtype=torch.float)
+    with torch.inference_mode():
+        if isinstance(attack, Square):
+            assert attack(classifier, x, y).shape == x.shape
+        else:
+            with pytest.raises(RuntimeError, match=r"needs gradients.*torch.no_grad\(\)"):
+                attack(classifier, x, y)
+    with torch.no_grad():
+        assert attack(classifier, x, y).shape == x.shape
+
+
 @pytest.mark.parametrize(
     ("attacks", "message"),
     [

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, biject_to
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
-from pyro_advbayes.structure import kept_statistics
+from pyro_advbayes.structure import kept_statistics, refuse_inference_mode
 
 Tensors = Sequence[Tensor]
 
@@ -72,7 +72,10 @@ class NoiseAscent:
         """
         :param locs: the means, a tensor per site, detached; likewise ``scales`` and ``noises``, which is left as it is.
         :param gradient: of the negative log-likelihood at unconstrained values.
+        :raises RuntimeError: under ``torch.inference_mode``, if it is to move.
         """
+        if self.moves:
+            refuse_inference_mode("the adversary")
         noises = [noise.clone() for noise in noises]
         shifts = None if self.radius is None else [torch.zeros_like(noise) for noise in noises]
         step_size = self._step_size()
