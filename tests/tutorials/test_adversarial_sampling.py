@@ -13,6 +13,7 @@ from tutorials.papers import as_networks as nets
 from tutorials.papers.adversarial_sampling import MIX, SCALES, Case
 
 SMOKE = SCALES["smoke"]
+SCRATCH = "fashion_mnist, scratch, cold: AS"
 ONLY = ["--scale", "smoke", "--only", "fashion_mnist", "--out"]
 
 
@@ -127,17 +128,20 @@ def test_augmented_images_are_windows_of_the_padded_ones():
     assert len(seen) > 100  # of 162 ways: 81 windows, flipped or not
 
 
-def test_gains_are_differences_from_the_rows_of_the_same_kind():
-    def row(mix, lowest, mistakes):
-        return {"mix": mix, "lowest": lowest, "ensembled": [1 - len(mistakes) / 20, 0.0], "images": 20, "mistakes": mistakes}
+def small_row(mix, lowest, mistakes):
+    return {"mix": mix, "lowest": lowest, "ensembled": [1 - len(mistakes) / 20, 0.0], "images": 20, "mistakes": mistakes}
 
-    rows = {
-        "a: AS": row(MIX, 0.8, [0, 1]),
-        "a: plain": row(0.0, 0.7, [1, 2, 3]),
-        "a: plain, longer": row(0.0, 0.75, [1]),
-        "b: plain": row(0.0, 0.1, list(range(18))),
-    }
-    epochs, gradients = script.gains(rows)
+
+ROWS = {
+    "a: AS": small_row(MIX, 0.8, [0, 1]),
+    "a: plain": small_row(0.0, 0.7, [1, 2, 3]),
+    "a: plain, longer": small_row(0.0, 0.75, [1]),
+    "b: plain": small_row(0.0, 0.1, list(range(18))),
+}
+
+
+def test_gains_are_differences_from_the_rows_of_the_same_kind():
+    epochs, gradients = script.gains(ROWS)
     assert (epochs["budget"], gradients["budget"]) == ("epochs", "gradients")
     assert epochs["lowest"] == pytest.approx(10) and epochs["ensembled"] == pytest.approx(5)
     assert gradients["lowest"] == pytest.approx(5) and gradients["ensembled"] == pytest.approx(-5)
@@ -145,8 +149,33 @@ def test_gains_are_differences_from_the_rows_of_the_same_kind():
     assert epochs["error"] == pytest.approx(100 * (better.var(correction=0) / 20).sqrt().item())
 
 
-def test_the_picture_shows_its_numbers(rows):
-    pixels = matplotlib.image.imread(rows / "adversarial_sampling-fashion_mnist-smoke.png")
+def test_gains_are_means_over_the_seeds_that_have_both_rows():
+    """A second seed has one of the comparisons, and rights and wrongs that make up for the first's."""
+    other = {"a: AS": small_row(MIX, 0.5, [2, 3, 4]), "a: plain": small_row(0.0, 0.52, [0, 4])}
+    epochs, gradients = script.gains(ROWS, other)
+    assert gradients == script.gains(ROWS)[1]
+    assert epochs["each"] == [pytest.approx((10, 5)), pytest.approx((-2, -5))]
+    assert epochs["lowest"] == pytest.approx(4) and epochs["ensembled"] == pytest.approx(0, abs=1e-9)
+    assert epochs["error"] == pytest.approx(0, abs=1e-9)  # each image is right as often with AS as without
+
+
+def test_seeds_have_files_of_their_own_and_are_read_together(rows, tmp_path, capsys):
+    name = "adversarial_sampling-fashion_mnist-smoke"
+    content = json.loads((rows / f"{name}.json").read_text())
+    (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / f"{name}-seed3.json").write_text(json.dumps({**content, "settings": {**content["settings"], "seed": 3}}))
+    script.main([*ONLY, str(tmp_path), "--seed", "3"])
+    printed = capsys.readouterr().out
+    (gain,) = (gain for gain in script.gains(content["results"]) if (gain["row"], gain["budget"]) == (SCRATCH, "epochs"))
+    line = next(line for line in printed.splitlines() if line.startswith(f"{SCRATCH} against plain at equal epochs"))
+    one = f"{gain['lowest']:+.1f}/{gain['ensembled']:+.1f}"
+    assert line.endswith(f"({one}, {one})")
+    assert (tmp_path / f"{name}-gains.png").exists()
+
+
+@pytest.mark.parametrize("name", ["", "-gains"])
+def test_pictures_show_numbers(rows, name):
+    pixels = matplotlib.image.imread(rows / f"adversarial_sampling-fashion_mnist-smoke{name}.png")
     assert pixels.shape[1] >= 800 and 0.02 < (pixels[..., :3].min(-1) < 0.9).mean() < 0.9
 
 

@@ -31,12 +31,15 @@ Learning rates and the scales that are started from were chosen by some twenty s
 Adversarial Sampling, judged on some of the test images that the tables are of: small differences between rows are to be read with that in
 mind.
 
-A row is written to ``adversarial_sampling-<data set>-<scale>.json`` when it is finished, and not computed again by the next start.
+A row is written to ``adversarial_sampling-<data set>-<scale>.json`` (``...-seed<n>.json`` for other seeds than 0) when it is finished, and
+not computed again by the next start; ``...-gains.png`` and the last lines that are printed are means over the seeds that have files.
 Trained networks that fine-tuning sets out from are kept in ``adversarial_sampling-<data set>-<scale>-work/``.
 """
 
 from __future__ import annotations
 
+import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -115,7 +118,7 @@ SCALES = {
         *2 * [Size(40, 20, 2, 1, 2, ("cold",), STARTS, (1.0,), (SMALL_STEP_SIZE,))], draws=4, curve_points=2, curve_draws=2, depth=8
     ),
     "cpu": Scale(
-        fashion_mnist=Size(4000, 2000, 50, 50, 20, KINDS, STARTS, (1.0, 0.4), (SMALL_STEP_SIZE, 0.01, 0.005)),
+        fashion_mnist=Size(4000, 2000, 50, 50, 20, KINDS, STARTS, (1.0, 0.4, 0.6, 0.2), (SMALL_STEP_SIZE, 0.01, 0.005)),
         cifar10=Size(2000, 600, 15, 30, 4, ("cold",), ("scratch", "fine-tuned"), (), (SMALL_STEP_SIZE,)),
         draws=100,
         curve_points=10,
@@ -358,32 +361,54 @@ def picture(rows: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def gains(rows: dict[str, Any]) -> list[dict[str, Any]]:
+def gains(*seeds: dict[str, Any]) -> list[dict[str, Any]]:
     """
-    What AS has over plain variational inference, in percentage points, at equal epochs and at equal gradient evaluations. The error is
-    that of the difference of two accuracies on the same N images, of which ``only_one`` are mistaken by one of the two alone.
+    What AS has over plain variational inference, in percentage points, at equal epochs and at equal gradient evaluations: means over the
+    seeds that have both rows. ``error`` is the standard error of ``ensembled`` over the test images, which all seeds share; ``each`` has
+    both gains of every seed.
+
+    :param seeds: the rows of each.
     """
     found = []
-    for name, row in rows.items():
+    for name in dict.fromkeys(name for rows in seeds for name, row in rows.items() if row["mix"] == MIX):
         for other, budget in (("plain", "epochs"), ("plain, longer", "gradients")):
-            against = rows.get(name.rsplit(": ", 1)[0] + f": {other}")
-            if row["mix"] == MIX and against is not None:
-                difference, count = row["ensembled"][0] - against["ensembled"][0], row["images"]
-                only_one = len(set(row["mistakes"]) ^ set(against["mistakes"]))
-                found.append(
-                    {
-                        "row": name,
-                        "budget": budget,
-                        "lowest": 100 * (row["lowest"] - against["lowest"]),
-                        "ensembled": 100 * difference,
-                        "error": 100 * ((only_one / count - difference**2) / count) ** 0.5,
-                    }
-                )
+            plain = name.rsplit(": ", 1)[0] + f": {other}"
+            pairs = [(rows[name], rows[plain]) for rows in seeds if name in rows and plain in rows]
+            if pairs:
+                lowest = [100 * (row["lowest"] - against["lowest"]) for row, against in pairs]
+                better = torch.stack([100 * (mistaken(against) - mistaken(row)) for row, against in pairs])  # [seeds, images]
+                gain = {"row": name, "budget": budget, "lowest": statistics.fmean(lowest), "ensembled": better.mean().item()}
+                gain["error"] = (better.mean(0).var(correction=0) / better.shape[1]).sqrt().item()
+                found.append({**gain, "each": list(zip(lowest, better.mean(1).tolist(), strict=True))})
     return found
 
 
+def mistaken(row: dict[str, Any]) -> Tensor:
+    """1 for a test image of which the mean prediction is wrong, else 0."""
+    return torch.zeros(row["images"], dtype=torch.double).index_fill(0, torch.tensor(row["mistakes"], dtype=torch.long), 1.0)
+
+
+def picture_of_gains(found: list[dict[str, Any]], path: Path) -> None:
+    """What the lowest draw gains, over what the mean prediction gains: means over seeds with an error, and lines to the seeds."""
+    figure, ax = plt.subplots(figsize=(13, 7), layout="constrained")
+    ax.axhline(2, color="grey", linestyle=":")
+    ax.axvline(0, color="grey", linestyle=":")
+    for gain in found:
+        count, full = len(gain["each"]), gain["budget"] == "epochs"
+        label = f"{gain['row']}, equal {gain['budget']}, {count} {'seed' if count == 1 else 'seeds'}"
+        mean = (gain["ensembled"], gain["lowest"])
+        drawn = ax.errorbar(*mean, xerr=gain["error"], fmt="o", fillstyle="full" if full else "none", label=label)
+        for lowest, ensembled in gain["each"]:
+            ax.plot([mean[0], ensembled], [mean[1], lowest], color=drawn[0].get_color(), linewidth=0.7)
+    ax.set(xscale="symlog", yscale="symlog", title="AS against plain variational inference; claimed: above and right of the dotted lines")
+    ax.set(xlabel="gain of the mean prediction, points", ylabel="gain of the lowest draw, points")
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
 def table(rows: dict[str, Any]) -> str:
-    """A line for each row, then one for each comparison."""
+    """A line for each row of one seed."""
     width = max(map(len, rows)) + 2
     lines = [
         f"{'':{width}}lowest  highest  ensembled       " + "".join(f"{f'at {share:.0%}':>9}" for share in SHARES) + "  gradients  seconds"
@@ -393,12 +418,22 @@ def table(rows: dict[str, Any]) -> str:
         retained = "".join(f"{kept:9.4f}" for kept in row["retained"].values())
         numbers = f"{row['lowest']:.4f}  {row['highest']:.4f}   {value:.4f} ± {error:.4f}"
         lines.append(f"{name:{width}}{numbers}{retained}{row['gradient evaluations']:11}{row['seconds']:9.0f}")
-    for gain in gains(rows):
-        lines.append(
-            f"{gain['row']} against plain at equal {gain['budget']}: lowest {gain['lowest']:+.1f}, "
-            f"ensembled {gain['ensembled']:+.1f} ± {gain['error']:.1f} points"
-        )
     return "\n".join(lines)
+
+
+def table_of_gains(found: list[dict[str, Any]]) -> str:
+    """A line for each comparison."""
+    return "\n".join(
+        f"{gain['row']} against plain at equal {gain['budget']}: lowest {gain['lowest']:+.1f}, "
+        f"ensembled {gain['ensembled']:+.1f} ± {gain['error']:.1f} points ({', '.join(f'{a:+.1f}/{b:+.1f}' for a, b in gain['each'])})"
+        for gain in found
+    )
+
+
+def all_seeds(folder: Path, data: str, scale: str) -> list[dict[str, Any]]:
+    """The rows of every seed that has a file, the smallest first."""
+    files = [json.loads(path.read_text()) for path in folder.glob(f"adversarial_sampling-{data}-{scale}*.json")]
+    return [content["results"] for content in sorted(files, key=lambda content: content["settings"]["seed"])]
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -420,7 +455,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             results.add(case.name, run(case, task, scale, args.seed, results.work))
             picture(results.in_order(cases), results.path.with_suffix(".png"))  # of the rows so far: all of them take hours
         found[data] = results.in_order(cases)
-        print(table(found[data]))
+        compared = gains(*all_seeds(args.out, data, args.scale))
+        picture_of_gains(compared, args.out / f"adversarial_sampling-{data}-{args.scale}-gains.png")
+        print(table(found[data]), table_of_gains(compared), sep="\n")
     return found
 
 
