@@ -29,8 +29,8 @@ def test_every_row_has_every_number(rows):
     content = json.loads((rows / "adversarial_sampling-fashion_mnist-smoke.json").read_text())
     assert {"scale", "seed", "numbers", "lr", "scales", "fine_tuning", "device", "versions"} <= set(content["settings"])
     methods = {
-        "scratch": ("plain", "plain, longer", "AS", "AS, mix 1.0", "AS, steps of 0.002"),
-        "fine-tuned": ("plain", "plain, longer", "AS", "AS, steps of 0.002"),
+        "scratch": ("plain", "plain, longer", "AS", "AS, mix 1.0", "AS, steps of 0.002", "plain, KL times 0.2"),
+        "fine-tuned": ("plain", "plain, longer", "AS", "AS, steps of 0.002", "plain, KL times 0.2"),
         "wide": ("plain", "plain, longer", "AS, steps of 0.002"),
     }
     assert set(content["results"]) == {f"fashion_mnist, {start}, cold: {name}" for start, names in methods.items() for name in names}
@@ -85,15 +85,24 @@ def test_a_cold_row_weighs_the_divergence_as_the_authors_code_does():
         pyro.set_rng_seed(0)
         return loss.differentiable_loss(model, guide, x, y).item()
 
-    proper, cold, none = (
+    proper, cold, weak, none = (
         value(loss)
         for loss in (
             Case("", "scratch", MIX, "proper").loss(),
             Case("", "scratch", MIX, "cold").loss(),
+            Case("", "scratch", MIX, "proper", weak=True).loss(),
             ab.TraceAdversarial_ELBO(mix=MIX, kl_scale=0.0),
         )
     )
     assert cold - none == pytest.approx((proper - none) * (1 - MIX) / 100, rel=1e-2)
+    assert weak - none == pytest.approx((proper - none) * (1 - MIX), rel=1e-3)
+    scales = [Case("", "scratch", 0.0, "cold", weak=weak).loss().kl_scale for weak in (False, True)]
+    assert scales == pytest.approx([0.01, 0.01 * (1 - MIX)])
+
+
+def test_names_tell_rows_apart():
+    assert len({case.name for case in script.grid(SCALES["paper"])}) == len(script.grid(SCALES["paper"]))
+    assert Case("a", "b", MIX, "c", step_size=0.01, weak=True).name == "a, b, c: AS, steps of 0.01, KL times 0.2"
 
 
 @pytest.mark.parametrize("start", ["scratch", "fine-tuned"])
@@ -147,6 +156,17 @@ def test_gains_are_differences_from_the_rows_of_the_same_kind():
     assert gradients["lowest"] == pytest.approx(5) and gradients["ensembled"] == pytest.approx(-5)
     better = torch.tensor([-1.0, 0, 1, 1] + 16 * [0])  # where plain alone is mistaken, less where AS alone is
     assert epochs["error"] == pytest.approx(100 * (better.var(correction=0) / 20).sqrt().item())
+
+
+def test_where_the_divergence_is_a_fifth_a_third_gain_is_at_equal_divergence():
+    rows = {name.replace("a", "x, cold", 1): row for name, row in ROWS.items()}
+    rows["x, cold: plain, KL times 0.2"] = small_row(0.0, 0.79, [0])
+    assert [gain["budget"] for gain in script.gains(rows)] == ["epochs", "gradients", "epochs and divergence"]
+    assert script.gains(rows)[2]["lowest"] == pytest.approx(1) and script.gains(rows)[2]["ensembled"] == pytest.approx(-5)
+    proper = {name.replace("a", "x, proper", 1): row for name, row in ROWS.items()} | {"x, proper: plain, KL times 0.2": ROWS["a: plain"]}
+    assert len(script.gains(proper)) == 2
+    proper["x, proper: AS, KL times 0.2"] = ROWS["a: AS"]
+    assert len(script.gains(proper)) == 5
 
 
 def test_gains_are_means_over_the_seeds_that_have_both_rows():
