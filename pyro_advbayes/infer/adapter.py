@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Normal
@@ -22,6 +23,7 @@ from pyro_advbayes.handlers import GivenMessenger, minibatch
 from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
 from pyro_advbayes.nn import Classifier, bayesianize
+from pyro_advbayes.nn.bayesian import declared_sites
 from pyro_advbayes.structure import kept_statistics, refuse_random_layers
 
 Weights = nn.Module | Mapping[str, Tensor]
@@ -210,12 +212,14 @@ def _as_model(model: Callable, weight_decay: float | None, num_data: int) -> Cal
 
 def _fitting_values(model: Callable, pretrained: Weights, batch: Batch) -> dict[str, Tensor]:
     """
-    The sites' values among trained weights. The others are written into the model's buffers and parameters.
+    The sites' values among trained weights. The others are written into the model's buffers and parameters, or belong to layers that
+    the model has and does not use, such as a classifier on the side that only training needs.
 
     The model's names are those of the weights after one prefix, the network's name in the model.
     """
     given = dict(pretrained.state_dict() if isinstance(pretrained, nn.Module) else pretrained)
-    with torch.no_grad(), poutine.block(), refuse_random_layers(model):
+    # draws from the prior may overflow a deep network, and only names and shapes are wanted
+    with torch.no_grad(), poutine.block(), refuse_random_layers(model), pyro.validation_enabled(False):
         trace = poutine.trace(model).get_trace(*batch)
     sites = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes}
     module = poutine.unwrap(model)
@@ -223,8 +227,11 @@ def _fitting_values(model: Callable, pretrained: Weights, batch: Batch) -> dict[
     known = {**tensors, **sites}
     prefix = _prefix(given, known)
     problems = [f"{name!r} is missing" for name in known if name.startswith(prefix) and name[len(prefix) :] not in given]
+    unmet = set(declared_sites(module)) - set(sites) if isinstance(module, PyroModule) else set()  # by the forward pass
     for name, value in given.items():
         own = known.get(prefix + name)
+        if prefix + name in unmet:
+            continue
         if own is None:
             problems.append(f"{name!r} is unknown to the model")
         elif own.shape != value.shape:

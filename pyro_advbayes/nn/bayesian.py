@@ -166,6 +166,12 @@ def _named_parameters(net: PyroModule) -> Iterator[tuple[str, PyroModule, str]]:
                 yield f"{module._pyro_name}.{attribute}".lstrip("."), module, attribute
 
 
+def declared_sites(model: PyroModule) -> list[str]:
+    """The names of the sites that a model's modules declare as ``PyroSample``, whether it draws them or not."""
+    modules = [module for module in model.modules() if isinstance(module, PyroModule)]
+    return [f"{module._pyro_name}.{attribute}".lstrip(".") for module in modules for attribute in module._pyro_samples]
+
+
 def _matches(patterns: str | Sequence[str], names: list[str]) -> set[str]:
     matched: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:

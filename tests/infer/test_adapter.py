@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import torchvision
 from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.nn import PyroModule
 from pyro.optim import Adam
@@ -115,6 +117,45 @@ def test_one_call_makes_a_fitted_posterior_of_a_trained_network(trained):
     assert quality.ensembled.value > 0.9
     scales = torch.cat([scale.detach().flatten() for _, scale in guide.parameters_by_site().values()])
     assert scales.std().item() > 1e-3
+
+
+def test_one_call_makes_a_fitted_posterior_of_a_torchvision_network():
+    """Draws from its prior, with a standard deviation of 12, overflow in the network, and must not matter."""
+    x, y = images()
+    x = nn.functional.interpolate(x, (16, 16)).expand(-1, 3, -1, -1)
+    rows = DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True)
+    net = torchvision.models.resnet18(num_classes=2)
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-3)
+    for _ in range(6):
+        for batch, labels in rows:
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(net(batch), labels).backward()
+            optimiser.step()
+    net.eval()
+    model, guide, losses = bayes_adapter(net, net, rows, weight_decay=1e-4, num_epochs=1, lr=1e-3, scale_lr=0.01)
+    assert all(math.isfinite(loss) for loss in losses) and len(losses) == 1
+    network = ab.PosteriorClassifier(model, guide=guide, num_samples=3)
+    with torch.no_grad():
+        quality = ab.diagnostics.draw_quality(torch.cat(list(network.log_probs(x))), y)
+        share = (net(x).argmax(-1) == y).float().mean().item()
+    assert quality.ensembled.value >= share - 0.05 and share > 0.9
+    assert {f"net.{name}" for name, _ in net.named_parameters()} == set(guide.parameters_by_site())
+
+
+def test_layers_that_only_training_needs_have_no_part_in_it(trained):
+    class Aided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.aid = copy.deepcopy(trained), nn.Linear(64, 2)
+
+        def forward(self, x):
+            return self.body(x) + self.aid(x.flatten(1)) if self.training else self.body(x)
+
+    net = Aided().eval()
+    guide = bayes_adapter(net, net, loader(), weight_decay=1e-3, num_epochs=1).guide
+    assert set(guide.parameters_by_site()) == {f"net.body.{name}" for name, _ in trained.named_parameters()}
+    with pytest.raises(ValueError, match=r"'another' is unknown to the model$"):
+        bayes_adapter(net, {**net.state_dict(), "another": torch.zeros(1)}, loader(), weight_decay=1e-3)
 
 
 def test_means_and_scales_have_learning_rates_of_their_own(trained):

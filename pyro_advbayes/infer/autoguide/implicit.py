@@ -27,6 +27,7 @@ from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
 from pyro_advbayes.infer.conditioned import without_leading_ones
 from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.infer.predictive import RandomState
+from pyro_advbayes.nn.bayesian import declared_sites
 from pyro_advbayes.potential import Potential
 from pyro_advbayes.structure import Site
 
@@ -328,8 +329,6 @@ def _check_declared(model: Callable, sites: Sequence[Site]) -> None:
     if not isinstance(model, PyroModule):  # under an effect handler some sites may be another guide's
         return
     names = {site.name for site in sites}
-    for module in model.modules():
-        for attribute in getattr(module, "_pyro_samples", ()):
-            name = f"{module._pyro_name}.{attribute}".lstrip(".")
-            if name not in names:
-                raise ValueError(f"site {name!r} of the model is missing; draws are needed of it, there are {sorted(names)}")
+    for name in declared_sites(model):
+        if name not in names:
+            raise ValueError(f"site {name!r} of the model is missing; draws are needed of it, there are {sorted(names)}")
