@@ -193,6 +193,12 @@ def test_seeds_have_files_of_their_own_and_are_read_together(rows, tmp_path, cap
     assert (tmp_path / f"{name}-gains.png").exists()
 
 
+def test_the_sweep_of_mix_has_one_row_for_each(rows):
+    found = json.loads((rows / "adversarial_sampling-fashion_mnist-smoke.json").read_text())["results"]
+    names = [SCRATCH.replace("AS", method) for method in ("plain", "AS", "AS, mix 1.0")]
+    assert script.swept(found, "cold") == [found[name] for name in names] and script.swept(found, "proper") == []
+
+
 @pytest.mark.parametrize("name", ["", "-gains"])
 def test_pictures_show_numbers(rows, name):
     pixels = matplotlib.image.imread(rows / f"adversarial_sampling-fashion_mnist-smoke{name}.png")

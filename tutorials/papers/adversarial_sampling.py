@@ -331,40 +331,49 @@ def run(case: Case, task: Task, scale: Scale, seed: int, work: Path) -> dict[str
     return {**case._asdict(), **about, **measure(fitted, task, scale), "curve": fitted.curve}
 
 
+def swept(rows: dict[str, Any], kl: str) -> list[dict[str, Any]]:
+    """The rows of the sweep of mix, from 0 on."""
+    found = [row for name, row in rows.items() if row["start"] == "scratch" and row["kl"] == kl and not name.endswith(WEAK)]
+    found = [row for row in found if (row["mix"] == 0 and not row["longer"]) or (row["mix"] and row["step_size"] == usual_step("scratch"))]
+    return sorted(found, key=lambda row: row["mix"])
+
+
 def picture(rows: dict[str, Any], path: Path) -> None:
-    """Of one data set: accuracies of draws, training curves, accuracy where certain, and the sweep of mix."""
-    figure, axes = plt.subplots(2, 2, figsize=(15, 11), layout="constrained")
-    main = {name.split(", ", 1)[1]: row for name, row in rows.items() if row["mix"] in (0.0, MIX)}
-    dg.plot_draw_quality({name: from_numbers(row) for name, row in main.items()}, ax=axes[0, 0])
-    axes[0, 0].set_xticks([])
-    curves = {name: [from_numbers(point) for point in row["curve"]] for name, row in main.items() if row["curve"]}
-    if curves:
-        dg.plot_draw_curves(curves, xlabel="part of the training", ax=axes[0, 1])
-    retained = {
-        name: dg.RetainedAccuracy(*(torch.tensor(values) for values in ([*SHARES, 1.0], [*row["retained"].values(), row["ensembled"][0]])))
-        for name, row in main.items()
-    }
-    dg.plot_retained_accuracy(retained, ax=axes[1, 0])
+    """Of one data set: for each start and divergence draws, training curves, and accuracy where certain; then the sweep of mix."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, row in rows.items():
+        if row["mix"] in (0.0, MIX):
+            groups.setdefault(f"{row['start']}, {row['kl']}", {})[name.rsplit(": ", 1)[1]] = row
+    figure, axes = plt.subplots(len(groups) + 1, 3, figsize=(18, 4.5 * (len(groups) + 1)), layout="constrained")
+    for panels, (title, group) in zip(axes, groups.items(), strict=False):
+        dg.plot_draw_quality({name: from_numbers(row) for name, row in group.items()}, ax=panels[0])
+        panels[0].set(title=title, xticks=[])
+        curves = {name: [from_numbers(point) for point in row["curve"]] for name, row in group.items() if row["curve"]}
+        if curves:
+            dg.plot_draw_curves(curves, xlabel="part of the training", ax=panels[1])
+        else:
+            panels[1].remove()
+        dg.plot_retained_accuracy({name: kept(row) for name, row in group.items()}, ax=panels[2])
+        for ax in panels:
+            if ax.get_legend():
+                ax.legend(fontsize=7, loc="best", framealpha=0.5)
     for kl, colour in (("proper", "tab:blue"), ("cold", "tab:orange")):
-        sweep = [
-            row
-            for row in rows.values()
-            if row["start"] == "scratch"
-            and row["kl"] == kl
-            and not row["longer"]
-            and (row["mix"] == 0 or row["step_size"] == usual_step("scratch"))
-        ]
-        sweep.sort(key=lambda row: row["mix"])
+        sweep = swept(rows, kl)
         if sweep:
             mixes = [row["mix"] for row in sweep]
-            axes[1, 1].plot(mixes, [row["ensembled"][0] for row in sweep], "o-", color=colour, label=f"{kl}, ensembled")
-            axes[1, 1].plot(mixes, [row["lowest"] for row in sweep], "o--", color=colour, label=f"{kl}, lowest of the draws")
-    axes[1, 1].set(xlabel="mix", ylabel="accuracy", title="from scratch")
-    axes[1, 1].legend()
-    for ax, place in zip(axes.flat[:3], ("lower right", "center right", "lower left"), strict=True):
-        ax.legend(fontsize=6, loc=place, framealpha=0.5)
-    figure.savefig(path, dpi=90)
+            axes[-1, 0].plot(mixes, [row["ensembled"][0] for row in sweep], "o-", color=colour, label=f"{kl}, ensembled")
+            axes[-1, 0].plot(mixes, [row["lowest"] for row in sweep], "o--", color=colour, label=f"{kl}, lowest of the draws")
+            axes[-1, 0].legend()
+    axes[-1, 0].set(xlabel="mix", ylabel="accuracy", title="from scratch")
+    for ax in axes[-1, 1:]:
+        ax.remove()
+    figure.savefig(path, dpi=70)
     plt.close(figure)
+
+
+def kept(row: dict[str, Any]) -> dg.RetainedAccuracy:
+    """Accuracies on the inputs that a mean prediction is certain of, and on all."""
+    return dg.RetainedAccuracy(torch.tensor([*SHARES, 1.0]), torch.tensor([*row["retained"].values(), row["ensembled"][0]]))
 
 
 def gains(*seeds: dict[str, Any]) -> list[dict[str, Any]]:
