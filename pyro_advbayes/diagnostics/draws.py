@@ -57,6 +57,13 @@ class DrawQuality(NamedTuple):
         """From the worst to the best."""
         return self.highest - self.lowest
 
+    def __str__(self) -> str:
+        value, error = self.ensembled
+        return (
+            f"{len(self.accuracy)} draws: lowest {self.lowest:.4f}, highest {self.highest:.4f}, mean {self.mean:.4f}, "
+            f"ensembled {value:.4f} ± {error:.4f}"
+        )
+
 
 def draw_quality(log_probs: Tensor | Iterable[Tensor], labels: Tensor) -> DrawQuality:
     """How good the draws of a posterior are, one by one and together.

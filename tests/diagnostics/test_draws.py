@@ -48,6 +48,7 @@ def test_draws_that_are_certain_count():
     log_probs = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]]).log()
     quality = draw_quality(log_probs, torch.tensor([0, 1]))
     assert quality.accuracy.tolist() == [1.0, 0.5]
+    assert str(quality) == "2 draws: lowest 0.5000, highest 1.0000, mean 0.7500, ensembled 1.0000 ± 0.1667"
 
 
 @pytest.mark.parametrize(
