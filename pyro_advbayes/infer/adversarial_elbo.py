@@ -48,6 +48,9 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
 
         svi = SVI(ab.minibatch(model, size=50_000), guide, ClippedAdam({"lr": 1e-3}), loss=TraceAdversarial_ELBO(mix=0.8))
 
+    ``TraceAdversarial_ELBO(mix=0.8)(model, guide)`` is a module that gives the loss of a batch, for ``torch.optim`` and Lightning (whose
+    ``validate`` is without gradients unless told otherwise: ``Trainer(inference_mode=False)``).
+
     Where nothing is moved (``mix=0``, ``num_steps=0`` or ``radius=0``) the adversary's pass is left out, and loss and gradients are
     those of ``TraceMeanField_ELBO``: through Pyro's handlers to the last bit, from graphs to rounding. Otherwise the plain draw comes
     first, and the adversary starts from one of its own. Its steps leave running statistics (BatchNorm in training mode) as they are:
@@ -58,7 +61,9 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
     :func:`~pyro_advbayes.minibatch`.
 
     Source: Zhang et al., Improving Bayesian neural networks by adversarial sampling, AAAI 2022, Eq. 1 to 3. The authors' code divides
-    all by N and weights the divergence by (1 - mix)/100, which is ``kl_in_mix=True, kl_scale=0.01`` here: a cold posterior.
+    all by N and weights the divergence by (1 - mix)/100, which is ``kl_in_mix=True, kl_scale=0.01`` here: a cold posterior. With
+    ``kl_in_mix`` there is less divergence than at ``mix=0``, which has effects of its own: to see the adversary's, compare with ``mix=0``
+    and ``kl_scale`` times 1 - mix.
 
     :param int num_steps: N, the adversary's steps, >= 0.
     :param float step_size: the length of one, > 0: in standard deviations, 0.02 by default; with ``radius`` in the weights' units.
@@ -73,6 +78,7 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
         with ``"handlers"``, with one warning that says why.
     :raises ValueError: naming an argument out of range; and at the first call, naming the site, if a site of the guide is not drawn from
         Normal base noise or is missing in the model (or the reverse), or the model observes nothing.
+    :raises RuntimeError: under ``torch.inference_mode``, where no adversary can move.
 
     :ivar Moved moved: how far the last loss's draws were moved; None where they were not.
     """

@@ -53,6 +53,7 @@ class TraceRobust_ELBO(ELBO):
     :raises ValueError: if ``attack`` or ``elbo`` is not of this kind; and at the first call, naming the argument or the site, if the
         model was not given ``perturb`` as such a tensor, or it lies outside the attack's range; if an observed site is not Categorical,
         Bernoulli or Normal, or not in a plate of as many rows; if a latent site of the model is missing in the guide.
+    :raises RuntimeError: under ``torch.inference_mode``, where attacks have no gradients.
     """
 
     def __init__(self, attack: Attack, perturb: str = "x", elbo: ELBO | None = None) -> None:
