@@ -8,6 +8,7 @@ from pathlib import Path
 import pyro_advbayes as ab
 from tutorials.papers.adversarial_sampling import DATA, WEAK, all_seeds, gains
 from tutorials.papers.apd_active_learning import curves as learning_curves
+from tutorials.papers.apd_mnist import gap
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -112,6 +113,10 @@ def test_tables_have_the_numbers_of_the_result_files():
         row = found[f"OOD: {label}"]
         aurocs = [row["ood"]["s = 5"][name]["entropy"]["auroc"][0] for name in ("notMNIST", "Omniglot", "CIFAR10bw", "Gaussian", "Uniform")]
         assert numbers == [f"{row['accuracy'][0]:.3f}", f"{row['bytes'] / 1e6:.1f}", *(f"{value:.1f}" for value in aurocs)]
+    kept = [gap(found[f"OOD: APD, rank {rank}, kept codes"], found["OOD: SGLD"]) for rank in (4, 8, 16, 32, 64)]
+    made = [gap(found[f"OOD: APD, rank {rank}"], found["OOD: SGLD"]) for rank in (4, 8, 16, 32)]
+    assert "at most {:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f} points of AUROC from SGLD".format(*kept) in README
+    assert "are {:.1f}, {:.1f}, {:.1f} and {:.1f} from it with 4 to 32".format(*made) in README
 
 
 def test_links_and_commands_exist():
