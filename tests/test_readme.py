@@ -6,9 +6,10 @@ import statistics
 from pathlib import Path
 
 import pyro_advbayes as ab
-from tutorials.papers.adversarial_sampling import DATA, WEAK, all_seeds, gains
 from tutorials.papers.apd_active_learning import curves as learning_curves
 from tutorials.papers.apd_mnist import gap
+from tutorials.papers.as_networks import DATA
+from tutorials.papers.as_tables import WEAK, all_seeds, gains
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

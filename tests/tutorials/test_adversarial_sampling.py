@@ -10,6 +10,7 @@ import torch
 import pyro_advbayes as ab
 from tutorials.papers import adversarial_sampling as script
 from tutorials.papers import as_networks as nets
+from tutorials.papers import as_tables as tables
 from tutorials.papers.adversarial_sampling import MIX, SCALES, Case
 
 SMOKE = SCALES["smoke"]
@@ -150,7 +151,7 @@ ROWS = {
 
 
 def test_gains_are_differences_from_the_rows_of_the_same_kind():
-    epochs, gradients = script.gains(ROWS)
+    epochs, gradients = tables.gains(ROWS)
     assert (epochs["budget"], gradients["budget"]) == ("epochs", "gradients")
     assert epochs["lowest"] == pytest.approx(10) and epochs["ensembled"] == pytest.approx(5)
     assert gradients["lowest"] == pytest.approx(5) and gradients["ensembled"] == pytest.approx(-5)
@@ -161,19 +162,19 @@ def test_gains_are_differences_from_the_rows_of_the_same_kind():
 def test_where_the_divergence_is_a_fifth_a_third_gain_is_at_equal_divergence():
     rows = {name.replace("a", "x, cold", 1): row for name, row in ROWS.items()}
     rows["x, cold: plain, KL times 0.2"] = small_row(0.0, 0.79, [0])
-    assert [gain["budget"] for gain in script.gains(rows)] == ["epochs", "gradients", "epochs and divergence"]
-    assert script.gains(rows)[2]["lowest"] == pytest.approx(1) and script.gains(rows)[2]["ensembled"] == pytest.approx(-5)
+    assert [gain["budget"] for gain in tables.gains(rows)] == ["epochs", "gradients", "epochs and divergence"]
+    assert tables.gains(rows)[2]["lowest"] == pytest.approx(1) and tables.gains(rows)[2]["ensembled"] == pytest.approx(-5)
     proper = {name.replace("a", "x, proper", 1): row for name, row in ROWS.items()} | {"x, proper: plain, KL times 0.2": ROWS["a: plain"]}
-    assert len(script.gains(proper)) == 2
+    assert len(tables.gains(proper)) == 2
     proper["x, proper: AS, KL times 0.2"] = ROWS["a: AS"]
-    assert len(script.gains(proper)) == 5
+    assert len(tables.gains(proper)) == 5
 
 
 def test_gains_are_means_over_the_seeds_that_have_both_rows():
     """A second seed has one of the comparisons, and rights and wrongs that make up for the first's."""
     other = {"a: AS": small_row(MIX, 0.5, [2, 3, 4]), "a: plain": small_row(0.0, 0.52, [0, 4])}
-    epochs, gradients = script.gains(ROWS, other)
-    assert gradients == script.gains(ROWS)[1]
+    epochs, gradients = tables.gains(ROWS, other)
+    assert gradients == tables.gains(ROWS)[1]
     assert epochs["each"] == [pytest.approx((10, 5)), pytest.approx((-2, -5))]
     assert epochs["lowest"] == pytest.approx(4) and epochs["ensembled"] == pytest.approx(0, abs=1e-9)
     assert epochs["error"] == pytest.approx(0, abs=1e-9)  # each image is right as often with AS as without
@@ -186,7 +187,7 @@ def test_seeds_have_files_of_their_own_and_are_read_together(rows, tmp_path, cap
     (tmp_path / f"{name}-seed3.json").write_text(json.dumps({**content, "settings": {**content["settings"], "seed": 3}}))
     script.main([*ONLY, str(tmp_path), "--seed", "3"])
     printed = capsys.readouterr().out
-    (gain,) = (gain for gain in script.gains(content["results"]) if (gain["row"], gain["budget"]) == (SCRATCH, "epochs"))
+    (gain,) = (gain for gain in tables.gains(content["results"]) if (gain["row"], gain["budget"]) == (SCRATCH, "epochs"))
     line = next(line for line in printed.splitlines() if line.startswith(f"{SCRATCH} against plain at equal epochs"))
     one = f"{gain['lowest']:+.1f}/{gain['ensembled']:+.1f}"
     assert line.endswith(f"({one}, {one})")
@@ -196,7 +197,7 @@ def test_seeds_have_files_of_their_own_and_are_read_together(rows, tmp_path, cap
 def test_the_sweep_of_mix_has_one_row_for_each(rows):
     found = json.loads((rows / "adversarial_sampling-fashion_mnist-smoke.json").read_text())["results"]
     names = [SCRATCH.replace("AS", method) for method in ("plain", "AS", "AS, mix 1.0")]
-    assert script.swept(found, "cold") == [found[name] for name in names] and script.swept(found, "proper") == []
+    assert tables.swept(found, "cold") == [found[name] for name in names] and tables.swept(found, "proper") == []
 
 
 @pytest.mark.parametrize("name", ["", "-gains"])
