@@ -66,31 +66,37 @@ class Critic(nn.Module):
         :return: :math:`\mathrm E\, D(c) - \mathrm E\, D(\tilde c)`.
         """
         *hidden, last = self.layers[::2]
-        n, inputs = len(real), [torch.cat([fake, real])]
-        first = hidden[0](inputs[0])
-        # the first layer is linear, so that it need not see the points in between
-        x, masks = torch.cat([first, torch.lerp(first[:n], first[n:], share.unsqueeze(-1))]), []
+        n, inputs, masks = len(real), [], []
+        # the first layer is linear, so that it need not see the points in between; what it sees is large, and is not copied
+        first = hidden[0](fake), hidden[0](real)
+        x = torch.cat([*first, torch.lerp(*first, share.unsqueeze(-1))])
         for layer in (*hidden[1:], None):
             masks.append((x > 0).to(x.dtype))
             x = x.relu_()
             inputs.append(x[: 2 * n])
             x = x if layer is None else layer(x)
         made, given = (inputs[-1] @ last.weight.mT).squeeze(-1).split(n)
-        self._differ(hidden, last, inputs, masks, n)
+        self._differ(hidden, last, fake, real, inputs, masks)
         if penalty:
             self._penalise(hidden, last, [mask[2 * n :] for mask in masks], penalty / n)
         return given.mean() - made.mean()
 
-    def _differ(self, hidden: list[nn.Linear], last: nn.Linear, inputs: list[Tensor], masks: list[Tensor], n: int) -> None:
-        """Gradients of the difference of means: those of back-propagation."""
-        signs = inputs[0].new_full((2 * n, 1), 1.0 / n)
+    def _differ(
+        self, hidden: list[nn.Linear], last: nn.Linear, fake: Tensor, real: Tensor, inputs: list[Tensor], masks: list[Tensor]
+    ) -> None:
+        """Gradients of the difference of means: those of back-propagation; ``inputs`` are those of the layers after the first."""
+        n = len(real)
+        signs = real.new_full((2 * n, 1), 1.0 / n)
         signs[n:] = -1.0 / n
         last.weight.grad, last.bias.grad = signs.mT @ inputs[-1], torch.zeros_like(last.bias)
         delta = signs @ last.weight
-        for layer, given, mask in zip(hidden[::-1], inputs[-2::-1], masks[::-1], strict=True):
+        for layer, given, mask in zip(hidden[:0:-1], inputs[-2::-1], masks[:0:-1], strict=True):
             delta = delta * mask[: 2 * n]
             layer.weight.grad, layer.bias.grad = delta.mT @ given, delta.sum(0)
-            delta = delta @ layer.weight if layer is not hidden[0] else delta
+            delta = delta @ layer.weight
+        delta = delta * masks[0][: 2 * n]
+        hidden[0].weight.grad = (delta[:n].mT @ fake).addmm_(delta[n:].mT, real)
+        hidden[0].bias.grad = delta.sum(0)
 
     def _penalise(self, hidden: list[nn.Linear], last: nn.Linear, masks: list[Tensor], weight: float) -> None:
         """Adds the gradients of ``weight`` times the sum of the squared distances of slopes from 1."""
