@@ -2,8 +2,8 @@
 Rows about memory: each number is the peak of a process of its own, above what it held before.
 
 Each is measured twice on a CPU. The resident memory of a process as it is holds also what malloc keeps of memory that was given back,
-which depends on the order in which large and small pieces came. Told to give large pieces back to the system at once, it holds what is
-in use.
+which depends on the order in which large and small pieces came and differs from run to run, so that there are several runs. Told to give
+large pieces back to the system at once, it holds what is in use.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 MODES = {"resident": {}, "in use": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
+RUNS = 5
 
 
 def _probe(watch: Stopwatch, mode: str, *arguments: str) -> dict[str, Any]:
@@ -69,9 +70,9 @@ def _growth(watch: Stopwatch, kind: str, what: str) -> Result:
     counts = (10, 20) if watch.quick else (10, 100, 1000)
     try:
         for mode in _modes(watch):
-            peaks = [_probe(watch, mode, kind, str(draws))["peak"] / 2**20 for draws in counts]
-            result.values |= {f"{draws} draws, {mode}": Spread.of([peak]) for draws, peak in zip(counts, peaks, strict=True)}
-            growth = Spread.of([peaks[-1] / peaks[0]])
+            runs = [[_probe(watch, mode, kind, str(draws))["peak"] / 2**20 for draws in counts] for _ in range(1 if watch.quick else RUNS)]
+            result.values |= {f"{draws} draws, {mode}": Spread.of(peaks) for draws, *peaks in zip(counts, *runs, strict=True)}
+            growth = Spread.of([peaks[-1] / peaks[0] for peaks in runs])
             result.comparisons.append(Comparison(f"{counts[-1]} draws / {counts[0]} draws, {mode}", growth, Target("<=", 1.1)))
     except Missing as why:
         result.missing["peak"] = str(why)

@@ -110,10 +110,11 @@ def distilled(
 
     :param kept: how many draws the file holds.
     :param data: inputs and labels that the chain has not seen, on which the noise of a factored generator is measured.
+    :param changes: of the preset's settings.
     """
     guide = ab.AutoImplicit(model, generator)
-    batch_size = min(distill.PRESETS[preset].batch_size, kept)
-    fit = distill.APD(guide, preset, batch_size=batch_size, **changes).fit(draws, *data)
+    changes["batch_size"] = min(changes.get("batch_size", distill.PRESETS[preset].batch_size), kept)
+    fit = distill.APD(guide, preset, **changes).fit(draws, *data)
     return Posterior(model, guide.sample(count), guide.storage().bytes, fit._asdict())
 
 
