@@ -8,8 +8,8 @@ paper's settings on 50 000 digits in [-1, 1], and what is to take the place of i
 scale of the authors' settings), by four scores. Mean and standard deviation are over disjoint sets of draws. Rows are the baselines, SGLD,
 a few stored draws (what there is to beat), and generators; "kept codes" are factored generators that keep the codes of the draws in place
 of a network that makes them, and "packed" ones keep a byte for a number. Generators that are trained on whole rows of 478 410 weights, the
-published one and the hypernetwork, are trained to their end at the paper's scale alone; at that of a CPU, for as many steps as one core does
-in an hour.
+published one and the hypernetwork, are trained to their end at the paper's scale alone; at that of a CPU, for as many steps as one core
+does in an hour.
 
 "detection": networks 784-100-10 tell attacked digits from clean ones, FGSM and PGD crafted on each posterior: on what it predicts
 ("posterior"), and on one draw of it as in the paper ("one draw"; dropout switched off). Attacked are digits of the validation split that

@@ -350,11 +350,11 @@ def picture(rows: dict[str, Any], path: Path) -> None:
             values, errors = zip(*(row["FGSM"][str(eps)] for eps in EPS), strict=True)
             curves[name] = dg.AccuracyCurve(*(torch.tensor(column) for column in (EPS, values, errors)))
     dg.plot_accuracy_curves(curves, xlabel="FGSM's eps", ax=left)
-    for name, row in rows.items():
+    for i, (name, row) in enumerate(rows.items()):
         (clean, clean_error), (robust, robust_error) = row["FGSM"]["0.0"], row["PGD"][str(LARGEST)]
-        colour = "tab:orange" if name.startswith("settings") else "tab:red" if name.startswith("BAL") else "tab:blue"
-        right.errorbar(clean, robust, robust_error, clean_error, fmt="o", color=colour)
-        right.annotate(name, (clean, robust), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        look = {"color": f"C{i}", "fmt": "os^D"[i // 10 % 4]}  # ten colours, those of the curves
+        right.errorbar(clean, robust, robust_error, clean_error, **look, label=f"{name} ({clean:.3f}, {robust:.3f})")
+    right.legend()
     right.set(xlabel="clean accuracy", ylabel=f"accuracy under PGD, eps = {LARGEST}")
     figure.savefig(path, dpi=100)
     plt.close(figure)
