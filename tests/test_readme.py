@@ -100,6 +100,11 @@ def test_tables_have_the_numbers_of_the_result_files():
     for label, numbers in robust.items():
         row = found[label]
         assert numbers == [f"{v[0]:.3f}" for v in (row["FGSM"]["0.0"], *(row[attack]["0.15"] for attack in ("FGSM", "PGD", "Square")))]
+    bal, apart = (found[name] for name in ("BAL, 5 learners", "PGD, eps 0.15, 5 networks"))
+    (value, error), (other, other_error) = (row["PGD"]["0.15"] for row in (bal, apart))
+    assert f"{value:.3f} and {other:.3f} under PGD, each good to {max(error, other_error):.3f}" in README
+    assert abs(value - other) < error + other_error and "no different from BAL with five learners" in README
+    assert "leaves {:.3f} of BAL and {:.3f} of the five networks".format(*(row["one-step C-W"][0] for row in (bal, apart))) in README
     asked, curves = rows("| labels | 50 | 100 | 150 | 200 |"), learning_curves(results("apd_active_learning-cpu.json"))
     assert {f"SGLD, {label}" for label in asked} == set(curves) and len(asked) >= 2
     for label, numbers in asked.items():

@@ -22,8 +22,8 @@ What the authors' code does and this does not:
 The rows of "settings" vary BAL's choices, the first as published, the others one at a time; at the scale of a CPU with fewer learners.
 
 A row is written to ``bal_mnist-<scale>.json`` when it is finished, and not computed again by the next start; chains that were
-interrupted go on from their checkpoint, in ``bal_mnist-<scale>-work/``. Processes that are given different rows by ``--only`` may run
-beside each other.
+interrupted go on from their checkpoint, in ``bal_mnist-<scale>-work/``, and networks that are trained already are not trained again: the
+seconds of a row are those of the start that finished it. Processes that are given different rows by ``--only`` may run beside each other.
 """
 
 from __future__ import annotations
