@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -104,6 +105,9 @@ def test_tables_have_the_numbers_of_the_result_files():
     (value, error), (other, other_error) = (row["PGD"]["0.15"] for row in (bal, apart))
     assert f"{value:.3f} and {other:.3f} under PGD, each good to {max(error, other_error):.3f}" in README
     assert abs(value - other) < error + other_error and "no different from BAL with five learners" in README
+    for attack in ("FGSM", "Square"):
+        (value, error), (other, other_error) = (row[attack]["0.15"] for row in (bal, apart))
+        assert abs(value - other) < 2 * math.hypot(error, other_error), attack
     assert "leaves {:.3f} of BAL and {:.3f} of the five networks".format(*(row["one-step C-W"][0] for row in (bal, apart))) in README
     asked, curves = rows("| labels | 50 | 100 | 150 | 200 |"), learning_curves(results("apd_active_learning-cpu.json"))
     assert {f"SGLD, {label}" for label in asked} == set(curves) and len(asked) >= 2
