@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyro_advbayes as ab
 from tutorials.papers.apd_active_learning import curves as learning_curves
-from tutorials.papers.apd_mnist import gap
+from tutorials.papers.apd_tables import gap
 from tutorials.papers.as_networks import DATA
 from tutorials.papers.as_tables import WEAK, all_seeds, gains
 
