@@ -29,12 +29,13 @@ def test_every_method_has_every_number_with_its_error(rows):
     kinds = ("FGSM", "IFGSM", "WRM", "PGD")
     named = {"ERM", "BNN", "BAL, 1 learners", "BAL, 2 learners", "PGD, eps 0.15", *(f"{kind}, size of BAL" for kind in kinds)}
     named |= {f"{kind}, published size" for kind in kinds[:3]} | {"PGD, eps 0.15, 2 networks"}
+    named |= {f"settings: {name}" for name in bal_mnist.SEARCH}
     assert set(content["results"]) == named
     for name, row in content["results"].items():
         assert list(row["FGSM"]) == [str(eps) for eps in bal_mnist.EPS]
         for value, error in (*row["FGSM"].values(), *row["PGD"].values(), *row["Square"].values(), row["one-step C-W"]):
             assert 0.0 <= value <= 1.0 and error > 0.0
-        assert (row["about"].get("T_eff") is not None) == name.startswith(("BAL", "BNN"))
+        assert (row["about"].get("T_eff") is not None) == name.startswith(("BAL", "BNN", "settings"))
         assert (row["size"] is None) == (name in ("ERM", "BNN"))
 
 
