@@ -121,8 +121,11 @@ class Adversary(ABC):
         """
         with torch.enable_grad():
             z = z.detach().requires_grad_()
-            perturbed = self.inputs(z, clean)
-            (gradient,) = torch.autograd.grad((perturbed, self.energy(z)), z, (outward(perturbed.detach()), z.new_ones(())))
+            perturbed, energy = self.inputs(z, clean), self.energy(z)
+            outputs, slopes = [perturbed], [outward(perturbed.detach())]
+            if energy.requires_grad:  # by default it does not depend on z
+                outputs, slopes = [*outputs, energy], [*slopes, torch.ones_like(energy)]
+            (gradient,) = torch.autograd.grad(outputs, z, slopes)
         return gradient
 
     def project(self, z: Tensor, onto: Callable[[Tensor], Tensor]) -> Tensor:

@@ -46,7 +46,8 @@ class BAL(SGMCMCKernel):
     The two conditionals belong to no joint law: what is sampled is the stationary law of the alternation, a pseudo-Gibbs chain, in
     which learner and adversary play against each other. At cold temperatures (the default, as in the paper) it is minibatch noise and
     not T that sets the spread of the weights: the temperature there is a name, ``clamp=True`` lets the chain run, and ``diagnostics()``
-    reports the ``T_eff`` that it has.
+    reports the ``T_eff`` that it has. The noise of one minibatch has one direction in all the updates that it is given, and heats that many
+    times as much as in a sampler that takes a new one every time; ``T_eff`` counts that, what SGAdaLD takes off does not.
 
     Several chains are the learners :math:`\theta_1, \ldots, \theta_S`. With ``learners="mean"`` they share minibatches and one adversary,
     who works against the mean of their losses; ``"sum"`` takes the sums of losses and costs, as the paper does, which is the law of
@@ -150,6 +151,10 @@ class BAL(SGMCMCKernel):
     def updates_per_sample(self) -> int:
         return self.num_steps_per_sample * self.weights.num_steps
 
+    @property
+    def updates_per_batch(self) -> int:
+        return self.weights.num_steps
+
     # ------------------------------------------------------------------------------------------------------------- setting up
 
     def _potential_options(self) -> dict[str, Any]:
@@ -167,6 +172,7 @@ class BAL(SGMCMCKernel):
         digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=4).digest()
         self._random = torch.Generator(theta.device).manual_seed(int.from_bytes(digest, "little"))
         self._lasting: Tensor | None = None
+        self._inputs_checked = False
         self._sizes: dict[str, float] = {}
 
     def _check_range(self, x: Tensor) -> None:
@@ -223,21 +229,26 @@ class BAL(SGMCMCKernel):
         def outward(perturbed: Tensor) -> Tensor:
             """The gradient of the input chain's energy: costs go up it, losses down."""
             ascent = self._loss_gradient(self._replaced(batch, perturbed.view(shape)), clean).reshape(clean.shape)
-            gradient = self.cost.gradient(perturbed, clean).sub_(ascent)
-            return gradient.mul_(self.num_chains) if self.learners == "sum" else gradient
+            return self.cost.gradient(perturbed, clean).sub_(ascent)
 
         def onto(perturbed: Tensor) -> Tensor:
             perturbed = self.cost.project(perturbed, clean)
             return perturbed if self.clip is None else perturbed.clamp(*self.clip)
 
-        z = adversary.start(clean) if self._lasting is None else self._lasting
+        # a copy, because the two buffers of the rule change places
+        z = adversary.start(clean) if self._lasting is None else self._lasting.clone()
         noise, variables = torch.empty_like(z), rule.variables(z)
         temperature = torch.tensor(self.input_temperature, dtype=z.dtype, device=z.device)
         for i in range(num_steps):
             size = torch.tensor(check_value(step_size(i), "inputs' step_size", i), dtype=z.dtype, device=z.device)
             gradient = adversary.gradient(z, clean, outward)
+            if self.learners == "sum":
+                gradient = gradient.mul_(self.num_chains)
             moved = rule.step(z, gradient, noise.normal_(generator=self._random), size, temperature, variables, True)
             noise, z = z, adversary.project(moved, onto)
+        if not self._inputs_checked:
+            rule.check(float(size), self.input_temperature, variables, [(self.perturb, slice(None))])
+            self._inputs_checked = True
         if adversary.lasting:
             self._lasting = z
         return onto(adversary.inputs(z, clean))
@@ -301,6 +312,7 @@ class BAL(SGMCMCKernel):
         own = "ℓ" if self.loss is None else getattr(self.loss, "__qualname__", type(self.loss).__name__)
         cost = getattr(getattr(self.cost, "fn", None), "__qualname__", repr(self.cost))
         updates = {f"{n}_updates": [repr(u.rule), u.num_steps] for n, u in (("inputs", self.inputs), ("weights", self.weights))}
+        updates["inputs_step_sizes"] = [self.inputs.step_size(i) for i in range(self.inputs.num_steps)]
         return {**super().settings(), **parts, **updates, "loss": own, "cost": cost, "adversary": repr(self.adversary)}
 
     def state(self) -> dict[str, Any]:

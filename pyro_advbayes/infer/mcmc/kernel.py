@@ -111,6 +111,11 @@ class SGMCMCKernel(MCMCKernel):
         return self.num_steps_per_sample
 
     @property
+    def updates_per_batch(self) -> int:
+        """Updates in a row that see one minibatch."""
+        return 1
+
+    @property
     def wants_noise(self) -> bool:
         """Whether the variance of the minibatch gradient is of any use."""
         return self.update_rule.uses_noise_variance or isinstance(self.step_size, AutoStepSize)
@@ -405,7 +410,7 @@ class SGMCMCKernel(MCMCKernel):
         T, step_size = self.temperature(self._steps), self.step_size(self._steps)
         alive = {name: value[self._alive] for name, value in self._variables.items()}
         self._clamped_share = self.update_rule.check(step_size, T, alive, self.names)
-        self._effective = self.update_rule.temperatures(self._noise_estimate.variance, step_size, T, alive)
+        self._effective = self.update_rule.temperatures(self._noise_estimate.variance, step_size, T, alive, self.updates_per_batch)
 
     def effective_temperatures(self) -> dict[str, float] | None:
         """The predicted temperature per site, mean over its coordinates and chains; None before the end of warm-up."""

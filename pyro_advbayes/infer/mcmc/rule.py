@@ -56,11 +56,15 @@ class Rule(ABC):
         """
 
     @abstractmethod
-    def temperatures(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> Tensor:
+    def temperatures(
+        self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables, updates_per_batch: int = 1
+    ) -> Tensor:
         """
         The temperature at which each coordinate is sampled, once the noise of minibatch gradients is counted.
 
         :param noise_variance: variance of the minibatch gradient at one theta, per coordinate ``[size]``; 0 on full data.
+        :param updates_per_batch: M >= 1, how many updates in a row see one minibatch. Their noise has one direction, so that it adds M
+            times what as many minibatches would. That is exact for small steps, and an upper bound where M of them go far.
         :return: ``[size]`` or ``[chains, size]``.
         """
 

@@ -90,13 +90,15 @@ class SGAdaLDRule(Rule):
             injected = (2.0 * temperature * self.friction) * step_size**3 / V
         return injected - step_size**4 if self.noise_correction else injected
 
-    def temperatures(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> Tensor:
+    def temperatures(
+        self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables, updates_per_batch: int = 1
+    ) -> Tensor:
         V = variables["V"]
         rate = step_size**2 * V.rsqrt()
         injected = self._noise_variance(rate, step_size, temperature, V).clamp_min(0.0)
         if self.noise_correction:  # what was taken away is there in the gradient: V is signal and noise together
-            return (injected + step_size**4) / (2.0 * rate)
-        return injected / (2.0 * rate) + 0.5 * rate * noise_variance
+            return (injected + updates_per_batch * step_size**4) / (2.0 * rate)
+        return injected / (2.0 * rate) + 0.5 * updates_per_batch * rate * noise_variance
 
     def largest_step(self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables) -> float:
         # e^2 sqrt(V) <= share T keeps the whole effect of the noise under share / 2, either way

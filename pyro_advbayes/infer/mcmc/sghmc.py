@@ -60,9 +60,11 @@ class SGHMCRule(Rule):
         momentum.mul_(1.0 - self.friction).sub_(gradient.mul_(rate)).add_(noise.mul_(variance.sqrt()))
         return torch.add(theta, momentum, out=noise)
 
-    def temperatures(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> Tensor:
+    def temperatures(
+        self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables, updates_per_batch: int = 1
+    ) -> Tensor:
         rate = self._rate(step_size, variables)
-        brought = rate * noise_variance / (2.0 * self.friction)
+        brought = updates_per_batch * rate * noise_variance / (2.0 * self.friction)
         if not self.noise_correction:
             return temperature + brought
         taken = rate * variables["noise"] / (2.0 * self.friction)

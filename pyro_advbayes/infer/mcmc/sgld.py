@@ -26,8 +26,10 @@ class SGLDRule(Rule):
     ) -> Tensor:
         return noise.mul_((2.0 * step_size * temperature).sqrt()).sub_(gradient.mul_(step_size)).add_(theta)
 
-    def temperatures(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> Tensor:
-        return temperature + 0.5 * step_size * noise_variance
+    def temperatures(
+        self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables, updates_per_batch: int = 1
+    ) -> Tensor:
+        return temperature + 0.5 * updates_per_batch * step_size * noise_variance
 
     def largest_step(self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables) -> float:
         # stationary variance T / lambda / (1 - step lambda / 2), and temperature T + step noise / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -13,6 +14,7 @@ from pyro.infer import MCMC
 import pyro_advbayes as ab
 from models.mlp import mlp
 from models.vae import VAE
+from pyro_advbayes.infer.mcmc.adversary import Adversary
 from pyro_advbayes.nn.classifier import Classifier
 
 
@@ -49,22 +51,23 @@ def sampled(kernel, *args, samples=1, warmup=0, chains=1, **options):
 # ------------------------------------------------------------------------------------------------ the inputs' law
 
 
-def test_without_a_loss_inputs_are_normal_around_the_clean_ones():
-    """Variance T / 2α, times 1 / (1 - ηα) for SGLD's step η; and the mean is the clean input."""
+@pytest.mark.parametrize("rule, bias", [(ab.SGLD.rule, 1.0), (partial(ab.SGHMC.rule, friction=0.5), 1.0 / 1.5)], ids=["SGLD", "SGHMC"])
+def test_without_a_loss_inputs_are_normal_around_the_clean_ones(rule, bias):
+    """Variance T / 2α, times 1 / (1 - ηα) for a step η of SGLD, and 1 / (1 - ηα / (2 - a)) for SGHMC's; and the mean is the clean input."""
     x, y = torch.tensor([[0.2], [0.9]]), torch.zeros(2)
     alpha, T, eta = 40.0, 0.3, 0.005
     kernel = ab.BAL(
         coin,
         "x",
         batch_size=2,
-        inputs=ab.SGLD.rule(step_size=eta, num_steps=60),
+        inputs=rule(step_size=eta, num_steps=60),
         cost=ab.L2(alpha),
         input_temperature=T,
         copies=20_000,
         keep=(0, 1),
     )
     moved = sampled(kernel, x, y).get_extras()["x"].view(2, 20_000)
-    variance = T / (2.0 * alpha) / (1.0 - eta * alpha)
+    variance = T / (2.0 * alpha) / (1.0 - bias * eta * alpha)
     error = (variance / 20_000) ** 0.5
     assert ((moved.mean(1) - x[:, 0]).abs() < 4.0 * error).all()
     assert ((moved.var(1) / variance - 1.0).abs() < 4.0 * (2.0 / 20_000) ** 0.5).all()
@@ -153,14 +156,22 @@ def test_the_adversary_climbs_the_loss_of_its_learners(learners, chunk_size, bac
 # ------------------------------------------------------------------------------------------------ the whole alternation
 
 
-def test_an_adversary_at_rest_leaves_the_plain_sampler():
-    """α → ∞ holds the inputs where they are: under one seed BAL then is SGAdaLD, bit for bit."""
+@pytest.mark.parametrize(
+    "sampler, settings",
+    [
+        (ab.SGAdaLD, {"step_size": 0.05, "clamp": True}),
+        (ab.SGLD, {"step_size": 1e-3}),
+        (ab.SGHMC, {"step_size": 1e-3, "friction": 0.2}),
+        (ab.SGHMC, {"step_size": 0.02, "adaptive": True}),
+    ],
+)
+def test_an_adversary_at_rest_leaves_the_plain_sampler(sampler, settings):
+    """α → ∞ holds the inputs where they are: under one seed BAL then is the sampler of its weights, bit for bit."""
     x, y = blobs()
-    settings = {"step_size": 0.05, "clamp": True}
     pyro.set_rng_seed(3)
-    plain = sampled(ab.SGAdaLD(network(), temperature=0.1, batch_size=16, **settings), x, y, samples=10, warmup=5).get_samples()
+    plain = sampled(sampler(network(), temperature=0.1, batch_size=16, **settings), x, y, samples=10, warmup=5).get_samples()
     pyro.set_rng_seed(3)
-    weights, alpha = ab.SGAdaLD.rule(**settings, num_steps=1), 1e14
+    weights, alpha = sampler.rule(**settings, num_steps=1), 1e14
     kernel = ab.BAL(
         network(),
         "x",
@@ -214,6 +225,24 @@ def test_the_alternation_has_the_stationary_law_of_its_two_conditionals():
             # the four samples of a chain are nearly independent; the step's own bias is of order step / 2 in the second moment
             bias = 0.0 if power == 1 else 0.02
             assert abs(float(moments.mean()) - float((grid**power) @ expected)) < 4.0 * float(moments.std()) / chains**0.5 + bias
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [ab.SGLD.rule(step_size=1e-5, num_steps=10), ab.SGHMC.rule(step_size=2e-6, num_steps=10, friction=0.2)],
+    ids=lambda updates: type(updates.rule).__name__,
+)
+def test_the_temperature_that_is_reported_counts_all_updates_on_a_minibatch(rule):
+    """Ten updates on one minibatch heat ten times as much as on ten: the variance of a Gaussian is that of T_eff."""
+    y = torch.randn(1000)
+    quiet = ab.SGLD.rule(step_size=1e-12, num_steps=1)
+    kernel = ab.BAL(coin, "x", 20, inputs=quiet, cost=ab.L2(0.0), weights=rule, temperature=1.0, learners="independent")
+    mcmc = sampled(kernel, torch.zeros(1000), y, samples=4, warmup=100, chains=1000)
+    drawn = mcmc.get_samples(group_by_chain=True)["weight"].double()
+    expected = mcmc.diagnostics()["T_eff"]["weight"] / 1001
+    assert expected > 1.5 / 1001
+    variances = (drawn - drawn.mean()).square().mean(1)  # of chains, which are independent
+    assert abs(float(variances.mean()) / expected - 1.0) < 4.0 * float(variances.std()) / expected / 1000**0.5 + 0.05
 
 
 def test_the_weights_see_the_perturbed_inputs():
@@ -318,8 +347,9 @@ def test_another_adversary_is_not_resumed(tmp_path):
     x, y = blobs()
     path = tmp_path / "run.safetensors"
     sampled(ab.BAL(network(), "x", 16, cost=ab.L2(1.0), clip=(0.0, 1.0)), x, y, samples=2, checkpoint=path)
-    with pytest.raises(ValueError, match="cost"):
-        ab.SGMCMC.resume(path, ab.BAL(network(), "x", 16, cost=ab.L2(2.0), clip=(0.0, 1.0)), x, y)
+    for other, what in (({"cost": ab.L2(2.0)}, "cost"), ({"inputs": ab.SGLD.rule(step_size=2.0, num_steps=15)}, "inputs_step_sizes")):
+        with pytest.raises(ValueError, match=what):
+            ab.SGMCMC.resume(path, ab.BAL(network(), "x", 16, **{"cost": ab.L2(1.0), "clip": (0.0, 1.0), **other}), x, y)
 
 
 def test_it_starts_from_trained_weights():
@@ -366,7 +396,9 @@ def test_a_flow_moves_pixels_and_not_their_values():
     assert float(moved.max()) <= float(x.max()) + 1e-5 and float(moved.min()) >= float(x.min()) - 1e-5
 
 
-def test_a_flow_without_a_loss_has_the_law_of_its_energy():
+@pytest.mark.parametrize("learners, chains, colder", [("mean", 3, 1.0), ("sum", 3, 3.0)])
+def test_a_flow_without_a_loss_has_the_law_of_its_energy(learners, chains, colder):
+    """The sum over learners is the law of their mean at T / S."""
     x, y = torch.rand(2000, 1, 3, 3), torch.zeros(2000)
     T, weight, eta = 0.5, 2.0, 0.01
     flow = ab.Flow(weight=weight, smoothness=0.0)
@@ -378,10 +410,10 @@ def test_a_flow_without_a_loss_has_the_law_of_its_energy():
             return super().inputs(z, clean)
 
     inputs = ab.SGLD.rule(step_size=eta, num_steps=200)
-    kernel = ab.BAL(coin, "x", 2000, adversary=Noted(weight, 0.0), inputs=inputs, input_temperature=T)
-    kernel.setup_chains(1, 0, (x, y), {})
+    kernel = ab.BAL(coin, "x", 2000, adversary=Noted(weight, 0.0), inputs=inputs, input_temperature=T, learners=learners)
+    kernel.setup_chains(chains, 0, (x, y), {})
     kernel._next_batch()
-    expected = T / (2.0 * weight) / (1.0 - eta * weight)
+    expected = T / (2.0 * colder * weight) / (1.0 - eta * colder * weight)
     assert abs(float(drawn["z"].var()) / expected - 1.0) < 4.0 * (2.0 / drawn["z"].numel()) ** 0.5
 
 
@@ -404,6 +436,34 @@ def test_a_generator_lasts_from_batch_to_batch_and_learns_to_raise_the_loss():
         losses.append(loss(*batch))
     assert losses[-1] > losses[0] + 1.0 > loss(x, y) + 1.0
     assert all(torch.equal(a, b) for a, b in zip(before, generator.network.parameters(), strict=True))
+
+
+def test_looking_at_kept_rows_leaves_a_lasting_adversary_where_it_is():
+    x, y = blobs()
+    generator = ab.Generator(torch.nn.Linear(2, 2), radius=0.2)
+    kernel = ab.BAL(network(), "x", 64, adversary=generator, inputs=ab.SGLD.rule(step_size=0.01, num_steps=5), keep=(0, 1))
+    kernel.setup_chains(2, 0, (x, y), {})
+    kernel._next_batch()
+    before = kernel._lasting.clone()
+    kernel.extras()
+    assert torch.equal(kernel._lasting, before)
+
+
+def test_an_adversary_may_have_no_energy_of_its_own():
+    class Shift(Adversary):
+        def start(self, clean):
+            return torch.zeros_like(clean)
+
+        def inputs(self, z, clean):
+            return clean + z
+
+    x, y = blobs()
+    options = {"inputs": ab.SGLD.rule(step_size=0.01, num_steps=3), "cost": ab.L2(1.0), "keep": (0, 1)}
+    moved = []
+    for adversary in (Shift(), None):
+        pyro.set_rng_seed(0)
+        moved.append(sampled(ab.BAL(network(), "x", 16, adversary=adversary, **options), x, y, samples=2).get_extras()["x"])
+    torch.testing.assert_close(*moved)
 
 
 def test_a_vae_is_perturbed_so_that_its_codes_move():
@@ -451,6 +511,7 @@ def run_bal(x=None, y=None, **options):
         ({"copies": 0}, "copies=0"),
         ({"clean_share": 1.5}, "clean_share=1.5"),
         ({"inputs": 0.1}, "inputs=0.1"),
+        ({"inputs": ab.SGAdaLD.rule(step_size=0.1, num_steps=3)}, "SGAdaLD: in 100.0% .* site 'x'.*clamp=True"),
         ({"cost": 3}, "cost=3"),
         ({"cost": lambda perturbed, clean: 1.0}, "cost must return one number for each"),
         ({"loss": lambda model, clean, args, kwargs: args[0].sum()}, "loss must return one number for each"),

@@ -145,6 +145,35 @@ def test_temperatures_add_what_minibatch_noise_brings():
     assert torch.allclose(ada.temperatures(noise, 0.1, 1.0, {"V": V}), torch.tensor([[1.0, 1.0, 2.0]], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("updates_per_batch", [1, 8])
+@pytest.mark.parametrize(
+    "rule, step",
+    [
+        (SGLDRule(), 0.004),
+        (SGAdaLDRule(), 0.2),
+        (SGAdaLDRule(noise_correction=False), 0.2),
+        (SGHMCRule(friction=0.25), 0.0005),
+        (SGHMCRule(friction=0.25, noise_correction=True), 0.0005),
+        (SGHMCRule(friction=0.25, adaptive=True), 0.0005**0.5 * 100**0.25),
+    ],
+)
+def test_temperatures_are_those_of_chains_whose_minibatches_last_for_several_updates(rule, step, updates_per_batch):
+    """A Gaussian of precision 1, gradients with noise of variance 100 that stays the same for so many updates."""
+    chains, noise = 4000, torch.full((1,), 100.0, dtype=torch.float64)
+    variables = rule.variables(torch.zeros(chains, 1, dtype=torch.float64))
+    for known in {"V", "noise"} & set(variables):
+        variables[known].fill_(100.0)
+    expected = float(rule.temperatures(noise, step, 1.0, variables, updates_per_batch).mean())
+    assert updates_per_batch == 1 or expected > 1.5
+    x = expected**0.5 * torch.randn(chains, 1, dtype=torch.float64)
+    size, one = (torch.tensor(value, dtype=torch.float64) for value in (step, 1.0))
+    for i in range(3000):
+        if i % updates_per_batch == 0:
+            off = 10.0 * torch.randn_like(x)
+        x = rule.step(x, x + off, torch.randn_like(x), size, one, variables, False)
+    assert abs(float(x.var()) / expected - 1.0) < 4.0 * (2.0 / chains) ** 0.5 + 0.02
+
+
 @pytest.mark.parametrize("name", ["SGLD", "SGAdaLD", "SGAdaLD uncorrected", "SGHMC", "SGHMC adaptive"])
 @pytest.mark.parametrize("noise", [0.0, 3.0, 300.0])
 def test_the_largest_step_keeps_the_temperature_within_its_share(name, noise):
