@@ -33,7 +33,8 @@ class Attack(ABC):
     :param clip: the range (low, high) of the inputs, which attacked inputs stay within; None for inputs without a range.
     :param bool targeted: whether ``y`` are classes to reach, in place of true classes to leave.
     :param str objective: ``"loss_of_mean"`` (default) or ``"mean_loss"``.
-    :param int eot: expectation over transformation: how many calls of a random classifier make one gradient, >= 1. They count as draws.
+    :param int eot: expectation over transformation: how many calls of a random classifier make one gradient, >= 1. They count as draws; for
+        losses other than the cross-entropy of their mean prediction all of them are in memory together.
     :param int batch_size: how many inputs are attacked together; by default all.
     :raises ValueError: for a setting out of its range.
     """
@@ -84,10 +85,7 @@ class Attack(ABC):
         :return: attacked inputs, detached, of the shape of ``x``.
         :raises ValueError: if the inputs are not such, the loss is not ``[N]``, or the attack is one on logits.
         """
-        if self.needs_classifier:
-            raise ValueError(f"{type(self).__name__} needs more than a loss: call it with a classifier")
-        if self.targeted:
-            raise ValueError("targeted=True has no meaning without labels: give the negative loss")
+        self.check_for_loss()
         return self._perturb(LossProblem(loss), self._checked_inputs(x))
 
     def check(self, classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,6 +93,17 @@ class Attack(ABC):
         _refuse_training_norms(classifier)
         x = self._checked_inputs(x)
         return x, _checked_labels(x, y)
+
+    def check_for_loss(self) -> None:
+        """:raises ValueError: if the attack needs a classifier, or has a setting that means something for classifiers only."""
+        if self.needs_classifier:
+            raise ValueError(f"{type(self).__name__} needs more than a loss: call it with a classifier")
+        if self.targeted:
+            raise ValueError("targeted=True has no meaning without labels: give the negative loss")
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.name in ("loss", "objective", "eot", "batch_size") and value != setting.default:
+                raise ValueError(f"{setting.name}={value!r} is for classifiers: here one loss, of all rows at once, is raised as it is")
 
     @abstractmethod
     def run(self, problem: Problem, region: Region) -> Tensor:

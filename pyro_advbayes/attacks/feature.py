@@ -28,7 +28,8 @@ class FeatureAttack(BallAttack):
         \ell(\tilde x) = -\frac1S \sum_s \|a_s(\tilde x) - a_s(x')\|_2^2.
 
     It needs the model itself: a network, or a posterior with ``model`` and ``posterior_samples``, as
-    :class:`~pyro_advbayes.PosteriorClassifier` has them, whose draws then run one by one through Pyro. Labels play no part.
+    :class:`~pyro_advbayes.PosteriorClassifier` has them, whose draws then run one by one through Pyro, and whose activations at the
+    reference are all kept: memory grows with the draws here. Labels play no part.
 
     Further settings: :class:`~pyro_advbayes.attacks.base.Attack` and ``norm``; ``objective`` and ``eot`` have no meaning here.
 

@@ -137,9 +137,13 @@ class ClassifierProblem(Problem):
     def _slopes(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Log-probabilities ``[chunk, N, K]``, the part ``[N]`` of their draws in the loss, and its gradient, chunk by chunk."""
         if self._gradients is not None:
-            for _ in range(self._eot):
-                for log_probs, part, gradient in self._gradients(x, self.y, self._reduce):
-                    yield self._checked(log_probs, "[chunk, N, K]"), part, gradient
+            try:
+                for _ in range(self._eot):
+                    for log_probs, part, gradient in self._gradients(x, self.y, self._reduce):
+                        yield self._checked(log_probs, "[chunk, N, K]"), part, gradient
+            except (RuntimeError, IndexError):  # the loss may have failed at labels or classes that nobody has looked at yet
+                self._look(x)
+                raise
             self._seen = True
             return
         with torch.enable_grad():
@@ -148,6 +152,12 @@ class ClassifierProblem(Problem):
                 gradient = differentiate(part, x)
                 yield log_probs.detach(), part.detach(), gradient
                 del log_probs, part, gradient
+
+    @torch.no_grad()
+    def _look(self, x: Tensor) -> None:
+        """Looks at predictions without a loss of them."""
+        for log_probs in self._log_probs(x):
+            self._checked(log_probs, "[chunk, N, K]")
 
     def _gradient_of_mean(self, x: Tensor, success: bool) -> Ascent:
         with torch.enable_grad():
@@ -174,7 +184,12 @@ class ClassifierProblem(Problem):
         return loss * self._sign, self.succeeds(log_probs)
 
     def succeeds(self, log_probs: Tensor) -> Tensor:
-        """Whether predictions ``[N, K]`` are what the attack wants."""
+        """
+        Whether predictions ``[N, K]`` are what the attack wants.
+
+        :raises ValueError: if there is NaN among them, which is no class and would pass for a success.
+        """
+        check_outputs(log_probs, len(self.y))
         right = log_probs.argmax(-1) == self.y
         return right if self.targeted else ~right
 

@@ -213,14 +213,18 @@ class _Logits:
                 yield _slope(lambda x, index=index: self._run(*self.model.draw(index), x)[0].unsqueeze(0), x, y, reduce)
             return
         slopes = self._slopes.setdefault(reduce, _Slopes(self.replays.tape, reduce))
-        constants, start, stop = self.replays.tape.prepare(), 0, self.model.num_samples
+        constants, start, stop, together = self.replays.tape.prepare(), 0, self.model.num_samples, self.replays.chunk
         while start < stop:
             size = min(self.replays.chunk, stop - start)
             try:
-                yield slopes(constants, self.model.draws(start, size), x, y)
+                found = slopes(constants, self.model.draws(start, size), x, y)
             except _NotTogether:
                 self.replays.chunk = 1
+            except Exception:  # not because draws were together: the next call may have them so
+                self.replays.chunk = together
+                raise
             else:
+                yield found
                 start += size
 
     def log_mean_probability(self, x: Tensor) -> Tensor:

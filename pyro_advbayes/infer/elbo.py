@@ -58,8 +58,9 @@ class TraceRobust_ELBO(ELBO):
 
     def __init__(self, attack: Attack, perturb: str = "x", elbo: ELBO | None = None) -> None:
         elbo = Trace_ELBO() if elbo is None else elbo
-        if not isinstance(attack, Attack) or attack.needs_classifier or attack.targeted:
+        if not isinstance(attack, Attack):
             raise ValueError(f"attack must be an attack of pyro_advbayes.attacks that raises any loss, PGD(eps=0.1) say; got {attack!r}")
+        attack.check_for_loss()
         if not isinstance(elbo, ELBO) or isinstance(elbo, (*_JIT, TraceRobust_ELBO)):
             raise ValueError(
                 f"elbo must be an instance of one of Pyro's ELBOs, Trace_ELBO() say, not compiled (Jit...): a recording would keep the "

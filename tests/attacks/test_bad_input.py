@@ -129,6 +129,24 @@ def test_gradients_that_are_nan_are_refused():
 def test_the_ratio_of_logits_needs_three_classes():
     with pytest.raises(ValueError, match=r"loss='dlr' compares three logits, but the classifier has 2 classes"):
         APGD(0.1, loss="dlr")(nn.Linear(6, 2), X, Y % 2)
+    two_classes, _ = posterior(4, (6, 8, 2), dtype=torch.float)
+    for objective in ("loss_of_mean", "mean_loss"):
+        with pytest.raises(ValueError, match=r"loss='dlr' compares three logits, but the classifier has 2 classes"):
+            PGD(0.1, loss="dlr", objective=objective)(two_classes, X, Y % 2)
+        PGD(0.1, steps=1, objective=objective)(two_classes, X, Y % 2)
+    assert [recorded.replays.chunk > 1 for recorded in two_classes._recorded.values()] == [True] * len(two_classes._recorded)
+
+
+@pytest.mark.parametrize("attack", [Square(0.1, queries=20), Uniform(0.1, tries=20), PGD(0.1, restarts=2), CarliniWagner()], ids=repr)
+def test_predictions_that_become_nan_are_no_success(attack):
+    calls = []
+
+    def fails_later(x):
+        calls.append(1)
+        return PLAIN(x) if len(calls) < 8 else PLAIN(x) * torch.nan
+
+    with pytest.raises(ValueError, match=r"NaN or infinite"):
+        attack(fails_later, X, PLAIN(X).argmax(1))
 
 
 def test_attacks_on_a_loss_say_what_they_need():
@@ -138,6 +156,9 @@ def test_attacks_on_a_loss_say_what_they_need():
         CarliniWagner().on_loss(lambda x: x.sum(1), X)
     with pytest.raises(ValueError, match=r"targeted=True has no meaning without labels"):
         PGD(0.1, targeted=True).on_loss(lambda x: x.sum(1), X)
+    for setting in ({"loss": "margin"}, {"objective": "mean_loss"}, {"eot": 2}, {"batch_size": 3}):
+        with pytest.raises(ValueError, match=rf"{next(iter(setting))}=.* is for classifiers"):
+            PGD(0.1, **setting).on_loss(lambda x: x.sum(1), X)
     with pytest.raises(ValueError, match=r"inputs run from"):
         PGD(0.1).on_loss(lambda x: x.sum(1), X + 1)
 

@@ -15,6 +15,7 @@ from pyro.optim import Adam
 import pyro_advbayes as ab
 from models.mlp import mlp
 from pyro_advbayes.attacks.base import Attack
+from pyro_advbayes.attacks.carlini_wagner import CarliniWagner
 from pyro_advbayes.attacks.fgsm import FGSM
 from pyro_advbayes.attacks.pgd import PGD
 from pyro_advbayes.attacks.uniform import Uniform
@@ -327,7 +328,9 @@ def test_what_cannot_be_attacked_is_named(model, settings, arguments, words):
     ("settings", "words"),
     [
         ({"attack": None}, "attack must be an attack"),
-        ({"attack": FGSM(eps=0.1, targeted=True)}, "attack must be an attack .* that raises any loss"),
+        ({"attack": FGSM(eps=0.1, targeted=True)}, "targeted=True has no meaning"),
+        ({"attack": CarliniWagner()}, "CarliniWagner needs more than a loss"),
+        ({"attack": FGSM(eps=0.1, objective="mean_loss")}, "objective='mean_loss' is for classifiers"),
         ({"elbo": Trace_ELBO}, "elbo must be an instance"),
         ({"elbo": JitTrace_ELBO()}, "not compiled"),
         ({"elbo": Trace_ELBO(num_particles=2, vectorize_particles=True)}, "vectorize_particles=False"),
