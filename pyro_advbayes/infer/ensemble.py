@@ -8,6 +8,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta
 from pyro.optim import PyroOptim
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_advbayes.batches import Arguments, TensorRows
 from pyro_advbayes.handlers import minibatch
+from pyro_advbayes.infer.predictive import RandomState
 from pyro_advbayes.initialization import init_to_fan_in
 
 
@@ -52,13 +54,15 @@ def deep_ensemble(
         trained networks.
     :param init_loc_fn: where a member starts, as in ``AutoDelta``; it must be random, or all members are one.
     :return: site -> ``[members, *site]``, as ``posterior_samples``.
-    :raises ValueError: if a count is below 1, or there are no ``batch_size`` rows to take.
+    :raises ValueError: if a count is below 1, there are no ``batch_size`` rows to take, or the model has parameters without a prior that
+        want a gradient: what a draw does not hold cannot differ between members.
     """
     for name, value in (("num_members", num_members), ("num_steps", num_steps)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: an int >= 1")
     arguments = Arguments(model, args, kwargs or {})
     arguments.check_finite()
+    _refuse_parameters(model, *arguments.replace(arguments.tensors))
     members = []
     with tqdm(total=num_members * num_steps, desc="deep ensemble", disable=None) as bar:
         for _ in range(num_members):
@@ -66,6 +70,17 @@ def deep_ensemble(
                 guide = AutoDelta(model, init_loc_fn=init_loc_fn)
                 members.append(_train(model, guide, arguments, num_steps, copy.deepcopy(optim), batch_size, loss or Trace_ELBO(), bar))
     return {site: torch.stack([member[site] for member in members]) for site in members[0]}
+
+
+def _refuse_parameters(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    with poutine.block(), pyro.get_param_store().scope(), RandomState().again():  # looking takes no random numbers from the members
+        nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes
+    own = [name for name, node in nodes.items() if node["type"] == "param" and node["value"].requires_grad]
+    if own:
+        raise ValueError(
+            f"the model has parameters of its own ({', '.join(own[:3])}{', ...' if len(own) > 3 else ''}), which one member after the other "
+            "would train, and no draw would hold: give them priors (ab.nn.bayesianize), or freeze them (requires_grad_(False))"
+        )
 
 
 def _train(

@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide.initialization import init_to_median
+from pyro.nn import PyroModule
 from pyro.optim import Adam
 
 import pyro_advbayes as ab
@@ -53,6 +54,40 @@ def test_one_seed_gives_one_ensemble_and_the_parameter_store_stays_as_it_was():
         found.append(deep_ensemble(model, (x, y.long()), num_members=2, num_steps=3, optim=Adam({"lr": 0.05}), batch_size=10))
     assert all(torch.equal(found[0][site], found[1][site]) for site in found[0])
     assert list(pyro.get_param_store()) == ["AutoDelta.net.1.weight"] and (pyro.param("AutoDelta.net.1.weight") == 7).all()
+
+
+class Headed(PyroModule):
+    """A Bayesian head on layers without priors."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Linear(3, 4)
+        self.head = ab.nn.bayesianize(torch.nn.Linear(4, 2), prior=dist.Normal(0.0, 1.0))
+
+    def forward(self, x, y=None):
+        logits = self.head(self.body(x).tanh())
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+
+def scaled(x, y):
+    scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+    weight = pyro.sample("weight", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(x @ weight, scale), obs=y)
+
+
+def test_parameters_that_no_draw_would_hold_are_refused_unless_frozen():
+    x, y = data()
+    model, options = Headed(), {"num_members": 2, "num_steps": 2, "optim": Adam({"lr": 0.05})}
+    with pytest.raises(ValueError, match=r"parameters of its own \(body\$\$\$weight, body\$\$\$bias\).*freeze"):
+        deep_ensemble(model, (x, y.long()), **options)
+    with pytest.raises(ValueError, match=r"parameters of its own \(scale\)"):
+        deep_ensemble(scaled, (x, y), **options)
+    model.body.requires_grad_(False)
+    before = model.body.weight.clone()
+    assert set(deep_ensemble(model, (x, y.long()), **options)) == {"head.weight", "head.bias"}
+    assert torch.equal(model.body.weight, before) and not dict(pyro.get_param_store().items())
 
 
 def test_members_can_be_trained_against_an_adversary():
