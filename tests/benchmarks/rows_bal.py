@@ -7,6 +7,7 @@ from functools import partial
 import pyro
 import torch
 from pyro import poutine
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_advbayes import BAL, L2, SGLD, SGAdaLD
@@ -14,6 +15,8 @@ from tests.benchmarks.measure import Contender, Result, Stopwatch, Target
 from tests.benchmarks.rows_sampling import HAND, compare
 from tests.benchmarks.samplers import Minibatches
 from tests.benchmarks.workloads import CONVNET, ROWS, data
+
+Draws = dict[str, Tensor]
 
 BATCH, CHAINS, STEPS = 256, 5, 15
 ETA, WEIGHT, STEP_SIZE, COLD = 0.01, 1.0, 1e-4, 1e-5
@@ -26,7 +29,7 @@ def bal_iteration(watch: Stopwatch) -> list[Result]:
     return [compare(watch, f"BAL's ConvNet, {CHAINS} chains, {steps} + {steps} updates", makers, [("graph", HAND, Target("<=", 1.1))])]
 
 
-def _ours(steps: int, device: torch.device) -> Contender:
+def _ours(steps: int, device: torch.device, start: Draws | None = None) -> Contender:
     kernel = BAL(
         CONVNET.model().to(device),
         "x",
@@ -35,15 +38,20 @@ def _ours(steps: int, device: torch.device) -> Contender:
         cost=L2(WEIGHT),
         weights=SGAdaLD.rule(step_size=STEP_SIZE, num_steps=steps, clamp=True),
         clip=(0.0, 1.0),
+        temperature=COLD,
+        input_temperature=COLD,
     )
+    if start is not None:
+        kernel.initial_params = start
     with poutine.block(), pyro.validation_enabled(False):
         kernel.setup_chains(CHAINS, 0, data(CONVNET.inputs, CONVNET.classes, ROWS, device), {})
         params = kernel.sample(kernel.initial_params)
 
-    def iterate() -> None:
+    def iterate() -> Draws:
         nonlocal params
         with pyro.validation_enabled(False):
             params = kernel.sample(params)
+        return params
 
     return Contender(iterate, 1)
 
@@ -54,7 +62,7 @@ def _hand_written(steps: int, device: torch.device) -> Contender:
     scales = [[torch.ones_like(p) for p in net.parameters()] for net in nets]  # V, frozen after warm-up
     batches = Minibatches(ROWS, BATCH)
 
-    def iterate() -> None:
+    def iterate() -> list[nn.Module]:
         index = batches.next().to(device)
         clean, labels = x.index_select(0, index), y.index_select(0, index)
         moved = clean.clone()
@@ -74,5 +82,6 @@ def _hand_written(steps: int, device: torch.device) -> Contender:
                         rate = STEP_SIZE**2 * v.rsqrt()
                         noise = (2.0 * COLD * rate - STEP_SIZE**4).clamp_min(0.0).sqrt() * torch.randn_like(p)
                         p.sub_(rate * (ROWS * g + p)).add_(noise)
+        return nets
 
     return Contender(iterate, 1)
