@@ -78,8 +78,8 @@ def _refuse_parameters(model: Callable, args: Sequence[Any], kwargs: Mapping[str
     own = [name for name, node in nodes.items() if node["type"] == "param" and node["value"].requires_grad]
     if own:
         raise ValueError(
-            f"the model has parameters of its own ({', '.join(own[:3])}{', ...' if len(own) > 3 else ''}), which all members would train in "
-            "turn, and no draw would hold: give them priors (ab.nn.bayesianize), or freeze them (requires_grad_(False))"
+            f"the model has parameters of its own ({', '.join(own[:3])}{', ...' if len(own) > 3 else ''}), which all members would train "
+            "in turn, and no draw would hold: give them priors (ab.nn.bayesianize), or freeze them (requires_grad_(False))"
         )
 
 

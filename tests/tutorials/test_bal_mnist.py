@@ -35,7 +35,8 @@ def test_every_method_has_every_number_with_its_error(rows):
         assert list(row["FGSM"]) == [str(eps) for eps in bal_mnist.EPS]
         for value, error in (*row["FGSM"].values(), *row["PGD"].values(), *row["Square"].values(), row["one-step C-W"]):
             assert 0.0 <= value <= 1.0 and error > 0.0
-        assert (row["about"].get("T_eff") is not None) == name.startswith(("BAL", "BNN", "settings"))
+        constant = name in ("settings: published cost and steps", "settings: constant steps of weights")
+        assert ("T_eff" in row["about"]) == constant and row["about"].get("T_eff", 1.0) > 10.0 * bal_mnist.MAIN.temperature
         assert (row["size"] is None) == (name in ("ERM", "BNN"))
 
 

@@ -249,8 +249,9 @@ def sampled(
         files = {"checkpoint": checkpoint, "checkpoint_every": 10, "overwrite": True}
         mcmc = ab.SGMCMC(kernel, num_samples=1, warmup_steps=scale.minibatches - 1, num_chains=learners, **files)
         mcmc.run(task.x, task.y)
-    found = mcmc.kernel.diagnostics()
-    about = {"setting": repr(setting), "T_eff": max(found["T_eff"].values()), "clamped": found["clamped"]}
+    found, about = mcmc.kernel.diagnostics(), {"setting": repr(setting)}
+    if setting is not None and not setting.annealed:  # else the last steps are so small that T_eff is T, which it was not on the way
+        about |= {"T_eff": max(found["T_eff"].values()), "clamped": found["clamped"]}
     return Found(mcmc.get_samples(), found.get("perturbation"), about)
 
 

@@ -19,8 +19,8 @@ LARGEST = EPS[-1]
 
 
 def picture(rows: dict[str, Any], path: Path) -> None:
-    """Accuracy under FGSM against its size, and the trade of clean for robust accuracy."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6.5), layout="constrained")
+    """Accuracy under FGSM against its size, the trade of clean for robust accuracy, and accuracy after the one step of a C-W loss."""
+    figure, (left, right, step) = plt.subplots(1, 3, figsize=(20, 6.5), layout="constrained", width_ratios=(3, 3, 2))
     curves = {}
     for name, row in rows.items():
         if not name.startswith("settings"):
@@ -33,6 +33,10 @@ def picture(rows: dict[str, Any], path: Path) -> None:
         right.errorbar(clean, robust, robust_error, clean_error, **look, label=f"{name} ({clean:.3f}, {robust:.3f})")
     right.legend()
     right.set(xlabel="clean accuracy", ylabel=f"accuracy under PGD, eps = {LARGEST}")
+    values, errors = zip(*(row["one-step C-W"] for row in rows.values()), strict=True)
+    step.barh([f"{name} ({value:.3f})" for name, value in zip(rows, values, strict=True)], values, xerr=errors)
+    step.invert_yaxis()
+    step.set(xlabel="accuracy after one C-W step")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -225,6 +225,9 @@ def test_the_alternation_has_the_stationary_law_of_its_two_conditionals():
             # the four samples of a chain are nearly independent; the step's own bias is of order step / 2 in the second moment
             bias = 0.0 if power == 1 else 0.02
             assert abs(float(moments.mean()) - float((grid**power) @ expected)) < 4.0 * float(moments.std()) / chains**0.5 + bias
+        # Kolmogorov and Smirnov's distance, of the last samples, which are independent; one in a thousand is larger than this
+        below = (drawn[:, -1, None] <= grid).double().mean(0)
+        assert float((below - expected.cumsum(0)).abs().max()) < 1.95 / chains**0.5
 
 
 @pytest.mark.parametrize(
