@@ -135,6 +135,11 @@ def test_tables_have_the_numbers_of_the_result_files():
         row = found[f"OOD: {label}"]
         aurocs = [row["ood"]["s = 5"][name]["entropy"]["auroc"][0] for name in ("notMNIST", "Omniglot", "CIFAR10bw", "Gaussian", "Uniform")]
         assert numbers == [f"{row['accuracy'][0]:.3f}", f"{row['bytes'] / 1e6:.1f}", *(f"{value:.1f}" for value in aurocs)]
+    for score in ("variation ratio", "mutual information"):
+        sets = found["OOD: SGLD"]["ood"]["s = 5"]
+        aurocs = [sets[name][score]["auroc"][0] for name in ("notMNIST", "CIFAR10bw", "Gaussian", "Uniform")]
+        assert "{:.1f}, {:.1f}, {:.1f} and {:.1f}".format(*aurocs) in " ".join(README.split())
+    assert gap(found["OOD: APD, rank 32, kept codes, packed"], found["OOD: SGLD"]) <= 0.5  # the one that README recommends
     kept = [gap(found[f"OOD: APD, rank {rank}, kept codes"], found["OOD: SGLD"]) for rank in (4, 8, 16, 32, 64)]
     made = [gap(found[f"OOD: APD, rank {rank}"], found["OOD: SGLD"]) for rank in (4, 8, 16, 32)]
     assert "at most {:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f} points of AUROC from SGLD".format(*kept) in README
