@@ -139,6 +139,8 @@ def test_tables_have_the_numbers_of_the_result_files():
         sets = found["OOD: SGLD"]["ood"]["s = 5"]
         aurocs = [sets[name][score]["auroc"][0] for name in ("notMNIST", "CIFAR10bw", "Gaussian", "Uniform")]
         assert "{:.1f}, {:.1f}, {:.1f} and {:.1f}".format(*aurocs) in " ".join(README.split())
+    own = [found[f"detection: PGD on {name}, one draw"]["detectors"][name]["all"]["model variance"]["auroc"] for name in ("SGLD", "APD")]
+    assert "an AUROC of {:.1f} is left to the variance of SGLD's draws and {:.1f} to that of APD's".format(*own) in " ".join(README.split())
     assert gap(found["OOD: APD, rank 32, kept codes, packed"], found["OOD: SGLD"]) <= 0.5  # the one that README recommends
     kept = [gap(found[f"OOD: APD, rank {rank}, kept codes"], found["OOD: SGLD"]) for rank in (4, 8, 16, 32, 64)]
     made = [gap(found[f"OOD: APD, rank {rank}"], found["OOD: SGLD"]) for rank in (4, 8, 16, 32)]

@@ -21,7 +21,8 @@ What the authors' code does and this does not:
   background set, and images of sorted files are drawn at random.
 - The entropy is that of the mean prediction, without their smoothing.
 - FGSM takes one step of the full size for all, and does not search the smallest. The size is 0.3 of the length of the inputs' range.
-- Attacked inputs are at most 1000, seen by 100 draws (MC dropout: 200) in place of up to 6000 and 1000. "One draw" is the last of the chain.
+- Attacked inputs are at most 1000, seen by 100 draws (MC dropout: 200) in place of up to 6000 and 1000. "One draw" is the last of a
+  chain.
 - SGD, MC dropout and the deep ensemble are trained for fewer updates than SGLD's chain has, at the scale of a CPU for 2500.
 - Dropout masks hold for all rows of a minibatch.
 
