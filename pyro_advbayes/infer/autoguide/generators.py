@@ -93,10 +93,9 @@ class RowGenerator(nn.Module):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """:meth:`load_state_dict` for buffers whose shapes depend on the draws, or on how far training had come."""
-        like = self.like
-        for name, _ in self.named_buffers(recurse=False):
-            if name in state:
-                setattr(self, name, torch.empty_like(state[name], dtype=like.dtype, device=like.device))
+        for name, buffer in self.named_buffers(recurse=False):
+            if name in state:  # in its own dtype: a file may hold half precision, and not all of it is of floating type
+                setattr(self, name, buffer.new_empty(state[name].shape))
         self.load_state_dict(state)
 
     def latent(self, count: int) -> Tensor:

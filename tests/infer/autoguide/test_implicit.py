@@ -168,6 +168,30 @@ def test_saved_and_loaded_it_gives_the_same_draws_under_one_seed(tmp_path, gener
     assert loaded.num_draws == 300
 
 
+@pytest.mark.parametrize(
+    "generator",
+    [
+        MLPGenerator(noise=4, hidden=(8,)),
+        FactoredGenerator(rank=3, noise=4, hidden=(8,)),
+        FactoredGenerator(rank=3, hidden=None),
+        FactoredGenerator(rank=3, noise=4, hidden=(8,), packed=True),
+        FactoredGenerator(rank=3, hidden=None, packed=True),
+        HyperGenerator(noise=4, hidden=(8,), width=5),
+    ],
+)
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:.*keep the draws, or take a smaller generator")
+def test_loaded_it_takes_no_more_storage_than_before(tmp_path, generator, dtype):
+    guide = fitted(generator)
+    guide.save(tmp_path / "first.safetensors", dtype=dtype)
+    loaded = AutoImplicit.load(tmp_path / "first.safetensors", classifier())
+    loaded.save(tmp_path / "again.safetensors", dtype=dtype)
+    assert [path.stat().st_size for path in tmp_path.iterdir()] == [(tmp_path / "first.safetensors").stat().st_size] * 2
+    assert loaded.storage() == guide.storage() and loaded.storage(dtype) == guide.storage(dtype)
+    here, there = guide.network.state_dict(), loaded.network.state_dict()
+    assert {name: value.dtype for name, value in there.items()} == {name: value.dtype for name, value in here.items()}
+
+
 def test_a_generator_of_ones_own_is_saved_and_loaded(tmp_path):
     def network():
         module = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 26))
