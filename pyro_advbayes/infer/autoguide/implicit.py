@@ -26,6 +26,7 @@ from pyro_advbayes.infer.autoguide.rows import row_dtype
 from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
 from pyro_advbayes.infer.conditioned import without_leading_ones
 from pyro_advbayes.infer.mcmc import files
+from pyro_advbayes.infer.mcmc.fingerprint import model_name
 from pyro_advbayes.infer.predictive import RandomState
 from pyro_advbayes.nn.bayesian import declared_sites
 from pyro_advbayes.potential import Potential
@@ -295,12 +296,6 @@ class AutoImplicit(AutoGuide):
             raise ValueError(f"{path} does not fit the generator given: {error}") from error
         guide.num_draws = content["num_draws"]
         return guide
-
-
-def model_name(model: Callable) -> str:
-    """What a model is called: the name of its class, or of its function, under any effect handlers."""
-    model = poutine.unwrap(model)
-    return type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__qualname__", type(model).__name__)
 
 
 def same_sites(one: Sequence[Site], two: Sequence[Site]) -> bool:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.schedules import check_value
 from pyro_advbayes.infer.mcmc.step_size import AutoStepSize
+
+
+def model_name(model: Callable) -> str:
+    """What a model is called: the name of its class, or of its function, under any effect handlers and ``functools.partial``."""
+    while isinstance(model, partial):  # poutine.unwrap would take any two arguments for a handler and its model
+        handled = model.args and isinstance(model.args[0], Messenger)
+        model = model.args[1] if handled else model.func
+    return type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__qualname__", type(model).__name__)
 
 
 def schedule_values(kernel: SGMCMCKernel, num_samples: int) -> dict[str, list[float]]:
@@ -48,7 +58,7 @@ def fingerprint(kernel: SGMCMCKernel, scheduled: Mapping[str, list[float]], data
     """What a run depends on, as plain values; of :func:`schedule_values` and :func:`data_digests`."""
     potential = kernel.potential
     return {
-        "model": type(kernel.model).__name__ if isinstance(kernel.model, torch.nn.Module) else kernel.model.__qualname__,
+        "model": model_name(kernel.model),
         "sites": [[site.name, list(site.shape), str(site.dtype)] for site in potential.sites],
         "kernel": type(kernel).__name__,
         "settings": kernel.settings(),

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_advbayes import SGLD
@@ -188,6 +190,23 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, preset, kind, arguments
         resumed = OnlineAPD.resume(path, again, mortal(batch_size), *arguments())
         results.append(again.sample(10)["w"])
     assert resumed == fit and again.num_draws == whole.num_draws == 120
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("model", [functools.partial(logistic), poutine.scale(scale=0.5)(logistic)])
+def test_a_model_that_is_no_plain_function_is_distilled_and_resumed(tmp_path, model):
+    path, results = tmp_path / "online.safetensors", []
+    kernel = SGLD(model, step_size=1e-2, batch_size=20, backend="handlers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for start in (
+            lambda guide: OnlineAPD(guide, kernel, checkpoint=path, checkpoint_every=7, **SMALL).run(*data()),
+            lambda guide: OnlineAPD.resume(path, guide, kernel, *data()),
+        ):
+            guide = AutoImplicit(model, MLPGenerator(noise=4, hidden=(16,)))
+            start(guide)
+            pyro.set_rng_seed(1)
+            results.append(guide.sample(10)["w"])
     assert torch.equal(*results)
 
 

@@ -15,6 +15,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_advbayes as ab
@@ -156,6 +157,33 @@ def test_a_lost_chain_stays_lost(tmp_path):
     make = lambda: ab.SGLD(cliff, 0.05, backend="handlers")  # noqa: E731
     mcmc = check(tmp_path, make, lambda: (), IN_SAMPLING, initial_params=start)
     assert mcmc.diagnostics()["divergences"]["chain 0"] and not mcmc.diagnostics()["divergences"]["chain 1"]
+
+
+class Called:
+    def __call__(self, x, y=None):
+        return logistic(x, y)
+
+
+def shifted(shift, scale, x, y=None):
+    return logistic(scale * x + shift, y)
+
+
+@pytest.mark.parametrize(
+    "model,name",
+    [
+        (poutine.scale(logistic, 0.5), "logistic"),
+        (poutine.scale(scale=0.5)(logistic), "logistic"),
+        (poutine.mask(poutine.scale(logistic, 0.5), True), "logistic"),
+        (functools.partial(shifted, torch.zeros(3), torch.ones(3)), "shifted"),
+        (functools.partial(poutine.scale(shifted, 0.5), 0.0, 1.0), "shifted"),
+        (Called(), "Called"),
+    ],
+)
+def test_a_model_that_is_no_plain_function_is_known_by_the_name_of_what_it_wraps(tmp_path, model, name):
+    mcmc = check(tmp_path, lambda: ab.SGLD(model, 1e-3, batch_size=7, backend="handlers"), rows, IN_SAMPLING)
+    assert mcmc._fingerprint()["model"] == name
+    with pytest.raises(ValueError, match=f"is of another run: its model is {name}, here it is regression"):
+        resumed(tmp_path / "run.checkpoint", ab.SGLD(regression, 1e-3, batch_size=7, backend="handlers"), rows())
 
 
 def test_a_killed_runs_draws_can_be_read_and_those_after_the_checkpoint_are_drawn_again(tmp_path):
