@@ -111,11 +111,23 @@ class FactoredGenerator(RowGenerator):
         directions, spread = principal_components(rows, mean, self.rank)
         if not bool((spread > 1e-6 * spread[0]).all()):
             raise ValueError(f"rank={self.rank}: the draws lie in {int((spread > 1e-6 * spread[0]).sum())} directions: take a smaller rank")
+        old_basis, old_mean = self.basis, self.factors[-1]
         self.factors = torch.cat([(directions * spread).mT, mean.unsqueeze(0)])
         self.sd = (sd.square() - self.factors[:-1].square().sum(0)).clamp_min(0.0).sqrt()
         self.levels, self.steps = self.levels[:0], self.steps[:0]
         if self.hidden is None:
             self.codes = torch.cat([self.encode(part) for part in rows.chunks()])
+        elif bool(self.layers[-1].bias.any()):
+            self._keep_rows(old_basis, old_mean)
+
+    def _keep_rows(self, old_basis: Tensor, old_mean: Tensor) -> None:
+        """
+        Leaves a trained generator's rows what they were in an old basis, as far as the new one reaches: its directions have other signs and
+        another order, which are chance. A new generator's biases are all 0.
+        """
+        last, turn = self.layers[-1], self.encode(old_basis + self.factors[-1])
+        last.weight.copy_(turn.mT @ last.weight)
+        last.bias.copy_(last.bias @ turn + self.encode(old_mean))
 
     def latent(self, count: int) -> Tensor:
         """Noise ``[count, noise]``, or numbers of draws ``[count]``."""
