@@ -35,7 +35,8 @@ class OnlineAPD:
 
     The generator begins to learn when the buffer is full, and takes mean and scale (or the basis) of the draws anew whenever twice as
     many have been seen; each time its training goes on from the averaged generator with a new optimiser and critic. When the chains have
-    ended, the preset ``"fast"`` goes on with what is in the buffer, until it is as near to it as two halves of it to each other.
+    ended, the preset ``"fast"`` goes on with what is in the buffer, until it is as near to it as two halves of it to each other;
+    ``"paper"`` ends with them, or ``num_steps`` later.
 
     :param AutoImplicit guide: what is trained.
     :param SGMCMCKernel kernel: what samples, with the same model.
@@ -96,6 +97,8 @@ class OnlineAPD:
         self.guide, self.kernel, self.buffer = guide, kernel, buffer
         self.num_samples, self.warmup_steps, self.num_chains = num_samples, warmup_steps, num_chains
         self.steps_per_sample, self.disable_progbar = steps_per_sample, disable_progbar
+        # a preset that never looks has its number of steps for draws that are all there
+        self._goes_on = self._fitter.settings.check_every is not None or "num_steps" in changes
 
     def run(self, *args: Any, **kwargs: Any) -> Fit:
         """
@@ -178,9 +181,10 @@ class OnlineAPD:
             kernel.cleanup()
         if at.last is None:
             stopping = self._fitter.stopping(self._codes())
-            at.last = training.steps + (0 if stopping is None else self._fitter.settings.num_steps)
+            at.last = training.steps + (self._fitter.settings.num_steps if self._goes_on else 0)
         save = partial(self._save_checkpoint, at, training, stopping)
-        return self._fitter.train(self._reservoir, training, stopping, at.last, self._reservoir.seen, kernel.potential, save)
+        fit = self._fitter.train(self._reservoir, training, stopping, at.last, self._reservoir.seen, kernel.potential, save)
+        return fit._replace(steps=at.steps + fit.steps)
 
     def _alternate(self, at: _Progress, training: Training | None) -> Training:
         kernel, params, reservoir, fitter = self.kernel, self.kernel.initial_params, self._reservoir, self._fitter
@@ -192,6 +196,7 @@ class OnlineAPD:
                 if i >= self.warmup_steps:
                     reservoir.add(kernel.potential.join(params)[~kernel.info["diverging"]])
                 if reservoir.seen >= at.next_look:
+                    at.steps += 0 if training is None else training.steps
                     training, at.next_look = self._look(training), 2 * reservoir.seen
                 for _ in range(self.steps_per_sample if training is not None else 0):
                     training.step()
@@ -228,7 +233,7 @@ class OnlineAPD:
                 "steps_per_sample": self.steps_per_sample,
                 "checkpoint_every": fitter.checkpoint_every,
             },
-            "settings": asdict(fitter.settings),
+            "settings": {name: value for name, value in asdict(fitter.settings).items() if name != "num_steps" or self._goes_on},
             "fingerprint": self._fingerprint,
             "energy": kernel.reference_energy(),
             "kernel": kernel.state(),
@@ -244,8 +249,12 @@ class OnlineAPD:
 
 @dataclass
 class _Progress:
-    """How far a run is: draws seen before the next look at them, samples of each chain, and the last step once the chains have ended."""
+    """
+    How far a run is: draws seen before the next look at them, samples of each chain, generator steps before the last look, and the last
+    step after it, once the chains have ended.
+    """
 
     next_look: int
     samples: int = 0
+    steps: int = 0
     last: int | None = None

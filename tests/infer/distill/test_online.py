@@ -90,7 +90,39 @@ def test_memory_stays_flat_over_a_hundred_thousand_updates():
 def test_the_papers_preset_ends_with_the_chains():
     guide = AutoImplicit(gaussian, MLPGenerator(noise=4, hidden=(16,)))
     fit = OnlineAPD(guide, SGLD(gaussian, step_size=0.05), 100, 50, 0, num_chains=4, preset="paper", batch_size=50).run()
-    assert fit.converged is None and 0 < fit.steps < 60
+    assert fit.converged is None and fit.steps == 26  # from the 25th sample on, at which the buffer is full
+
+
+def test_a_basis_found_at_the_last_sample_does_not_change_what_is_made():
+    made = []
+
+    class Watched(FactoredGenerator):
+        def prepare(self, *args):
+            z = torch.linspace(-1.0, 1.0, 4 * self.noise).view(4, self.noise)
+            made.append([self.parts(z)[0]])
+            super().prepare(*args)
+            made[-1].append(self.parts(z)[0])
+
+    guide = AutoImplicit(gaussian, Watched(rank=2, noise=4, hidden=(16,)))
+    kernel = SGLD(gaussian, step_size=0.05, num_steps_per_sample=20)
+    OnlineAPD(guide, kernel, 100, 200, 0, num_chains=4, preset="paper", batch_size=50, learning_rate=1e-2).run()
+    assert len(made) == 4  # at 100, 200, 400 and 800 draws, of 800
+    for before, after in made[1:]:
+        torch.testing.assert_close(before, after, atol=1e-3, rtol=1e-3)
+
+
+def test_steps_after_the_chains_are_taken_where_they_are_asked_for(tmp_path):
+    path = tmp_path / "online.safetensors"
+
+    def run(**options):
+        guide = AutoImplicit(gaussian, MLPGenerator(noise=4, hidden=(16,)))
+        return OnlineAPD(guide, SGLD(gaussian, step_size=0.05), 100, 50, 0, num_chains=4, preset="paper", batch_size=50, **options).run()
+
+    assert run(num_steps=9).steps == 26 + 9
+    for options, steps in (({}, 26), ({"num_steps": 9}, 26 + 9)):
+        assert run(checkpoint=path, checkpoint_every=40, overwrite=True, **options).steps == steps  # the last at the 40th sample
+        guide = AutoImplicit(gaussian, MLPGenerator(noise=4, hidden=(16,)))
+        assert OnlineAPD.resume(path, guide, SGLD(gaussian, step_size=0.05)).steps == steps
 
 
 def test_bad_arguments_are_refused_by_name():
