@@ -27,7 +27,8 @@ def mc_dropout(net: torch.nn.Module) -> PyroModule:
 
     A mask is drawn once for a run of the model and holds for all rows, as the weights of other draws do; PyTorch's holds for one. It is the
     site ``"<layer>.mask"``, of the shape of a unit's activations (of a channel, for Dropout2d and its kin). The parameters stay
-    ``nn.Parameter`` s for Pyro's optimisers. Use a Dropout layer in one place of a network only.
+    ``nn.Parameter`` s for Pyro's optimisers. A layer in two places of a network has a mask of its own in each; one that a ``forward``
+    calls twice has one name for two masks, and Pyro refuses that at the first run.
 
     :param net: a network with Dropout layers; it stays untouched.
     :return: the copy.
@@ -35,7 +36,7 @@ def mc_dropout(net: torch.nn.Module) -> PyroModule:
     """
     net, found = copy.deepcopy(net), False
     for name, module in list(net.named_modules()):
-        for attribute, child in list(module.named_children()):
+        for attribute, child in list(module._modules.items()):  # named_children leaves out what has been seen
             label = f"{name}.{attribute}".lstrip(".")
             if isinstance(child, (torch.nn.AlphaDropout, torch.nn.FeatureAlphaDropout)):
                 raise ValueError(f"layer {label!r} ({type(child).__name__}) is no mask: use Dropout")

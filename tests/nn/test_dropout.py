@@ -32,6 +32,26 @@ def test_over_draws_units_are_left_out_as_often_as_the_layer_says_and_the_same_f
     assert abs(float(masks.mean()) - 0.75) < 4 * (0.75 * 0.25 / 40_000) ** 0.5
 
 
+def test_a_layer_in_two_places_has_a_mask_in_each():
+    drop, x = nn.Dropout(0.5), torch.randn(7, 2)
+    inner = nn.Sequential(nn.Linear(20, 5), drop)
+    net = nn.Sequential(nn.Linear(2, 20), drop, nn.ReLU(), drop, inner, nn.Linear(5, 2))
+    model = Classifier(mc_dropout(net))
+    masks = {name: (torch.rand(size) < 0.5).float() for name, size in (("net.1", 20), ("net.3", 20), ("net.4.1", 5))}
+    sites = poutine.trace(model).get_trace(x)
+    assert {name for name in sites.stochastic_nodes if name.endswith(".mask")} == {f"{name}.mask" for name in masks}
+    logits = poutine.condition(model, {f"{name}.mask": mask for name, mask in masks.items()})(x)
+    hidden = net[2](net[0](x) * masks["net.1"] * 2) * masks["net.3"] * 2
+    torch.testing.assert_close(logits, net[5](inner[0](hidden) * masks["net.4.1"] * 2))
+
+
+def test_a_layer_that_is_called_twice_is_refused_by_its_name():
+    block = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    model = Classifier(mc_dropout(nn.Sequential(block, block)))
+    with pytest.raises(RuntimeError, match=r"Multiple sample sites named 'net.1.1.mask'"):
+        poutine.trace(model).get_trace(torch.randn(7, 2))
+
+
 def test_masks_of_channels_hold_for_whole_maps():
     net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(6 * 36, 2))
     model, x = Classifier(mc_dropout(net)), torch.randn(3, 1, 8, 8)
