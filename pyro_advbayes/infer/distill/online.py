@@ -18,7 +18,7 @@ from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.rows import row_dtype
 from pyro_advbayes.infer.distill.apd import APD, Codes, Fit, refuse_constant
 from pyro_advbayes.infer.distill.reservoir import Reservoir
-from pyro_advbayes.infer.distill.stopping import Stopping
+from pyro_advbayes.infer.distill.stopping import Stopping, refuse_few
 from pyro_advbayes.infer.distill.training import Training
 from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, data_digests, fingerprint, load_kernel, schedule_values
@@ -90,6 +90,8 @@ class OnlineAPD:
         )
         if buffer < self._fitter.settings.batch_size:
             raise ValueError(f"buffer={buffer}: fewer draws than batch_size={self._fitter.settings.batch_size}")
+        if self._fitter.settings.check_every is not None:
+            refuse_few(buffer)
         if num_samples * num_chains < buffer:
             raise ValueError(
                 f"buffer={buffer}: {num_chains} chains of num_samples={num_samples} do not fill it, and the generator never learns"

@@ -14,6 +14,15 @@ from pyro_advbayes.infer.autoguide.rows import READY
 SPLITS, RECENT, PATIENCE = 20, 3, 15
 
 
+def refuse_few(count: int) -> None:
+    """:raises ValueError: if so many draws cannot be split into two sets that have a spread."""
+    if count < 4:
+        raise ValueError(
+            f"{count} draws cannot be split into two sets whose distance is the bound: at least 4 are needed, or check_every=None, which "
+            "trains for num_steps"
+        )
+
+
 class Stopping:
     """
     Stops when the sliced Wasserstein distance between codes drawn and codes made, mean of the last looks, is no more than is usual
@@ -23,9 +32,11 @@ class Stopping:
     :param draw: function of an index ``[n]`` to codes ``[n, code]`` of these draws.
     :param count: number of draws.
     :param code_size: numbers in a code.
+    :raises ValueError: if there are too few draws to be split.
     """
 
     def __init__(self, draw: Callable[[Tensor], Tensor], count: int, code_size: int) -> None:
+        refuse_few(count)
         self._draw, self._count = draw, count
         self._rows = max(2, min(2000, count // 2, READY // (2 * code_size)))
         self.distances: list[float] = []

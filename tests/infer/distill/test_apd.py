@@ -352,6 +352,9 @@ def test_bad_draws_are_refused_by_name():
 
     with pytest.raises(ValueError, match="20 draws are fewer than batch_size=256: take a smaller batch"):
         fit({k: v[:20] for k, v in good.items()})
+    for count in (2, 3):
+        with pytest.raises(ValueError, match=f"{count} draws cannot be split into two sets .*: at least 4 are needed, or check_every=None"):
+            fit({k: v[:count] for k, v in good.items()}, batch_size=2)
     for bad in (math.nan, math.inf):
         broken = good["w"].clone()
         broken[17, 2] = bad

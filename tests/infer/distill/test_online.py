@@ -144,6 +144,8 @@ def test_bad_arguments_are_refused_by_name():
         OnlineAPD(AutoImplicit(logistic, FactoredGenerator(rank=2, hidden=None)), kernel).run(*data())
     with pytest.raises(ValueError, match="buffer=100: fewer draws than batch_size=256"):
         OnlineAPD(guide, kernel, buffer=100)
+    with pytest.raises(ValueError, match="3 draws cannot be split into two sets"):
+        OnlineAPD(guide, kernel, buffer=3, batch_size=2)
     with pytest.raises(ValueError, match="buffer=1000: 4 chains of num_samples=100 do not fill it"):
         OnlineAPD(guide, kernel, num_samples=100)
     with pytest.raises(ValueError, match="element 0 of site 'w' is the same in all"):
