@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import matplotlib.image
 import pyro
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import pyro_advbayes as ab
+from pyro_advbayes.infer.classifier import _Logits
 from tutorials.papers import apd_mnist, apd_networks
 from tutorials.papers.apd_tables import gap
 
@@ -56,6 +58,31 @@ def test_the_storage_is_that_of_what_is_kept(rows):
     assert tables["OOD: APD, rank 8, kept codes"]["bytes"] == 4 * (10 * weights + 8 * SCALE.chain.kept)
     packed = tables["OOD: APD, rank 32, kept codes, packed"]["bytes"]
     assert packed == (33 + 4) * weights + 4 * 33 + 4 * 32 * SCALE.chain.kept
+
+
+def test_a_table_runs_no_draw_twice_on_one_input(tmp_path, monkeypatch):
+    task = apd_mnist.load("smoke", SCALE, None, "cpu")
+    model, count = apd_networks.new_model(SCALE.large, task.x), SCALE.draws * SCALE.repeats
+    samples = {name: value for name, value in ab.Predictive(model, num_samples=count)(task.x[:1]).items() if name.startswith("net.")}
+    first, chunks, runs = next(iter(samples)), _Logits.chunks, Counter()
+
+    def counted(self, x):
+        start = 0
+        for logits in chunks(self, x):
+            draws = self.model.samples[first][start : start + len(logits)]
+            start += len(logits)
+            runs.update((draw.numpy().tobytes(), image.numpy().tobytes()) for draw in draws for image in x)
+            assert logits.shape[:2] == (len(draws), len(x))
+            yield logits
+
+    monkeypatch.setattr(_Logits, "chunks", counted)
+    posterior = apd_networks.Posterior(model, samples, 1, {})
+    apd_mnist.ood_row(posterior, SCALE.repeats, apd_mnist.Setup(task, SCALE, tmp_path, 0))
+    others = [image for sets in task.others.values() for images in sets.values() for image in images]
+    # a table of each repeat needs its draws on its images; the accuracy those of one repeat on the rest of the test set
+    images, rest = SCALE.num_images + len(others), len(task.x_test) - SCALE.num_images
+    assert runs.total() == images * count + rest * SCALE.draws
+    assert set(runs.values()) == {1}
 
 
 def test_attacked_digits_are_told_from_clean_ones_by_every_detector(rows):
