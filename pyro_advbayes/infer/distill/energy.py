@@ -32,8 +32,9 @@ def energy_loss(made: Tensor, real: Tensor) -> Tensor:
     else:
         here, there = (points.square().sum(-1) for points in (made, real))
         squares = here[:, None] + here - 2.0 * made @ made.mT
-        one = torch.ones((), dtype=made.dtype, device=made.device)  # on the diagonal, where the root has no slope
-        within = squares.clamp_min(0.0).where(~torch.eye(n, dtype=torch.bool, device=made.device), one).sqrt().sum() - n
+        # the root has no slope at 0, where points coincide: on the diagonal, say
+        apart = (squares > 0.0) & ~torch.eye(n, dtype=torch.bool, device=made.device)
+        within = squares.where(apart, squares.new_zeros(())).sqrt().sum()
         between = (here[:, None] + there - 2.0 * made @ real.mT).clamp_min(1e-12).sqrt()
     return 2.0 * between.mean() - within / (n * (n - 1))
 
