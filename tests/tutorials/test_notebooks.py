@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import nbformat
@@ -9,15 +10,19 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
 NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"  # numbers depend on the versions of the libraries, words do not
+LIMIT = 180.0  # seconds that a notebook may take, from the start of its kernel to its last cell
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("[0-9]*.ipynb"))
 
 
 def execute(path: Path):
-    """Runs a notebook on the checkout's own code, installed or not."""
-    notebook = nbformat.read(path, as_version=4)
+    """Runs a notebook on the checkout's own code, installed or not, within its time."""
+    notebook, start = nbformat.read(path, as_version=4), time.perf_counter()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
-        return NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+        NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    took = time.perf_counter() - start
+    assert took < LIMIT, f"{path.name} took {took:.0f} s"
+    return notebook
 
 
 def streams(notebook) -> str:
@@ -83,6 +88,15 @@ def test_distilling_a_posterior_is_as_told():
     files = re.findall(r"^torch\.float\S+ +(\d+) kB +distance (\S+)$", printed, flags=re.M)
     (full, apart), (half, rounded) = ([float(value) for value in row] for row in files)
     assert half < 0.55 * full and abs(rounded - apart) < 0.001
+
+
+def test_a_notebook_that_takes_too_long_is_refused_though_none_of_its_cells_does(tmp_path, monkeypatch):
+    cells = [nbformat.v4.new_code_cell("import time; time.sleep(0.2)") for _ in range(3)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "slow.ipynb")
+    assert len(execute(tmp_path / "slow.ipynb").cells) == 3
+    monkeypatch.setattr("tests.tutorials.test_notebooks.LIMIT", 0.6)
+    with pytest.raises(AssertionError, match=r"slow.ipynb took \d+ s"):
+        execute(tmp_path / "slow.ipynb")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
