@@ -166,10 +166,15 @@ def _named_parameters(net: PyroModule) -> Iterator[tuple[str, PyroModule, str]]:
                 yield f"{module._pyro_name}.{attribute}".lstrip("."), module, attribute
 
 
-def declared_sites(model: PyroModule) -> list[str]:
-    """The names of the sites that a model's modules declare as ``PyroSample``, whether it draws them or not."""
+def declared_sites(model: PyroModule) -> dict[str, Any]:
+    """
+    The sites that a model's modules declare as ``PyroSample``, whether it draws them or not: name -> prior, a distribution or a function of
+    the module.
+    """
     modules = [module for module in model.modules() if isinstance(module, PyroModule)]
-    return [f"{module._pyro_name}.{attribute}".lstrip(".") for module in modules for attribute in module._pyro_samples]
+    return {
+        f"{module._pyro_name}.{attribute}".lstrip("."): prior for module in modules for attribute, prior in module._pyro_samples.items()
+    }
 
 
 def _matches(patterns: str | Sequence[str], names: list[str]) -> set[str]:

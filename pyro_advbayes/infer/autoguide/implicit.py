@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -323,7 +324,18 @@ def _check_declared(model: Callable, sites: Sequence[Site]) -> None:
     """Compares the sites with those that a PyroModule declares as PyroSample, which can be seen without running it."""
     if not isinstance(model, PyroModule):  # under an effect handler some sites may be another guide's
         return
-    names = {site.name for site in sites}
-    for name in declared_sites(model):
-        if name not in names:
-            raise ValueError(f"site {name!r} of the model is missing; draws are needed of it, there are {sorted(names)}")
+    shapes, declared = {site.name: site.shape for site in sites}, declared_sites(model)
+    for name in declared:
+        if name not in shapes:
+            raise ValueError(f"site {name!r} of the model is missing; draws are needed of it, there are {sorted(shapes)}")
+    for name, prior in declared.items():
+        if isinstance(prior, TorchDistributionMixin) and not _expands(prior.shape(), without_leading_ones(shapes[name])):
+            raise ValueError(f"site {name!r} has shape {tuple(shapes[name])} in the guide and {tuple(prior.shape())} in the model")
+
+
+def _expands(shape: torch.Size, to: torch.Size) -> bool:
+    """Whether a value of this shape becomes one of the other in plates around it."""
+    try:
+        return torch.broadcast_shapes(without_leading_ones(shape), to) == to
+    except RuntimeError:
+        return False

@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuideList
+from pyro.nn import PyroModule, PyroSample
 from safetensors.torch import load_file
 from torch import nn
 
@@ -237,15 +238,38 @@ def test_a_file_of_another_model_is_refused_by_name(tmp_path):
     deeper = Classifier(bayesianize(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))))
     with pytest.raises(ValueError, match=r"another model: site 'net.4.weight' of the model is missing"):
         AutoImplicit.load(path, deeper)
-    wider = AutoImplicit.load(path, classifier(width=6))
-    with pytest.raises(ValueError, match=r"site 'net.0.weight' has shape .*4, 3\) in the guide and \(6, 3\) in the model"):
-        wider(data(5)[0])
+    with pytest.raises(ValueError, match=r"another model: site 'net.0.weight' has shape .*4, 3\) in the guide and \(6, 3\) in the model"):
+        AutoImplicit.load(path, classifier(width=6))
+
+
+class Declared(PyroModule):
+    """A prior that a plate repeats, and one that is a function of the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = PyroSample(dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        self.scale = PyroSample(lambda self: dist.LogNormal(self.w.sum(-1), 1.0))
+
+    def forward(self, x):
+        with pyro.plate("groups", 5):
+            return self.w * self.scale.unsqueeze(-1)
+
+
+def test_declared_priors_may_be_repeated_by_a_plate_or_be_functions(tmp_path):
+    guide = quick(AutoImplicit(Declared(), MLPGenerator(noise=4, hidden=(8,))), {"w": torch.randn(200, 5, 3), "scale": torch.randn(200, 5)})
+    guide.save(tmp_path / "declared.safetensors")
+    assert AutoImplicit.load(tmp_path / "declared.safetensors", Declared()).sample(2)["w"].shape == (2, 5, 3)
+    with pytest.raises(ValueError, match=r"site 'w' has shape \(5, 4\) in the guide and \(3,\) in the model"):
+        quick(AutoImplicit(Declared(), MLPGenerator()), {"w": torch.randn(200, 5, 4), "scale": torch.randn(200, 5)})
 
 
 def test_draws_of_another_model_are_noticed_at_the_first_call():
     x, _ = data(5)
     guide = quick(AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,))), {"weights": torch.randn(200, 3)})
     with pytest.raises(ValueError, match=r"site 'weights' is the guide's, but not the model's, which has .*'w', 'b'"):
+        guide(x)
+    guide = quick(AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,))), {"w": torch.randn(200, 4), "b": torch.randn(200)})
+    with pytest.raises(ValueError, match=r"site 'w' has shape \(4,\) in the guide and \(3,\) in the model"):
         guide(x)
 
 
