@@ -16,6 +16,8 @@ from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 from torch.distributions.kl import register_kl
@@ -77,7 +79,9 @@ class AutoImplicit(AutoGuide):
 
     Which sites there are, with their shapes and supports, it learns from the draws, from a file or from a
     :class:`~pyro_advbayes.Potential`, never from a call: in a call without observations, ``obs`` would be one of them. It can be called
-    without arguments. When it is called with some, the first time, it compares its sites with the model's.
+    without arguments. When it is called with some, the first time, it compares its sites with the model's. Of sites that the model draws
+    and the guide does not, it refuses those on which the distribution of another such site depends. It lets pass what may be an outcome
+    that is not observed in this call, on which none depends, and what shares a plate with an outcome, as drawn anew for every row.
 
     The generator's parameters are those of a module, and not in Pyro's parameter store. Sites are emitted whole, outside plates.
 
@@ -136,7 +140,7 @@ class AutoImplicit(AutoGuide):
         :return: site -> ``[*shape]``.
         :raises RuntimeError: if the guide has not been fitted.
         :raises ValueError: naming a site that the model has not, or has in another shape or on another support, or that is drawn in
-            a plate.
+            a plate; or one that the model has and the guide has not.
         """
         self._check_fitted()
         if (args or kwargs) and not self._compared:
@@ -180,9 +184,10 @@ class AutoImplicit(AutoGuide):
             raise RuntimeError("AutoImplicit has not been fitted yet: distill.APD(guide).fit(samples), or AutoImplicit.load(path, model)")
 
     def _compare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Looks at those sites of the model that the guide has, without taking random numbers from anyone."""
+        """Looks at the model's sites, without taking random numbers from anyone."""
         with torch.no_grad(), RandomState().again(), poutine.block():
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+            missing = _missing(self.model, trace, {site.name for site in self.sites}, args, kwargs)
         sites = []
         for site in self.sites:
             node = trace.nodes.get(site.name)
@@ -194,6 +199,12 @@ class AutoImplicit(AutoGuide):
             if not node["is_observed"]:
                 _check_support(site, node["fn"].support)
             sites.append(site._replace(shape=shape, unconstrained_shape=torch.Size(site.transform.inverse_shape(shape))))
+        for name, follower in missing.items():
+            raise ValueError(
+                f"site {name!r} of the model, on which its site {follower!r} depends, is none of the guide's, "
+                f"{[site.name for site in self.sites]}, and would be drawn from its prior: fit the guide to draws of it, too, or, if that "
+                f"is meant, take AutoImplicit(poutine.block(model, hide=[{name!r}]), ...)"
+            )
         self.sites, self._compared = tuple(sites), True
 
     # --------------------------------------------------------------------------------------------------- storage and files
@@ -312,6 +323,36 @@ def _check_support(site: Site, support: Any) -> None:
             f"site {site.name!r} lives on {support} in the model, which the draws did not tell the guide: pass the model's arguments, "
             "fit(samples, x, y), or AutoImplicit(..., potential=Potential(model, (x, y)))"
         )
+
+
+def _missing(model: Callable, trace: Trace, own: set[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """Latent sites beside the guide's ``own``, each with one that depends on it; see :class:`AutoImplicit` for what is none."""
+    nodes = {name: node for name, node in trace.nodes.items() if node["type"] == "sample" and not node["infer"].get("_deterministic")}
+    others = [name for name, node in nodes.items() if name not in own and not site_is_subsample(node)]
+    followers = {
+        name: _follower(model, nodes, name, others[place + 1 :], args, kwargs)
+        for place, name in enumerate(others)
+        if not nodes[name]["is_observed"]
+    }
+    plates = {name: {frame.name for frame in nodes[name]["cond_indep_stack"] if frame.vectorized} for name in others}
+    of_outcomes = set().union(*(plates[name] for name in others if followers.get(name) is None))
+    return {name: follower for name, follower in followers.items() if follower is not None and not plates[name] & of_outcomes}
+
+
+def _follower(
+    model: Callable, nodes: Mapping[str, Any], name: str, after: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str | None:
+    """The first of the sites ``after`` this one whose log-density changes when this one alone is drawn again."""
+    if not after:
+        return None
+    given = {other: node["value"] for other, node in nodes.items() if other != name}
+    with pyro.validation_enabled(False):  # the values of others may be outside their supports now
+        runs = [poutine.trace(poutine.condition(model, given)).get_trace(*args, **kwargs).nodes for _ in range(2)]
+        for other in after:
+            one, two = (run[other]["fn"].log_prob(run[other]["value"]) if other in run else None for run in runs)
+            if one is None or two is None or not torch.equal(one.nan_to_num(), two.nan_to_num()):
+                return other
+    return None
 
 
 def _elementwise(transform: Any) -> Any:

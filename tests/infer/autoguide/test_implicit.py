@@ -263,6 +263,62 @@ def test_declared_priors_may_be_repeated_by_a_plate_or_be_functions(tmp_path):
         quick(AutoImplicit(Declared(), MLPGenerator()), {"w": torch.randn(200, 5, 4), "scale": torch.randn(200, 5)})
 
 
+@pytest.mark.parametrize("predictive", [Predictive, pyro.infer.Predictive])
+def test_a_site_without_draws_is_not_drawn_from_its_prior_in_silence(predictive):
+    x, y = data(5)
+    guide = quick(AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,))), {"w": torch.randn(200, 3)})
+    missing = (
+        r"site 'b' of the model, on which its site 'obs' depends, is none of the guide's, \['w'\], .*poutine.block\(model, hide=\['b'\]\)"
+    )
+    with pytest.raises(ValueError, match=missing):
+        predictive(logistic, guide=guide, num_samples=3)(x)
+    with pytest.raises(ValueError, match=missing):
+        guide(x, y)
+    with pytest.raises(ValueError, match="depend on a site without draws"):
+        PosteriorClassifier(lambda x: logistic(x)[:, None].expand(-1, 2), guide=guide, num_samples=3)(x)
+    meant = quick(AutoImplicit(poutine.block(logistic, hide=["b"]), MLPGenerator(noise=3, hidden=(8,))), {"w": torch.randn(200, 3)})
+    assert predictive(logistic, guide=meant, num_samples=3)(x)["obs"].shape[0] == 3
+
+
+def outcomes_without_a_plate(x):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    first = pyro.sample("first", dist.Normal(x @ w, 1.0).to_event(1))
+    second = pyro.sample("second", dist.Normal(-x @ w, 1.0).to_event(1))
+    return pyro.deterministic("both", first + second)
+
+
+def drawn_for_every_row(x):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x), subsample_size=4) as rows:
+        local = pyro.sample("local", dist.Normal(x[rows] @ w, 1.0))
+        pyro.sample("obs", dist.Normal(local, 1.0))
+
+
+def effects_of_groups(x):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("groups", 2):
+        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Uniform(0.0, (x @ w + effect[0]).exp()))
+
+
+def prior_with_a_scale_of_its_own(x):
+    scale = pyro.sample("scale", dist.Exponential(1.0))
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), scale).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(x @ w, 1.0))
+
+
+def test_sites_on_which_no_prediction_depends_and_those_of_every_row_may_be_missing():
+    x, _ = data(5)
+    for model in (outcomes_without_a_plate, drawn_for_every_row, prior_with_a_scale_of_its_own):
+        guide = quick(AutoImplicit(model, MLPGenerator(noise=3, hidden=(8,))), {"w": torch.randn(200, 3)})
+        assert guide(x)["w"].shape == (3,)
+    guide = quick(AutoImplicit(effects_of_groups, MLPGenerator(noise=3, hidden=(8,))), {"w": torch.randn(200, 3)})
+    with pytest.raises(ValueError, match="site 'effect' of the model, on which its site 'obs' depends"):
+        guide(x)
+
+
 def test_draws_of_another_model_are_noticed_at_the_first_call():
     x, _ = data(5)
     guide = quick(AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,))), {"weights": torch.randn(200, 3)})
