@@ -58,15 +58,18 @@ def test_a_wgan_recovers_weights_means_and_covariances_of_a_mixture():
     w, share = two_modes(size=2)
     guide = AutoImplicit(vector(2), MLPGenerator(noise=8, hidden=(32, 32)))
     settings = {"num_steps": 1200, "learning_rate": 5e-3, "betas": (0.0, 0.9), "half_life": 1000.0, "batch_size": 64, "ema": 0.99}
-    APD(guide, "paper", critic_hidden=(32, 32), **settings).fit({"w": w})
+    # With the published penalty, 10, the variances of the larger mode are 0.16 (five seeds) where they should be 0.25. The numbers below
+    # are those of seven seeds.
+    APD(guide, "paper", critic_hidden=(32, 32), penalty=0.1, **settings).fit({"w": w})
     made = guide.sample(20_000)["w"]
-    assert abs(float((made.mean(-1) < 0).float().mean()) - share) < 0.05
+    assert abs(float((made.mean(-1) < 0).float().mean()) - share) < 0.03  # found: up to 0.009
     near = [(made - centre).norm(dim=-1) < 2.0 for centre in (2.0, -2.0)]  # four standard deviations
     # noise of one piece cannot become two pieces: some of what is made lies between them
-    assert float((near[0] | near[1]).float().mean()) > 0.93
+    assert float((near[0] | near[1]).float().mean()) > 0.95  # 0.964 to 0.98
     for which, centre in zip(near, (2.0, -2.0), strict=True):
-        assert float((made[which].mean(0) - centre).abs().max()) < 0.2
-        torch.testing.assert_close(torch.cov(made[which].mT), 0.25 * torch.eye(2), atol=0.17, rtol=0.0)
+        assert float((made[which].mean(0) - centre).abs().max()) < 0.1  # up to 0.062
+        # variances are 0.04 too small, give or take 0.022 from seed to seed, covariances 0 give or take 0.02
+        torch.testing.assert_close(torch.cov(made[which].mT), 0.25 * torch.eye(2), atol=0.1, rtol=0.0)
 
 
 def test_the_factored_generator_has_the_draws_mean_and_variances_and_leading_covariance():
