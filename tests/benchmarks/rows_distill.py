@@ -12,11 +12,12 @@ from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import MLPGenerator
 from pyro_advbayes.infer.distill.apd import PRESETS
 from pyro_advbayes.infer.distill.wgan import WGAN
+from pyro_advbayes.infer.mcmc.noise import NormalNoise
 from tests.benchmarks.measure import Contender, Result, Stopwatch, Target
 from tests.benchmarks.rows_sampling import compare
 
 WEIGHTS = 478_410  # of 784-400-400-10
-RANK = 8
+RANK, PACKED_RANK = 8, 32
 OURS, LOOP = "WGAN", "hand-written loop"
 DRAW, PARTS = "FactoredGenerator", "its random numbers and product"
 
@@ -83,18 +84,36 @@ def distill_medium(watch: Stopwatch) -> list[Result]:
 
 
 def factored_draws(watch: Stopwatch) -> list[Result]:
-    """Drawing networks of 784-400-400-10 from the factored generator, against its random numbers and its matrix product alone."""
+    """
+    Drawing networks of 784-400-400-10 from factored generators, with a network and with kept codes in bytes, against their random numbers
+    and their matrix products alone.
+    """
     size, count = (1000, 10) if watch.quick else (WEIGHTS, 100)
 
-    def ours() -> Contender:
-        generator = FactoredGenerator(RANK)
+    def ours(rank: int, packed: bool) -> Contender:
+        generator = FactoredGenerator(rank, hidden=None, packed=True) if packed else FactoredGenerator(rank)
         generator.build([torch.Size([size])], torch.float32, watch.device)
         for buffer in (buffer for buffer in generator.buffers() if buffer.is_floating_point()):
             buffer.uniform_(0.1, 1.0)
+        if packed:
+            generator.codes = torch.randn(count, rank, device=watch.device)
+            generator.finish()
         return Contender(lambda: generator.sample(count), count)
 
-    def parts() -> Contender:
-        codes, basis = torch.randn(count, RANK, device=watch.device), torch.randn(RANK, size, device=watch.device)
-        return Contender(lambda: (torch.randn(count, size, device=watch.device), codes @ basis), count)
+    def parts(rank: int) -> Contender:
+        codes, basis = torch.randn(count, rank, device=watch.device), torch.randn(rank, size, device=watch.device)
 
-    return [compare(watch, f"a draw of {size} weights, {count} at a time", {DRAW: ours, PARTS: parts}, [(DRAW, PARTS, Target("<=", 1.2))])]
+        def alone() -> Tensor:
+            rows = torch.empty(count, size, device=watch.device)
+            NormalNoise(rows).fill(rows)
+            return codes @ basis
+
+        return Contender(alone, count)
+
+    results = []
+    for rank, packed, what in ((RANK, False, "a network"), (PACKED_RANK, True, "kept codes, packed")):
+        makers = {DRAW: partial(ours, rank, packed), PARTS: partial(parts, rank)}
+        results.append(
+            compare(watch, f"a draw of {size} weights, {count} at a time, rank {rank}, {what}", makers, [(DRAW, PARTS, Target("<=", 1.2))])
+        )
+    return results
