@@ -151,7 +151,7 @@ class Permutations:
             # PyTorch's CPU generator reads 32 bits of its seed: hash into them
             digest = hashlib.blake2b(f"{self.seed}/{epoch}".encode(), digest_size=4).digest()
             self._generator.manual_seed(int.from_bytes(digest, "little"))
-            rows = [torch.randperm(self.num_data, generator=self._generator) for _ in range(self.num_chains)]
+            rows = [torch.randperm(self.num_data, generator=self._generator, device="cpu") for _ in range(self.num_chains)]
             self._epochs = {e: rows for e, rows in self._epochs.items() if e == epoch - 1}
             self._epochs[epoch] = torch.stack(rows)
         return self._epochs[epoch]

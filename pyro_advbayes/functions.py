@@ -68,7 +68,7 @@ class Functions:
     def _mark(self, inputs: Sequence[Tensor]) -> Tensor:
         """Numbers in which any change of the model shows, to the last bit."""
         potential = self.potential
-        row = 0.1 * torch.randn(potential.size, dtype=potential.dtype, generator=torch.Generator().manual_seed(0))
+        row = 0.1 * torch.randn(potential.size, dtype=potential.dtype, generator=torch.Generator().manual_seed(0), device="cpu")
         energy, gradient = self.by_handlers(row.to(potential.device), potential.scalar(0.5), inputs)
         return torch.stack([energy.double(), gradient.double().sum(), gradient.double().abs().sum()])
 
@@ -126,6 +126,9 @@ class Functions:
         for inputs in (candidates[0], candidates[-1]):
             temperature = potential.scalar(0.5)
             theirs = looped(other[rows], temperature, *(t[rows] if i in varying else t for i, t in enumerate(inputs)))
+            if not all(bool(part.isfinite().all()) for part in (theirs if isinstance(theirs, tuple) else (theirs,))):
+                other = (other - state.detach()).expand_as(state)  # near 0, where a density is finite that is not at this start
+                theirs = looped(other[rows], temperature, *(t[rows] if i in varying else t for i, t in enumerate(inputs)))
             try:
                 ours = graph(other, temperature, *inputs)
             except RuntimeError:

@@ -44,7 +44,7 @@ def trace_graph(fn: Callable[..., Any], example_inputs: Sequence[Tensor], live: 
     _cut_seeds(module, written)
     module.graph.eliminate_dead_code(_is_impure)
     _fold_constants(module, written, live)
-    _drop_identities(module, written)
+    _drop_identities(module, written, live)
     module.graph.eliminate_dead_code(_is_impure)
     _call_directly(module.graph)
     module.delete_all_unused_submodules()
@@ -124,21 +124,23 @@ def _shrink(value: Tensor) -> Tensor:
     return value
 
 
-def _number(module: fx.GraphModule, arg: Any) -> float | None:
+def _number(module: fx.GraphModule, arg: Any, live: Sequence[Tensor]) -> float | None:
     """The one number that an argument holds, if it is a constant with one number."""
     if isinstance(arg, (int, float)) and not isinstance(arg, bool):
         return float(arg)
     if isinstance(arg, fx.Node) and arg.op == "get_attr":
         value = _attribute(module, arg.target)
+        if any(value is tensor for tensor in live):
+            return None
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel() and not any(value.stride()):
             return value.flatten()[0].item()
     return None
 
 
-def _drop_identities(module: fx.GraphModule, written: set[fx.Node]) -> None:
+def _drop_identities(module: fx.GraphModule, written: set[fx.Node], live: Sequence[Tensor]) -> None:
     for node in list(module.graph.nodes):
         reads = {node, *node.all_input_nodes, *(arg for read in node.all_input_nodes for arg in read.all_input_nodes)}
-        kept = None if reads & written else _identical(module, node)
+        kept = None if reads & written else _identical(module, node, live)
         if kept is not None:
             node.replace_all_uses_with(kept)
             module.graph.erase_node(node)
@@ -150,7 +152,7 @@ def _alike(one: fx.Node, other: fx.Node) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype
 
 
-def _identical(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _identical(module: fx.GraphModule, node: fx.Node, live: Sequence[Tensor]) -> fx.Node | None:
     """A node with the same value to the bit, made from fewer operations; None if there is none."""
     if node.target is aten.t.default and node.args[0].target is aten.t.default:
         return node.args[0].args[0]  # the shape is that of the node, whichever it is
@@ -164,11 +166,11 @@ def _identical(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     if node.target in (aten.sub.Tensor, aten.pow.Tensor_Scalar) and not node.kwargs:
         neutral = 0.0 if node.target is aten.sub.Tensor else 1.0
         same = isinstance(node.args[0], fx.Node) and _alike(node.args[0], node)
-        return node.args[0] if same and _number(module, node.args[1]) == neutral else None
+        return node.args[0] if same and _number(module, node.args[1], live) == neutral else None
     if node.target is aten.mul.Tensor:
-        number, factor = _number(module, node.args[0]), node.args[1]
+        number, factor = _number(module, node.args[0], live), node.args[1]
         if number is None:
-            number, factor = _number(module, node.args[1]), node.args[0]
+            number, factor = _number(module, node.args[1], live), node.args[0]
         if number is None or not isinstance(factor, fx.Node) or not _alike(factor, node):
             return None
         if factor.target is aten.mul.Scalar and factor.args[1] == 2.0:  # doubling is exact, so it can move into the constant

@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyro_advbayes.batches import Arguments, Batch, FullData, Loader, PlateIndices, TensorRows, is_loader
 from pyro_advbayes.functions import BACKENDS, Functions, assemble
@@ -358,7 +359,8 @@ class Potential:
 
     def hessian_product(self, row: Tensor, direction: Tensor, tensors: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """The Hessian of U at one row ``[size]`` times a direction ``[size]``, on the inputs that :meth:`probes` gave."""
-        with torch.enable_grad(), pyro.validation_enabled(False):
+        # the other ways to compute attention have no second derivative
+        with torch.enable_grad(), pyro.validation_enabled(False), sdpa_kernel(SDPBackend.MATH):
             row = row.detach().requires_grad_()
             energy = self.log_density(row, self.scalar(temperature), *tensors)
             (gradient,) = torch.autograd.grad(energy, row, create_graph=True)

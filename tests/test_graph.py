@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pyro.nn import PyroModule
 from torch import nn
 from torch.func import grad, grad_and_value, vmap
+from torch.overrides import TorchFunctionMode
 
 import pyro_advbayes as ab
 from pyro_advbayes.graph import trace_graph
@@ -428,3 +429,48 @@ def test_what_depends_on_live_tensors_follows_them():
     before = fn(x)
     held += 1.0
     assert torch.equal(live(x), fn(x)) and torch.equal(kept(x), before)
+
+
+@pytest.mark.parametrize("value, fn", [(1.0, lambda x, t: x * t), (0.0, lambda x, t: x - t), (3.0, lambda x, t: (2.0 * x) * t)])
+def test_a_live_number_is_no_constant(value, fn):
+    held, x = torch.tensor(value), torch.randn(3)
+    graph = trace_graph(lambda x: fn(x, held), (x,), live=(held,))
+    held += 0.5
+    assert torch.equal(graph(x), fn(x, held))
+
+
+def test_random_numbers_of_a_cpu_generator_say_where_they_are():
+    """Under ``torch.set_default_device("cuda")`` PyTorch would ask for them there."""
+
+    class Strict(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if (kwargs or {}).get("generator") is not None and function in (torch.randn, torch.rand, torch.randint, torch.randperm):
+                assert "device" in kwargs, function
+            return function(*args, **(kwargs or {}))
+
+    x, y = doubles(ROWS)
+    with Strict():
+        ab.SGMCMC(ab.SGLD(scaled, batch_size=4), 2, 2, disable_progbar=True).run(x, y)
+
+
+def test_a_start_where_the_density_overflows_does_not_cost_the_graph():
+    def counts(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=x.dtype), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Poisson((x @ w).exp()), obs=y)
+
+    x, y = torch.rand(6, 2, dtype=torch.double), torch.arange(6.0, dtype=torch.double)
+    starts = iter([1e4] * 3 + [0.1] * 100)
+    kernel = ab.SGLD(counts, 1e-4, init_strategy=lambda site: torch.full((2,), next(starts), dtype=torch.double))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ab.SGMCMC(kernel, 2, 0, disable_progbar=True).run(x, y)
+    assert kernel.potential.backend == "graph"
+
+
+def test_the_curvature_of_a_network_with_attention_is_found():
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True).eval()
+    net = ab.nn.bayesianize(nn.Sequential(nn.Unflatten(1, (2, 4)), layer, nn.Flatten(), nn.Linear(8, 3)).eval())
+    kernel = ab.SGLD(ab.nn.Classifier(net))
+    ab.SGMCMC(kernel, 2, 2, disable_progbar=True).run(torch.randn(12, 8), torch.arange(12) % 3)
+    assert kernel.step_size.curvature > 1.0

@@ -151,5 +151,5 @@ def _load(path: Path, settings: Mapping[str, Any], device: torch.device) -> tupl
     for name, value in settings.items():
         if content.get("settings", {}).get(name) != value:
             raise ValueError(f"{path} is of another run: its {name} is {content.get('settings', {}).get(name)!r}, here it is {value!r}")
-    files.set_random_state(content["random"])
+    files.set_random_state(content["random"], device)
     return content["labelled"].to(device), list(content["accuracies"])

@@ -154,7 +154,7 @@ class APD:
         training.load(content["training"])
         if stopping is not None:
             stopping.load(content["stopping"])
-        files.set_random_state(content["random"])
+        files.set_random_state(content["random"], rows.device)
         return apd._train_offline(rows, training, stopping, potential)
 
     def _prepare(self, samples: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Rows, Potential | None]:

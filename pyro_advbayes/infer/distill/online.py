@@ -175,7 +175,7 @@ class OnlineAPD:
             if at.last is not None and content["stopping"] is not None:
                 stopping = self._fitter.stopping(self._codes())
                 stopping.load(content["stopping"])
-            files.set_random_state(content["random"])
+            files.set_random_state(content["random"], self.guide.network.like.device)
         kernel = self.kernel
         try:
             training = self._alternate(at, training)

@@ -106,9 +106,9 @@ def random_state(device: torch.device) -> dict[str, Any]:
     return state
 
 
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Sets what :func:`random_state` read."""
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Sets what :func:`random_state` read of a device."""
     state = dict(state)
     if "cuda" in state:
-        torch.cuda.set_rng_state(state.pop("cuda"))
+        torch.cuda.set_rng_state(state.pop("cuda"), device)
     set_rng_state(state)

@@ -484,7 +484,7 @@ class SGMCMCKernel(MCMCKernel):
         self.potential.batches.load(state["batches"])
         self._initial_params = self._split(self._theta.clone())
         self._normal.load(state["normal"])
-        set_random_state(state["random"])
+        set_random_state(state["random"], self._theta.device)
 
     # ----------------------------------------------------------------------------------------------------- rows and sites
 

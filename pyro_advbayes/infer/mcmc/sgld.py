@@ -33,7 +33,10 @@ class SGLDRule(Rule):
 
     def largest_step(self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables) -> float:
         # stationary variance T / lambda / (1 - step lambda / 2), and temperature T + step noise / 2
-        return min(2.0 * share / (1.0 + share) / curvature, float(2.0 * share * temperature / noise_variance.max().clamp_min(1e-30)))
+        step = 2.0 * share / (1.0 + share) / curvature
+        if bool((noise_variance > 0).any()):
+            step = min(step, float(2.0 * share * temperature / noise_variance.max()))
+        return step
 
 
 class SGLD(SGMCMCKernel):

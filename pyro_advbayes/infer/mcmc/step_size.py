@@ -73,7 +73,8 @@ class NoiseEstimate:
 class AutoStepSize:
     """
     The step size that ``step_size="auto"`` stands for: the largest at which discretisation and minibatch noise each change the
-    temperature by at most a share; before the last 40 % of warm-up by discretisation alone.
+    temperature by at most a share; before the last 40 % of warm-up by discretisation alone. Curvature is that of points, and says
+    nothing of a density of straight pieces (a Laplace likelihood): that takes a step size of the user's.
 
     :param float share: of the temperature, in (0, 1).
     """
@@ -124,15 +125,18 @@ class AutoStepSize:
 
     def _bound(self, kernel: SGMCMCKernel, with_noise: bool) -> float:
         alive = {name: value[kernel._alive] for name, value in kernel._variables.items()}
-        noise = kernel._noise_estimate.variance
+        noise, temperature = kernel._noise_estimate.variance, kernel.temperature(kernel._steps)
+        with_noise = with_noise and temperature > 0.0  # a chain without a temperature has none that could be kept to
         noise = site_means(noise, kernel.names) if with_noise else torch.zeros(len(kernel.names), device=noise.device)
-        return kernel.update_rule.largest_step(self.curvature, noise, kernel.temperature(kernel._steps), self.share, alive)
+        return kernel.update_rule.largest_step(self.curvature, noise, temperature, self.share, alive)
 
 
 def largest_curvature(kernel: SGMCMCKernel) -> float:
     """
     The largest eigenvalue of the Hessian of U by power iteration, in the rule's metric, the largest over up to four chains and two
     minibatches.
+
+    :raises ValueError: if there is none.
     """
     potential, rule = kernel.potential, kernel.update_rule
     metric = rule.metric(kernel._variables)
@@ -142,11 +146,16 @@ def largest_curvature(kernel: SGMCMCKernel) -> float:
         theta = kernel._theta[chain]
         scale: Tensor | float = 1.0 if metric is None else metric[chain]
         for batch in potential.probes(chain):
-            direction = torch.randn(potential.size, generator=generator).to(theta)
+            direction = torch.randn(potential.size, generator=generator, device="cpu").to(theta)
             for _ in range(POWER_ITERATIONS):
                 direction = direction / torch.linalg.vector_norm(direction)
                 product = scale * potential.hessian_product(theta, scale * direction, batch, kernel.temperature(kernel._steps))
                 value = abs(float(direction @ product))
                 direction = product
             largest = max(largest, value) if value == value else largest
-    return max(largest, 1e-12)
+    if largest == 0.0:
+        raise ValueError(
+            'step_size="auto" finds no curvature: the Hessian of U is 0 or NaN where the chains are, as that of a density of straight '
+            "pieces (Laplace) is. Give a step_size"
+        )
+    return largest

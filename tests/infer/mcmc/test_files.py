@@ -148,7 +148,7 @@ def test_all_random_generators_go_on_from_their_state(tmp_path):
     files.save(tmp_path / "file", files.random_state(torch.device("cpu")))
     expected = draw()
     pyro.set_rng_seed(4)
-    files.set_random_state(files.load(tmp_path / "file"))
+    files.set_random_state(files.load(tmp_path / "file"), torch.device("cpu"))
     assert draw() == expected
 
 
@@ -164,3 +164,11 @@ def test_nothing_in_the_package_unpickles():
                 assert (getattr(node.value, "id", ""), node.attr) not in {("torch", "load"), ("torch", "save"), ("pd", "read_pickle")}, path
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
                 assert isinstance(node.value, ast.Constant) and node.value.value is False, path
+
+
+def test_a_devices_generator_is_set_on_that_device(monkeypatch):
+    found = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: found.append((state, device)))
+    state = files.random_state(torch.device("cpu"))
+    files.set_random_state({**state, "cuda": "its state"}, torch.device("cuda", 1))
+    assert found == [("its state", torch.device("cuda", 1))]

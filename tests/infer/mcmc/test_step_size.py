@@ -104,3 +104,22 @@ def test_the_next_run_finds_its_own_step():
     first = kernel.step_size.value
     run(kernel, 30.0 * torch.randn(2000, 2))
     assert kernel.step_size.value < 0.1 * first
+
+
+@pytest.mark.parametrize("make", KERNELS)
+def test_without_a_temperature_curvature_alone_bounds_the_step(make):
+    kernel, y = make(means, batch_size=20, temperature=0.0), torch.randn(200, 2)
+    run(kernel, y, warmup=60, samples=2)
+    alive = {name: value[kernel._alive] for name, value in kernel._variables.items()}
+    bound = kernel.update_rule.largest_step(kernel.step_size.curvature, torch.zeros(1), 0.0, 0.1, alive)
+    assert 0.0 < kernel.step_size.value <= bound
+
+
+def test_a_density_of_straight_pieces_has_no_curvature_to_go_by():
+    def straight(x, y):
+        w = pyro.sample("w", dist.Laplace(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Laplace(x @ w, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"finds no curvature.*Give a step_size"):
+        run(ab.SGLD(straight), torch.randn(20, 2), torch.randn(20))
