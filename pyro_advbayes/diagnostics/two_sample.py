@@ -23,8 +23,8 @@ class MMDTest(NamedTuple):
 def sliced_wasserstein(x: Tensor, y: Tensor, num_projections: int = 128, generator: torch.Generator | None = None) -> float:
     r"""
     Mean over random directions :math:`u` of the distance that mass has to be moved in that direction,
-    :math:`\mathrm E_u\, W_1(u \cdot x, u \cdot y) \sqrt d`, with :math:`\sqrt d` so that a shift by one in all coordinates counts about one
-    whatever the dimension is. (Rabin et al., 2012.)
+    :math:`\mathrm E_u\, W_1(u \cdot x, u \cdot y) \sqrt d`, with :math:`\sqrt d` so that a shift of Euclidean length one counts about
+    :math:`\sqrt{2/\pi}` whatever the dimension is. (Rabin et al., 2012.)
 
     :param x: ``[n, d]``.
     :param y: ``[m, d]``.

@@ -8,6 +8,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.infer.mcmc.api import AbstractMCMC
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -55,7 +56,8 @@ def to_arviz(
     :param coords: as in ArviZ.
     :param dims: as in ArviZ, from a variable to its dimensions after ``[chains, draws]``.
     :return: ``arviz.InferenceData`` (0.x) or ``xarray.DataTree`` (1.x).
-    :raises ValueError: if a site is unknown, or a guide comes without its model or arguments.
+    :raises ValueError: if a site is unknown, a guide comes without its model or arguments, or likelihoods or predictions are wanted of a
+        model that takes other rows in every run.
     """
     kwargs = dict(kwargs or {})
     groups: dict[str, Mapping[str, Any]] = {}
@@ -77,7 +79,8 @@ def to_arviz(
 
     groups["posterior"] = _chosen(samples, sites)
     if model is not None:
-        groups["observed_data"] = _observations(model, {name: value[0] for name, value in flat.items()}, args, kwargs)
+        every_draw = log_likelihood or posterior_predictive is True
+        groups["observed_data"] = _observations(model, {name: value[0] for name, value in flat.items()}, args, kwargs, every_draw)
         if log_likelihood:
             groups["log_likelihood"] = by_chain(log_likelihoods(model, flat, args, kwargs, chunk_size))
         if posterior_predictive is True:
@@ -93,7 +96,8 @@ def log_likelihoods(
     model: Callable, samples: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], chunk_size: int | None = None
 ) -> dict[str, Tensor]:
     """
-    The log-density of every observed row under every draw, by site ``[draws, rows]``, in nats; no plate's scale is applied.
+    The log-density of every observed row under every draw, by site ``[draws, rows]``, in nats; no plate's scale is applied, and what is
+    masked has 0.
 
     :param samples: ``[draws, *shape]`` by site.
     :param chunk_size: how many draws are computed side by side; by default one where they hold over 20 000 numbers each, else all.
@@ -103,7 +107,7 @@ def log_likelihoods(
         with poutine.block(), UnvalidatedMessenger():
             trace = poutine.trace(poutine.condition(model, values)).get_trace(*args, **kwargs)
         observed = {name: node for name, node in trace.nodes.items() if _is_observed(node) and name not in values}
-        return {name: node["fn"].log_prob(node["value"]) for name, node in observed.items()}
+        return {name: scale_and_mask(node["fn"].log_prob(node["value"]), mask=node["mask"]) for name, node in observed.items()}
 
     with torch.no_grad(), pyro.validation_enabled(False):
         size = sum(value[0].numel() for value in samples.values())
@@ -141,9 +145,18 @@ def _draw_guide(guide: Callable, num_samples: int, args: Sequence[Any], kwargs: 
     return {name: torch.stack([row[name] for row in rows]).unsqueeze(0) for name in rows[0]}
 
 
-def _observations(model: Callable, draw: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+def _observations(
+    model: Callable, draw: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], every_draw: bool
+) -> dict[str, Tensor]:
+    """What the model observes; ``every_draw`` says that as much is to be computed for all draws."""
     with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
         trace = poutine.trace(poutine.condition(model, draw)).get_trace(*args, **kwargs)
+    for name, node in trace.nodes.items() if every_draw else ():
+        if node["type"] == "sample" and site_is_subsample(node) and len(node["value"]) < node["fn"].size:
+            raise ValueError(
+                f"plate {name!r} takes {len(node['value'])} of its {node['fn'].size} rows, others for every draw, so that a column of "
+                "log_likelihood or posterior_predictive would be no row's: give model=, the same one without subsample_size"
+            )
     return {name: node["value"] for name, node in trace.nodes.items() if _is_observed(node) and name not in draw}
 
 

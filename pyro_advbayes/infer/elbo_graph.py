@@ -11,6 +11,8 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.runtime import _PYRO_STACK  # Pyro tells nobody else which handlers are entered
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
@@ -47,7 +49,7 @@ class Graphs:
 
     def get(self, model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Objective | None:
         """The graphs for such arguments; None where Pyro's handlers are to be used."""
-        if rows_differ():  # a graph has one draw for all rows
+        if rows_differ() or _handled():  # a graph has one draw for all rows, and sees nothing of handlers that are entered around a step
             return None
         key = _key(model, args, kwargs)
         entry = next((e for e in self._entries if e.model is model and e.guide is guide and e.key == key), None)
@@ -68,6 +70,11 @@ class Graphs:
         for entry in self._entries:
             if entry.objective is objective:
                 entry.refuse(why)
+
+
+def _handled() -> bool:
+    """Whether effect handlers around the call may change what the model does; SVI's own only looks on."""
+    return any(not isinstance(handler, TraceMessenger) for handler in _PYRO_STACK)
 
 
 class _Entry:
@@ -143,10 +150,13 @@ class Objective:
         self.names, self.bases = list(parameters), {}
         self.others = self.names
         locs, scales = ([value.detach().requires_grad_() for value in values] for values in zip(*parameters.values(), strict=True))
+        # attached to the arguments, so that a prior that follows them shows
+        inputs = [t.detach().requires_grad_() if t.is_floating_point() else t for t in self.arguments.tensors]
         try:
             with refuse_random_layers(poutine.unwrap(self.model)), torch.enable_grad():
-                model_trace, guide_trace = self._traces(locs, scales, [torch.zeros_like(loc) for loc in locs], self.arguments.tensors)
-        except ValueError as error:
+                tensors = [t.clone() for t in inputs]  # which the model may write to
+                model_trace, guide_trace = self._traces(locs, scales, [torch.zeros_like(loc) for loc in locs], tensors)
+        except (ValueError, RuntimeError) as error:
             raise NotTraceable(str(error)) from error
         for trace in (model_trace, guide_trace):
             if any(site_is_subsample(node) for node in trace.nodes.values() if node["type"] == "sample" and _subsamples(node)):
@@ -154,7 +164,9 @@ class Objective:
         self.bases = {name: BaseNormal(name, guide_trace.nodes[name]["fn"]) for name in self.names}
         self.priors = {name: _constant_prior(model_trace.nodes[name], guide_trace.nodes[name]) for name in self.names}
         self.others = [name for name in self.names if self.priors[name] is None]
-        self._find_own([leaf for leaf in _leaves(model_trace.log_prob_sum()) if all(leaf is not value for value in (*locs, *scales))])
+        self._find_own(
+            [leaf for leaf in _leaves(model_trace.log_prob_sum()) if all(leaf is not value for value in (*locs, *scales, *inputs))]
+        )
         self._own_names = [name for name in model_trace.param_nodes if name in pyro.get_param_store()]
 
     def _find_own(self, leaves: list[Tensor]) -> None:

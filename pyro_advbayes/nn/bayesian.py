@@ -101,7 +101,8 @@ def bayesianize(
     to_pyro_module_(net)
     net.__class__ = _bayesian_class(net.__class__)
     net._eval_only = eval_only
-    net.train(net.training)
+    if eval_only:
+        net.eval()
 
     parameters = {name: (module, attribute) for name, module, attribute in _named_parameters(net)}
     excluded = _matches(exclude, list(parameters))

@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 
 import pyro_advbayes as ab
 from pyro_advbayes.infer.arviz import log_likelihoods
+from tests.small_models import subsampling
 
 
 def model(x, y=None):
@@ -93,3 +94,27 @@ def test_a_run_from_a_loader_is_read_on_its_first_batch(data):
     mcmc = ab.SGMCMC(ab.SGLD(model), 5, 5, 2, disable_progbar=True)
     mcmc.run(loader)
     assert np.allclose(ab.to_arviz(mcmc).observed_data["obs"], data[1][:8])
+
+
+def test_a_model_that_takes_other_rows_in_every_run_has_no_likelihood_of_a_row():
+    x, y = torch.randn(60, 3), torch.randn(60)
+    mcmc = ab.SGMCMC(ab.SGLD(subsampling, 1e-3), 3, 2, disable_progbar=True)
+    mcmc.run(x, y)
+    for wanted in ("log_likelihood", "posterior_predictive"):
+        with pytest.raises(ValueError, match=r"plate 'data' takes 10 of its 60 rows.*without subsample_size"):
+            ab.to_arviz(mcmc, **{wanted: True})
+    assert "posterior" in ab.to_arviz(mcmc).groups() or "/posterior" in ab.to_arviz(mcmc).groups
+
+
+def test_masked_rows_have_no_likelihood():
+    valid = torch.tensor([True, False, True])
+
+    def model(y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3), pyro.poutine.mask(mask=valid):
+            pyro.sample("obs", dist.Normal(w, 1.0), obs=y)
+
+    y = torch.tensor([0.5, float("nan"), 1.0])
+    found = log_likelihoods(model, {"w": torch.tensor([0.0, 1.0])}, (y,), {})["obs"]
+    expected = dist.Normal(torch.tensor([[0.0], [1.0]]), 1.0).log_prob(torch.tensor([0.5, 0.0, 1.0]))
+    torch.testing.assert_close(found, expected.where(valid, 0.0))

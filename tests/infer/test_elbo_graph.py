@@ -196,6 +196,39 @@ def test_svi_learns_the_same_with_and_without_graphs(used):
     assert len(used) == 30 - 2 * 2  # full batches, and the last, shorter one
 
 
+def test_handlers_that_are_entered_around_a_step_hold(used):
+    x, y = data()
+    learnt = []
+    for backend in ("graph", "handlers"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = SVI(regression, AutoAdversarialNormal(regression), Adam({"lr": 0.01}), TraceAdversarial_ELBO(backend=backend))
+        with ab.minibatch(size=600):
+            learnt.append([svi.step(x, y) for _ in range(5)])
+        with pyro.poutine.scale(scale=0.1):
+            learnt[-1].append(svi.step(x, y))
+        learnt[-1] += [svi.step(x, y) for _ in range(3)]
+    assert learnt[0] == pytest.approx(learnt[1], rel=1e-4)
+    assert len(used) == 1  # the third step without any
+
+
+def test_a_prior_that_follows_an_argument_is_no_constant(used):
+    def model(x, y, tau):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), tau).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    x, y = data()
+    learnt = []
+    for backend in ("graph", "handlers"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = SVI(model, AutoAdversarialNormal(model), Adam({"lr": 0.01}), TraceAdversarial_ELBO(backend=backend))
+        learnt.append([svi.step(x, y, torch.tensor(1.0 if i < 5 else 0.1)) for i in range(9)])
+    assert learnt[0] == pytest.approx(learnt[1], rel=1e-4)
+    assert len(used) == 7
+
+
 def test_weights_may_be_changed_from_step_to_step_without_new_graphs(used):
     torch.set_default_dtype(torch.double)
     x, y = (value.double() for value in data())

@@ -343,3 +343,12 @@ def test_a_parameter_of_whole_numbers_is_refused_by_name():
 def test_fan_in_needs_positive_scales(kwargs):
     with pytest.raises(ValueError, match=f"{next(iter(kwargs))} > 0"):
         FanIn(**kwargs)
+
+
+def test_the_copy_has_the_modes_of_the_original_layer_by_layer():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 2))
+    net.train()
+    net[1].eval()
+    copied = bayesianize(net, eval_only=False)
+    assert [module.training for module in copied] == [True, False, True, True]
+    assert not any(module.training for module in bayesianize(net))
