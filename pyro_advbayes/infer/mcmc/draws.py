@@ -73,7 +73,7 @@ class FileDraws:
     :param overwrite: whether an existing file may be replaced.
     :param resume: how many draws of an existing file stay; None makes a new file.
     :raises FileExistsError: if the file exists and may not be overwritten.
-    :raises ValueError: if the file to resume holds other draws than these.
+    :raises ValueError: if the file to resume holds other draws than these, or fewer.
     """
 
     def __init__(
@@ -98,6 +98,10 @@ class FileDraws:
             with open(path, "rb") as old:
                 if old.read(len(header)) != header or path.stat().st_size != size:
                     raise ValueError(f"{path} does not hold the draws of this run, or is truncated")
+                old.seek(self._starts[_COUNT])
+                (written,) = struct.unpack("<q", old.read(8))
+            if written < resume:
+                raise ValueError(f"{path} holds {written} draws, where the checkpoint was written after {resume}: it is of another run")
         self._file = open(path, "r+b", buffering=0)
         self.flush()
 

@@ -109,6 +109,9 @@ class SGMCMC(AbstractMCMC):
             files.refuse_existing(self.draws_path, self.overwrite)
         with poutine.block(), pyro.validation_enabled(False):
             self._setup(args, kwargs)
+            if self.checkpoint is not None:
+                # one of an earlier run, beside the draws of this one, would be resumed from with draws that nobody made
+                self.checkpoint.unlink(missing_ok=True)
             self._draws = self._new_draws()
             self._loop(self.kernel.initial_params, 0)
 

@@ -482,6 +482,30 @@ def test_an_existing_file_is_not_overwritten_without_being_asked(tmp_path, monke
     assert path.read_bytes() != b"precious" and not list(tmp_path.glob("*.part"))
 
 
+def test_a_run_killed_before_its_first_checkpoint_is_not_resumed_from_that_of_the_run_it_overwrote(tmp_path):
+    checkpoint = tmp_path / "run.checkpoint"
+    runner(sgld(), checkpoint=checkpoint).run(X, Y)
+    killed(sgld(), (X, Y), checkpoint, EVERY - 1, overwrite=True)
+    with pytest.raises(FileNotFoundError, match=r"run\.checkpoint: there is no such file"):
+        resumed(checkpoint, sgld(), (X, Y))
+
+
+def test_a_checkpoint_beside_fewer_draws_than_it_was_written_after_is_refused(tmp_path):
+    checkpoint, draws = tmp_path / "run.checkpoint", tmp_path / "run.draws.safetensors"
+    runner(sgld(), checkpoint=checkpoint).run(X, Y)
+
+    def stop(kernel, params, stage, i):
+        if kernel._samples == IN_SAMPLING:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner(sgld(), draws=draws, overwrite=True, hook_fn=stop).run(X, Y)
+    before = draws.read_bytes()
+    with pytest.raises(ValueError, match=f"holds {IN_SAMPLING - WARMUP} draws, where the checkpoint was written after {SAMPLES}"):
+        resumed(checkpoint, sgld(), (X, Y))
+    assert draws.read_bytes() == before
+
+
 def test_a_run_that_is_refused_leaves_existing_files_alone(tmp_path):
     for name in ("run.checkpoint", "run.draws.safetensors"):
         (tmp_path / name).write_bytes(b"precious")
