@@ -11,9 +11,20 @@ import numpy as np
 import torch
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 Batch = tuple[Tensor, ...]
+
+_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)  # which tell how many rows they choose from
 
 
 class Arguments:
@@ -345,21 +356,35 @@ def _rows_behind(loader: Any) -> int:
             "num_data: the loader does not make its batches itself (batch_size=None), so that the number of rows behind it must be "
             "given, num_data=..."
         )
-    sampler = getattr(loader, "sampler", None)
-    if isinstance(sampler, SubsetRandomSampler):
-        return len(sampler)
+    sampler, dataset = _sampler(loader), getattr(loader, "dataset", None)
+    if isinstance(sampler, (SequentialSampler, RandomSampler)):
+        rows = sampler.data_source  # an epoch may be shorter than these (num_samples=), or longer
+    elif isinstance(sampler, WeightedRandomSampler):
+        rows = sampler.weights
+    elif isinstance(dataset, IterableDataset) or (sampler is None and not isinstance(loader, DataLoader)):
+        rows = dataset
+    else:
+        rows = sampler
     try:
-        return len(loader.dataset)
-    except (AttributeError, TypeError):
+        return len(rows)
+    except TypeError:
         raise ValueError(
-            "num_data: the loader has no .dataset with a length, so that the number of rows behind it must be given, num_data=..."
+            "num_data: the loader has no .dataset with a length, or its rows are chosen by something without one, so that the number of "
+            "rows behind it must be given, num_data=..."
         ) from None
+
+
+def _sampler(loader: Any) -> Any:
+    """What chooses a loader's rows, or None where nothing tells: a batch sampler takes the place of the loader's own sampler."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    return getattr(loader if batch_sampler is None else batch_sampler, "sampler", None)
 
 
 def _check_num_data(loader: Any, num_data: int, rows: int) -> None:
     if isinstance(num_data, bool) or not isinstance(num_data, int) or num_data < rows:
         raise ValueError(f"num_data={num_data!r}: the number of rows behind the loader, an int; one batch has {rows} of them")
-    if isinstance(loader, DataLoader) and loader.collate_fn is default_collate and not isinstance(loader.dataset, IterableDataset):
+    # a sampler of one's own may choose from more rows than there are in its epoch, and a function that collates may make more of them
+    if isinstance(loader, DataLoader) and loader.collate_fn is default_collate and isinstance(_sampler(loader), _SAMPLERS):
         known = _rows_behind(loader)
         if num_data != known:
             raise ValueError(f"num_data={num_data}, but the loader draws from {known} rows: drop num_data, which is read off a DataLoader")

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pyro
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from pyro_advbayes.batches import Arguments, FullData, Loader, Permutations, PlateIndices, TensorRows, in_words, is_loader
 from tests.small_models import data
@@ -112,6 +121,16 @@ class Noisy(Dataset):
         return torch.tensor(float(row)) + 0.1 * torch.rand(()), torch.tensor(row)
 
 
+class Odd(Sampler):
+    """Every other row of twenty."""
+
+    def __len__(self):
+        return 10
+
+    def __iter__(self):
+        return iter(range(1, 20, 2))
+
+
 def generator():
     return torch.Generator().manual_seed(8)
 
@@ -195,10 +214,36 @@ def test_a_loader_with_other_generators_is_refused():
         (DataLoader(TensorDataset(X, Y), 8, drop_last=True), 60),
         (DataLoader(TensorDataset(X, Y), 8, sampler=SubsetRandomSampler(range(30))), 30),
         (DataLoader(Noisy(), 8), 20),
+        (DataLoader(rows(), batch_sampler=BatchSampler(SubsetRandomSampler(range(15)), 5, False)), 15),
+        (DataLoader(rows(), batch_sampler=BatchSampler(RandomSampler(rows()), 5, False)), 20),
+        (DataLoader(rows(), 5, sampler=RandomSampler(rows(), num_samples=10)), 20),
+        (DataLoader(rows(), 5, sampler=RandomSampler(rows(), replacement=True, num_samples=100)), 20),
+        (DataLoader(rows(), 5, sampler=RandomSampler(range(15))), 15),
+        (DataLoader(rows(), 5, sampler=WeightedRandomSampler(torch.ones(20), 10)), 20),
+        (DataLoader(rows(), 5, sampler=[3, 1, 4, 0, 5]), 5),
+        (DataLoader(rows(), 5, sampler=Odd()), 10),
     ],
 )
 def test_the_rows_behind_a_loader_are_read_off(loader, expected):
     assert Loader(loader, None).num_data == expected
+
+
+def test_the_rows_behind_batches_of_ones_own_must_be_given():
+    loader = DataLoader(rows(), batch_sampler=[[0, 1, 2], [3, 4, 5]])
+    with pytest.raises(ValueError, match=r"the number of rows behind it must be given, num_data="):
+        Loader(loader, None)
+    assert Loader(loader, 6).num_data == 6
+
+
+@pytest.mark.parametrize("sampler", [RandomSampler(range(20)), SubsetRandomSampler(range(20))])
+def test_another_number_of_rows_than_a_known_sampler_chooses_from_is_refused(sampler):
+    for loader in (DataLoader(rows(), 5, sampler=sampler), DataLoader(rows(), batch_sampler=BatchSampler(sampler, 5, False))):
+        with pytest.raises(ValueError, match="num_data=30, but the loader draws from 20 rows"):
+            Loader(loader, 30)
+
+
+def test_the_rows_that_a_sampler_of_ones_own_chooses_from_may_be_given():
+    assert Loader(DataLoader(rows(), 5, sampler=Odd()), 20).num_data == 20
 
 
 def test_a_single_tensor_is_a_tuple_of_one():
