@@ -12,6 +12,7 @@ import torch
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor, nn
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     IterableDataset,
     RandomSampler,
@@ -223,7 +224,7 @@ class TensorRows(PlateIndices):
 class Loader:
     """
     A ``torch.utils.data.DataLoader``, or any iterable of tuples of tensors with a length that can be run through again. All
-    chains see the same batch.
+    chains see the same batch. Where shuffled rows are cut into batches, :meth:`next` leaves out the rest of an epoch that fills none.
 
     :param loader: gives the model's arguments, a tuple (or one tensor) at a time.
     :param num_data: rows in the data set; by default read off the loader.
@@ -238,6 +239,7 @@ class Loader:
         self._iterator: Iterator[Any] | None = None
         self._epoch_random: dict[str, Any] = {}
         self._taken = 0
+        self.batch_size: int | None = None
         self.example = self.next()
         self.batch_size = len(self.example[0])
         if num_data is not None:
@@ -256,7 +258,11 @@ class Loader:
         return [type(self.loader).__name__, type(sampler).__name__, self.batch_size, getattr(self.loader, "drop_last", None)]
 
     def next(self) -> Batch:
-        """The next item's tensors, from a new epoch where the last one is over."""
+        """
+        The next item's tensors, from a new epoch where the last one is over.
+
+        :raises ValueError: if batches come in a fixed order and differ in length, so that some rows would always weigh more.
+        """
         if self._iterator is None:
             self._epoch_random = {"shared": dict(get_rng_state()), "own": self._own_states()}
             self._taken = 0
@@ -269,7 +275,23 @@ class Loader:
             self._iterator = None
             return self.next()
         self._taken += 1
-        return self._tensors(item, self._taken)
+        batch = self._tensors(item, self._taken)
+        return self.next() if self._is_rest(batch) else batch
+
+    def _is_rest(self, batch: Batch) -> bool:
+        rows = len(batch[0])
+        if self.batch_size in (None, rows):
+            return False
+        sampler = _sampler(self.loader)
+        if isinstance(sampler, SequentialSampler) or isinstance(self.loader, (list, tuple)):
+            raise ValueError(
+                f"batch {self._taken} of the loader has {rows} rows and the first one {self.batch_size}, in a fixed order: each stands for "
+                "the whole data set, so that the same rows would weigh more in every epoch. Give the DataLoader shuffle=True or "
+                "drop_last=True, or all batches the same length"
+            )
+        # chance chose the rows of a short last batch: to leave it out favours none, and its gradient would be the noisiest by far
+        cut = type(getattr(self.loader, "batch_sampler", None)) is BatchSampler and isinstance(sampler, _SAMPLERS)
+        return cut and self._taken == len(self.loader) > 1
 
     def _tensors(self, item: Any, number: int) -> Batch:
         item = (item,) if isinstance(item, Tensor) else item

@@ -11,6 +11,7 @@ from torch.utils.data import (
     Dataset,
     RandomSampler,
     Sampler,
+    SequentialSampler,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -140,7 +141,8 @@ def rows(dataset=None):
 
 
 LOADERS = {
-    "in order": lambda: DataLoader(rows(), 6),
+    "in order": lambda: DataLoader(rows(), 5),
+    "in order, last batch dropped": lambda: DataLoader(rows(), 6, drop_last=True),
     "shuffled": lambda: DataLoader(rows(), 6, shuffle=True),
     "shuffled, last batch dropped": lambda: DataLoader(rows(), 6, shuffle=True, drop_last=True),
     "its own generator": lambda: DataLoader(rows(), 6, shuffle=True, generator=generator()),
@@ -148,7 +150,7 @@ LOADERS = {
     "its batch sampler's": lambda: DataLoader(rows(), batch_sampler=BatchSampler(RandomSampler(rows(), generator=generator()), 6, False)),
     "a part of the rows": lambda: DataLoader(rows(), 6, sampler=SubsetRandomSampler(range(15))),
     "rows with noise": lambda: DataLoader(Noisy(), 6, shuffle=True),
-    "a list": lambda: [(part,) for part in torch.arange(20).split(6)],
+    "a list": lambda: [(part,) for part in torch.arange(20).split(5)],
 }
 
 
@@ -195,10 +197,42 @@ def test_a_look_at_all_batches_in_between_does_not_move_a_loader():
 
 
 def test_every_epoch_of_a_loader_is_complete():
-    loader = Loader(LOADERS["shuffled"](), 20)
+    loader = Loader(DataLoader(rows(), 5, shuffle=True), 20)
     epochs = [torch.cat([loader.next()[0] for _ in range(4)]) for _ in range(3)]
     assert all(torch.equal(epoch.sort().values, torch.arange(20)) for epoch in epochs)
     assert not torch.equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize("name", ["shuffled", "its batch sampler's", "a part of the rows"])
+def test_the_rest_of_a_shuffled_epoch_that_fills_no_batch_is_left_out_except_of_a_run_through_all_rows(name):
+    loader = Loader(LOADERS[name](), None)
+    full = loader.num_data // 6
+    epochs = [torch.cat([loader.next()[0] for _ in range(full)]) for _ in range(50)]
+    assert all(len(epoch) == 6 * full == len(epoch.unique()) for epoch in epochs)
+    assert torch.equal(torch.cat(epochs).unique(), torch.arange(loader.num_data)), "chance should leave out other rows in every epoch"
+    assert [size for _, size in loader.epoch()] == [6] * full + [loader.num_data - 6 * full]
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        DataLoader(rows(), 6),
+        DataLoader(rows(), batch_sampler=BatchSampler(SequentialSampler(range(20)), 6, False)),
+        [(part,) for part in torch.arange(20).split(6)],
+    ],
+)
+def test_a_short_batch_in_a_fixed_order_is_refused(batches):
+    loader = Loader(batches, 20)
+    take(loader, 3)
+    with pytest.raises(ValueError, match=r"batch 4 of the loader has 2 rows and the first one 6, in a fixed order.*drop_last=True"):
+        loader.next()
+    assert sum(size for _, size in loader.epoch()) == 20
+
+
+@pytest.mark.parametrize("batches", [DataLoader(rows(), 50), DataLoader(rows(), 50, shuffle=True), [(torch.arange(20),)]])
+def test_a_data_set_smaller_than_a_batch_is_one_batch(batches):
+    loader = Loader(batches, 20)
+    assert all(torch.equal(loader.next()[0].sort().values, torch.arange(20)) for _ in range(3))
 
 
 def test_a_loader_with_other_generators_is_refused():

@@ -104,7 +104,7 @@ ARGUMENTS = {
     "full data": (logistic, lambda: (X, Y), {}),
     "minibatches": (regression, lambda: (X, Y), {"batch_size": 10}),
     "a subsampling plate": (subsampling, lambda: (X, Y), {}),
-    "a loader": (logistic, lambda: (DataLoader(TensorDataset(X, Y), 25),), {}),
+    "a loader": (logistic, lambda: (DataLoader(TensorDataset(X, Y), 25, shuffle=True),), {}),
     "mixed dtypes": (mixed, lambda: (X, Y), {"batch_size": 10}),
 }
 
