@@ -85,7 +85,8 @@ class SGMCMC(AbstractMCMC):
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every, self.overwrite, self.draws_dtype = checkpoint_every, overwrite, draws_dtype
         if draws is None and self.checkpoint is not None:
-            draws = self.checkpoint.with_suffix(".draws.safetensors")
+            # with_suffix would give the checkpoints lr0.1 and lr0.2 one file
+            draws = self.checkpoint.with_name(self.checkpoint.name.removesuffix(".safetensors") + ".draws.safetensors")
         self.draws_path = None if draws is None else Path(draws)
         if self.draws_path is not None and self.draws_path == self.checkpoint:
             raise ValueError(f"draws={str(draws)!r} is the path of the checkpoint too: they are two files")

@@ -88,7 +88,7 @@ def check(tmp_path, make, arguments, at, **options):
     mcmc = resumed(checkpoint, again, arguments())
     assert_same(whole, mcmc)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"run.checkpoint", "run.draws.safetensors"}, "something is left over"
+    assert names == {"run.checkpoint", "run.checkpoint.draws.safetensors"}, "something is left over"
     return mcmc
 
 
@@ -191,7 +191,7 @@ def test_a_killed_runs_draws_can_be_read_and_those_after_the_checkpoint_are_draw
     whole, checkpoint = runner(make()), tmp_path / "run.checkpoint"
     whole.run(X, Y)
     killed(make(), (X, Y), checkpoint, IN_SAMPLING)
-    left = read_draws(tmp_path / "run.draws.safetensors")["w"]
+    left = read_draws(tmp_path / "run.checkpoint.draws.safetensors")["w"]
     assert left.shape == (2, IN_SAMPLING - WARMUP, 3)
     assert torch.equal(left, whole.get_samples(group_by_chain=True)["w"][:, : left.shape[1]])
     seen = []
@@ -448,11 +448,11 @@ def test_a_spoilt_checkpoint_is_refused_and_left_as_it_is(tmp_path, spoil):
 
 @pytest.mark.parametrize("spoil,error", [(truncate, ValueError), (scramble, ValueError), (Path.unlink, FileNotFoundError)])
 def test_spoilt_or_missing_draws_are_refused_and_the_checkpoint_stays(tmp_path, spoil, error):
-    checkpoint, draws = tmp_path / "run.checkpoint", tmp_path / "run.draws.safetensors"
+    checkpoint, draws = tmp_path / "run.checkpoint", tmp_path / "run.checkpoint.draws.safetensors"
     runner(sgld(), checkpoint=checkpoint).run(X, Y)
     spoil(draws)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(error, match=r"run\.draws\.safetensors"):
+    with pytest.raises(error, match=r"run\.checkpoint\.draws\.safetensors"):
         resumed(checkpoint, sgld(), (X, Y))
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -460,7 +460,7 @@ def test_spoilt_or_missing_draws_are_refused_and_the_checkpoint_stays(tmp_path, 
 def test_draws_are_no_checkpoint_and_a_missing_one_is_missed_by_name(tmp_path):
     runner(sgld(), checkpoint=tmp_path / "run.checkpoint").run(X, Y)
     with pytest.raises(ValueError, match=r"draws\.safetensors is truncated, or no file of this package"):
-        resumed(tmp_path / "run.draws.safetensors", sgld(), (X, Y))
+        resumed(tmp_path / "run.checkpoint.draws.safetensors", sgld(), (X, Y))
     with pytest.raises(FileNotFoundError, match="nowhere: there is no such file"):
         resumed(tmp_path / "nowhere", sgld(), (X, Y))
 
@@ -468,7 +468,7 @@ def test_draws_are_no_checkpoint_and_a_missing_one_is_missed_by_name(tmp_path):
 # ------------------------------------------------------------------------------------------------------- files that are there
 
 
-@pytest.mark.parametrize("there", ["run.checkpoint", "run.draws.safetensors", "samples"])
+@pytest.mark.parametrize("there", ["run.checkpoint", "run.checkpoint.draws.safetensors", "samples"])
 def test_an_existing_file_is_not_overwritten_without_being_asked(tmp_path, monkeypatch, there):
     path = tmp_path / there
     path.write_bytes(b"precious")
@@ -491,7 +491,7 @@ def test_a_run_killed_before_its_first_checkpoint_is_not_resumed_from_that_of_th
 
 
 def test_a_checkpoint_beside_fewer_draws_than_it_was_written_after_is_refused(tmp_path):
-    checkpoint, draws = tmp_path / "run.checkpoint", tmp_path / "run.draws.safetensors"
+    checkpoint, draws = tmp_path / "run.checkpoint", tmp_path / "run.checkpoint.draws.safetensors"
     runner(sgld(), checkpoint=checkpoint).run(X, Y)
 
     def stop(kernel, params, stage, i):
@@ -507,7 +507,7 @@ def test_a_checkpoint_beside_fewer_draws_than_it_was_written_after_is_refused(tm
 
 
 def test_a_run_that_is_refused_leaves_existing_files_alone(tmp_path):
-    for name in ("run.checkpoint", "run.draws.safetensors"):
+    for name in ("run.checkpoint", "run.checkpoint.draws.safetensors"):
         (tmp_path / name).write_bytes(b"precious")
     with pytest.raises(ValueError, match="batch_size=0"):
         runner(sgld(batch_size=0), checkpoint=tmp_path / "run.checkpoint", overwrite=True).run(X, Y)
@@ -523,6 +523,14 @@ def test_a_folder_that_is_not_there_is_missed_before_sampling(tmp_path):
 def test_checkpoint_and_draws_are_two_files(tmp_path):
     with pytest.raises(ValueError, match="is the path of the checkpoint too"):
         runner(sgld(), checkpoint=tmp_path / "run", draws=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "checkpoint,draws",
+    [("run.safetensors", "run.draws.safetensors"), ("lr0.1", "lr0.1.draws.safetensors"), ("lr0.2", "lr0.2.draws.safetensors")],
+)
+def test_every_checkpoint_has_a_file_of_draws_of_its_own(tmp_path, checkpoint, draws):
+    assert runner(sgld(), checkpoint=tmp_path / checkpoint).draws_path == tmp_path / draws
 
 
 def test_a_checkpoint_changes_no_sample(tmp_path):
