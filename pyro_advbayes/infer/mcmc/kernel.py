@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from pyro_advbayes.infer.mcmc.control_variate import ControlVariate
 from pyro_advbayes.infer.mcmc.files import random_state, set_random_state
 from pyro_advbayes.infer.mcmc.noise import NormalNoise
 from pyro_advbayes.infer.mcmc.rule import Rule, Updates, site_means
-from pyro_advbayes.infer.mcmc.schedules import Schedule, as_schedule, check_value, keeps_sample
+from pyro_advbayes.infer.mcmc.schedules import Constant, Cyclical, Polynomial, Schedule, as_schedule, check_value, keeps_sample
 from pyro_advbayes.infer.mcmc.step_size import AutoStepSize, NoiseEstimate
 from pyro_advbayes.infer.mcmc.update import chunk_update, compile_update
 from pyro_advbayes.initialization import init_to_fan_in
@@ -424,10 +425,7 @@ class SGMCMCKernel(MCMCKernel):
 
     def settings(self) -> dict[str, Any]:
         """The arguments that a run depends on, as plain values."""
-        schedules = {
-            name: getattr(value, "__qualname__", repr(value))
-            for name, value in (("step_size", self.step_size), ("temperature", self.temperature))
-        }
+        schedules = {name: _schedule_name(value) for name, value in (("step_size", self.step_size), ("temperature", self.temperature))}
         return {
             "rule": repr(self.update_rule),
             **schedules,
@@ -496,3 +494,12 @@ class SGMCMCKernel(MCMCKernel):
         if self._single:
             params = {name: value.unsqueeze(0) for name, value in params.items()}
         return self.potential.join(params)
+
+
+def _schedule_name(schedule: Schedule) -> str:
+    """How a checkpoint names a schedule, whose values it holds too: a function or a user's object may show its address in its ``repr``."""
+    while isinstance(schedule, partial):
+        schedule = schedule.func
+    if isinstance(schedule, (Constant, Polynomial, Cyclical, AutoStepSize)):
+        return repr(schedule)
+    return getattr(schedule, "__qualname__", type(schedule).__qualname__)

@@ -396,6 +396,39 @@ def test_another_rule_is_refused(finished, rule):
     finished(make, (X, Y))(make(**rule), (X, Y), ["another run", "settings", next(iter(rule))])
 
 
+class Decay:
+    def __init__(self, start):
+        self.start = start
+
+    def __call__(self, step, power=0.55):
+        return self.start * (1 + step) ** -power
+
+
+def decay(step, start):
+    return start / (1 + step)
+
+
+@pytest.mark.parametrize(
+    "make,name",
+    [
+        (Decay, "Decay"),
+        (lambda start: functools.partial(Decay(start), power=0.6), "Decay"),
+        (lambda start: functools.partial(decay, start=start), "decay"),
+        (lambda start: Decay(start).__call__, "Decay.__call__"),
+    ],
+    ids=["object", "partial of an object", "partial", "method"],
+)
+def test_a_schedule_is_known_by_its_name_and_values_and_not_by_its_address(tmp_path, make, name):
+    checkpoint, first = tmp_path / "run.checkpoint", sgld(step_size=make(1e-3), temperature=make(1.0))
+    whole = runner(first, checkpoint=checkpoint)
+    whole.run(X, Y)
+    assert first.settings()["step_size"] == first.settings()["temperature"] == name
+    assert_same(whole, resumed(checkpoint, sgld(step_size=make(1e-3), temperature=make(1.0)), (X, Y)))
+    for other in ({"step_size": make(1.1e-3), "temperature": make(1.0)}, {"step_size": make(1e-3), "temperature": make(0.9)}):
+        with pytest.raises(ValueError, match=r"is of another run: its (step_size|temperature) is"):
+            resumed(checkpoint, sgld(**other), (X, Y))
+
+
 def test_another_anchor_is_refused(finished):
     other = {**ANCHOR, "b": torch.tensor(0.3)}
     refused = finished(lambda: sgld(control_variate=ANCHOR), (X, Y))
