@@ -216,10 +216,15 @@ class Potential:
         parts = []
         for site in self.sites:
             value = params[site.name]
-            if value.shape[1:] != site.unconstrained_shape:
+            if value.dim() == 0 or value.shape[1:] != site.unconstrained_shape:
                 raise ValueError(
                     f"site {site.name!r} has shape {tuple(value.shape)}: expected [chains, *{tuple(site.unconstrained_shape)}] in "
                     "unconstrained space"
+                )
+            if parts and len(value) != len(parts[0]):
+                raise ValueError(
+                    f"site {site.name!r} has values for {len(value)} chains, but site {self.sites[0].name!r} for {len(parts[0])}: the "
+                    "first dimension is the chains', of the same length at every site"
                 )
             parts.append(value.detach().to(self.device, self.dtype).reshape(len(value), -1))
         return torch.cat(parts, dim=-1)

@@ -653,6 +653,8 @@ GOOD = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
         ({**GOOD, "c": torch.zeros(2)}, ["'c'", "unknown to the model"]),
         ({**GOOD, "w": torch.zeros(2, 4)}, ["'w'", "(2, 4)", "[chains, *(3,)]"]),
         ({**GOOD, "w": torch.zeros(3)}, ["'w'", "(3,)", "[chains, *(3,)]"]),
+        ({**GOOD, "b": torch.tensor(0.0)}, ["'b'", "()", "[chains, *()]"]),
+        ({**GOOD, "b": torch.zeros(1)}, ["'b' has values for 1 chains", "'w' for 2"]),
         ({name: value[:1] for name, value in GOOD.items()}, ["1 chains", "2 are needed"]),
         ({**GOOD, "b": torch.tensor([0.0, float("nan")])}, ["initial_params", "not finite", "chain 1"]),
     ],
