@@ -196,19 +196,28 @@ def test_svi_learns_the_same_with_and_without_graphs(used):
     assert len(used) == 30 - 2 * 2  # full batches, and the last, shorter one
 
 
-def test_handlers_that_are_entered_around_a_step_hold(used):
-    x, y = data()
-    learnt = []
+def check_both_backends_learn_the_same(model, run):
+    """The losses that ``run(step)`` gives, where ``step`` is one of SVI."""
+    losses = []
     for backend in ("graph", "handlers"):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        svi = SVI(regression, AutoAdversarialNormal(regression), Adam({"lr": 0.01}), TraceAdversarial_ELBO(backend=backend))
+        svi = SVI(model, AutoAdversarialNormal(model), Adam({"lr": 0.01}), TraceAdversarial_ELBO(backend=backend))
+        losses.append(run(svi.step))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_handlers_that_are_entered_around_a_step_hold(used):
+    x, y = data()
+
+    def run(step):
         with ab.minibatch(size=600):
-            learnt.append([svi.step(x, y) for _ in range(5)])
+            losses = [step(x, y) for _ in range(5)]
         with pyro.poutine.scale(scale=0.1):
-            learnt[-1].append(svi.step(x, y))
-        learnt[-1] += [svi.step(x, y) for _ in range(3)]
-    assert learnt[0] == pytest.approx(learnt[1], rel=1e-4)
+            losses.append(step(x, y))
+        return losses + [step(x, y) for _ in range(3)]
+
+    check_both_backends_learn_the_same(regression, run)
     assert len(used) == 1  # the third step without any
 
 
@@ -219,13 +228,7 @@ def test_a_prior_that_follows_an_argument_is_no_constant(used):
             pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
 
     x, y = data()
-    learnt = []
-    for backend in ("graph", "handlers"):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(0)
-        svi = SVI(model, AutoAdversarialNormal(model), Adam({"lr": 0.01}), TraceAdversarial_ELBO(backend=backend))
-        learnt.append([svi.step(x, y, torch.tensor(1.0 if i < 5 else 0.1)) for i in range(9)])
-    assert learnt[0] == pytest.approx(learnt[1], rel=1e-4)
+    check_both_backends_learn_the_same(model, lambda step: [step(x, y, torch.tensor(1.0 if i < 5 else 0.1)) for i in range(9)])
     assert len(used) == 7
 
 

@@ -145,7 +145,7 @@ def test_it_leaves_nothing_in_the_parameter_store_and_takes_no_random_numbers_to
     assert not list(pyro.get_param_store().keys())
 
 
-@pytest.mark.parametrize(
+every_generator = pytest.mark.parametrize(
     "generator",
     [
         MLPGenerator(noise=4, hidden=(8,)),
@@ -156,6 +156,9 @@ def test_it_leaves_nothing_in_the_parameter_store_and_takes_no_random_numbers_to
         HyperGenerator(noise=4, hidden=(8,), width=5),
     ],
 )
+
+
+@every_generator
 def test_saved_and_loaded_it_gives_the_same_draws_under_one_seed(tmp_path, generator):
     guide = fitted(generator)
     guide.save(tmp_path / "posterior.safetensors")
@@ -169,17 +172,7 @@ def test_saved_and_loaded_it_gives_the_same_draws_under_one_seed(tmp_path, gener
     assert loaded.num_draws == 300
 
 
-@pytest.mark.parametrize(
-    "generator",
-    [
-        MLPGenerator(noise=4, hidden=(8,)),
-        FactoredGenerator(rank=3, noise=4, hidden=(8,)),
-        FactoredGenerator(rank=3, hidden=None),
-        FactoredGenerator(rank=3, noise=4, hidden=(8,), packed=True),
-        FactoredGenerator(rank=3, hidden=None, packed=True),
-        HyperGenerator(noise=4, hidden=(8,), width=5),
-    ],
-)
+@every_generator
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:.*keep the draws, or take a smaller generator")
 def test_loaded_it_takes_no_more_storage_than_before(tmp_path, generator, dtype):
