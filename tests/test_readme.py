@@ -14,6 +14,7 @@ from tutorials.papers.as_tables import WEAK, all_seeds, gains
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+TEXT = " ".join(README.split())  # where lines end is of no matter
 RESULTS = ROOT / "tutorials" / "papers" / "results"
 
 
@@ -78,18 +79,17 @@ def test_what_is_said_of_adversarial_sampling_is_in_the_result_files():
     def won(found: list[dict]) -> str:
         return f"{sum(gain['lowest'] >= 2 and gain['ensembled'] > 0 for gain in found)} of {len(found)}"
 
-    text = " ".join(README.split())
-    assert f"are there in {won(weak)} comparisons at equal epochs or gradients with the divergence times 0.2" in text
-    assert f"and in {won(other)} of the others" in text
-    assert f"which is not dearer, they are there in {won(same)}." in text
+    assert f"are there in {won(weak)} comparisons at equal epochs or gradients with the divergence times 0.2" in TEXT
+    assert f"and in {won(other)} of the others" in TEXT
+    assert f"which is not dearer, they are there in {won(same)}." in TEXT
     usual = [gain for gain in other if gain["row"].startswith("fashion_mnist") and gain["row"].endswith("proper: AS")]
     lowest, paid = [gain["lowest"] for gain in usual], [-gain["ensembled"] for gain in usual]
-    assert f"the lowest gains {min(lowest):.0f} to {max(lowest):.0f} points with the paper's steps" in text
-    assert f"the ensemble pays for it with {min(paid):.0f} to {max(paid):.0f} points" in text
+    assert f"the lowest gains {min(lowest):.0f} to {max(lowest):.0f} points with the paper's steps" in TEXT
+    assert f"the ensemble pays for it with {min(paid):.0f} to {max(paid):.0f} points" in TEXT
     ensembled = {name: 100 * row["ensembled"][0] for name, row in fashion[0].items()}
     names = [f"fashion_mnist, scratch, {kl}: AS" for kl in ("cold", "proper")]
     cold, proper = (ensembled[name] - ensembled[f"{name}, mix 1.0"] for name in names)
-    assert f"by {cold:.1f} points (cold) and {proper:.1f} (proper)" in text
+    assert f"by {cold:.1f} points (cold) and {proper:.1f} (proper)" in TEXT
 
 
 def test_tables_have_the_numbers_of_the_result_files():
@@ -104,23 +104,26 @@ def test_tables_have_the_numbers_of_the_result_files():
         assert numbers == [f"{value:.3f}" for value, _ in cells]
     bal, apart = (found[name] for name in ("BAL, 5 learners", "PGD, eps 0.15, 5 networks"))
     (value, error), (other, other_error) = (row["PGD"]["0.15"] for row in (bal, apart))
-    assert f"{value:.3f} and {other:.3f} under PGD, each good to {max(error, other_error):.3f}" in README
-    assert abs(value - other) < error + other_error and "no different from BAL with five learners" in README
+    assert f"{value:.3f} and {other:.3f} under PGD, each good to {max(error, other_error):.3f}" in TEXT
+    assert abs(value - other) < error + other_error and "no different from BAL with five learners" in TEXT
     for attack in ("FGSM", "Square"):
         (value, error), (other, other_error) = (row[attack]["0.15"] for row in (bal, apart))
         assert abs(value - other) < 2 * math.hypot(error, other_error), attack
-    assert "leaves {:.3f} of BAL and {:.3f} of the five networks".format(*(row["one-step C-W"][0] for row in (bal, apart))) in README
+    assert "leaves {:.3f} of BAL and {:.3f} of the five networks".format(*(row["one-step C-W"][0] for row in (bal, apart))) in TEXT
     sized = {kind: found[f"{kind}, size of BAL"] for kind in ("FGSM", "IFGSM", "WRM", "PGD")}
     assert [kind for kind, row in sized.items() if row["one-step C-W"][0] < bal["one-step C-W"][0]] == ["FGSM"]
-    assert "of the\ntrainings of BAL's size, all but FGSM's" in README
+    assert "of the trainings of BAL's size, all but FGSM's" in TEXT
     # what the paper claims of BAL: 90 % at 0.15, 99 % clean, ahead of trainings whose perturbations are as large, and growing with learners
     assert bal["FGSM"]["0.0"][0] >= 0.99 and bal["FGSM"]["0.15"][0] >= 0.90 and bal["PGD"]["0.15"][0] >= 0.90
     for row in sized.values():
         for attack in ("FGSM", "PGD", "Square"):
             (value, error), (other, other_error) = bal[attack]["0.15"], row[attack]["0.15"]
             assert value - other > 2 * math.hypot(error, other_error)
-    growth = [found[f"BAL, {count} learners"]["PGD"]["0.15"][0] for count in (1, 3, 5)]
-    assert growth == sorted(growth)
+    learners = [found[f"BAL, {count} learners"] for count in (1, 3, 5, 10)]
+    for attack in ("FGSM", "PGD"):
+        growth = [row[attack]["0.15"] for row in learners]
+        assert growth == sorted(growth) and growth[2][0] - growth[0][0] > 2 * math.hypot(growth[0][1], growth[2][1])
+        assert growth[3][0] - growth[2][0] < growth[3][1] and "from there to ten the differences are within a standard error" in TEXT
     asked, curves = rows("| labels | 50 | 100 | 150 | 200 |"), learning_curves(results("apd_active_learning-cpu.json"))
     assert {f"SGLD, {label}" for label in asked} == set(curves) and len(asked) >= 2
     for label, numbers in asked.items():
@@ -128,7 +131,7 @@ def test_tables_have_the_numbers_of_the_result_files():
         assert numbers == [f"{100 * curve.mean[curve.num_labels == count].item():.1f}" for count in (50, 100, 150, 200)]
     entropy, random = (curves[f"SGLD, {label}"] for label in ("entropy", "random"))
     behind = entropy.num_labels[entropy.mean <= random.mean].max().item()
-    assert f"the entropy is ahead from {behind + 10} labels on" in README
+    assert f"the entropy is ahead from {behind + 10} labels on" in TEXT
     strange, found = rows("| | accuracy | MB | notMNIST | Omniglot | CIFAR-10, grey | Gaussian | uniform |"), results("apd_mnist-cpu.json")
     assert len(strange) >= 4
     for label, numbers in strange.items():
@@ -138,14 +141,14 @@ def test_tables_have_the_numbers_of_the_result_files():
     for score in ("variation ratio", "mutual information"):
         sets = found["OOD: SGLD"]["ood"]["s = 5"]
         aurocs = [sets[name][score]["auroc"][0] for name in ("notMNIST", "CIFAR10bw", "Gaussian", "Uniform")]
-        assert "{:.1f}, {:.1f}, {:.1f} and {:.1f}".format(*aurocs) in " ".join(README.split())
+        assert "{:.1f}, {:.1f}, {:.1f} and {:.1f}".format(*aurocs) in TEXT
     own = [found[f"detection: PGD on {name}, one draw"]["detectors"][name]["all"]["model variance"]["auroc"] for name in ("SGLD", "APD")]
-    assert "an AUROC of {:.1f} is left to the variance of SGLD's draws and {:.1f} to that of APD's".format(*own) in " ".join(README.split())
+    assert "an AUROC of {:.1f} is left to the variance of SGLD's draws and {:.1f} to that of APD's".format(*own) in TEXT
     assert gap(found["OOD: APD, rank 32, kept codes, packed"], found["OOD: SGLD"]) <= 0.5  # the one that README recommends
     kept = [gap(found[f"OOD: APD, rank {rank}, kept codes"], found["OOD: SGLD"]) for rank in (4, 8, 16, 32, 64)]
     made = [gap(found[f"OOD: APD, rank {rank}"], found["OOD: SGLD"]) for rank in (4, 8, 16, 32)]
-    assert "at most {:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f} points of AUROC from SGLD".format(*kept) in README
-    assert "are {:.1f}, {:.1f}, {:.1f} and {:.1f} from it with 4 to 32".format(*made) in README
+    assert "at most {:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f} points of AUROC from SGLD".format(*kept) in TEXT
+    assert "are {:.1f}, {:.1f}, {:.1f} and {:.1f} from it with 4 to 32".format(*made) in TEXT
 
 
 def test_links_and_commands_exist():
