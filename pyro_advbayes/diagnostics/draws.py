@@ -12,6 +12,7 @@ them, beside the mean prediction. ::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_advbayes.diagnostics.checks import check_labels, check_probs, predictive_mean
+from pyro_advbayes.diagnostics.checks import ROUNDING, check_labels, check_probs, predictive_mean
 from pyro_advbayes.diagnostics.robustness import Estimate, accuracy_under_attack
 from pyro_advbayes.diagnostics.uncertainty import predictive_entropy
 
@@ -81,13 +82,22 @@ def draw_quality(log_probs: Tensor | Iterable[Tensor], labels: Tensor) -> DrawQu
             raise ValueError("log_probs must be a tensor [draws, N, K] of floating type, or chunks of draws of this form")
         if chunk.numel() and not (chunk <= 1e-4).all():
             raise ValueError("log_probs has entries above 0: give logarithms of probabilities, logits.log_softmax(-1) or probs.log()")
-        probs = check_probs(chunk.detach().double().exp(), ranks=(3,))
+        probs = check_probs(_normalised(chunk.detach()).exp(), ranks=(3,))
         right.append((probs.argmax(-1) == check_labels(labels, probs)).double().mean(-1))
         total, count = total + probs.sum(0), count + len(probs)
     if not count:
         raise ValueError("log_probs holds no draws")
     mean = total / count
     return DrawQuality(torch.cat(right), accuracy_under_attack(mean, labels), mean)
+
+
+def _normalised(log_probs: Tensor) -> Tensor:
+    """In float64, rows that sum to 1 but for the rounding of their type made to do so; the others as they are."""
+    # a logarithm l is rounded by up to |l| eps / 2, so that the sum is off by the entropy times that, and no entropy is above log K
+    rounding = max(ROUNDING, math.log(max(1, log_probs.shape[-1])) * torch.finfo(log_probs.dtype).eps)
+    log_probs = log_probs.double()
+    total = log_probs.logsumexp(-1, keepdim=True)
+    return torch.where(total.abs() <= rounding, log_probs - total, log_probs)
 
 
 class RetainedAccuracy(NamedTuple):

@@ -16,6 +16,7 @@ from pyro.infer import ELBO
 from pyro.infer.autoguide import init_to_value
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from pyro_advbayes.batches import Batch, Loader
@@ -151,7 +152,8 @@ def bayes_adapter(
     :param pretrained: a trained network, or its ``state_dict``: values for every site of the model's network, by the names of the
         parameters, and for its buffers and parameters that are no sites, which are written into the model; of these, parameters that
         require a gradient are learnt like the means.
-    :param loader: a ``DataLoader``, or any iterable of ``(x, y)`` with a length; batches go to where the model's parameters are.
+    :param loader: a ``DataLoader``, or any iterable of ``(x, y)`` with a length; batches go to where the model's parameters are, or its
+        priors.
     :param float weight_decay: of the training, > 0, for the prior; with a plain network only, since a Pyro model has its own.
     :param int num_epochs: >= 0; 0 makes the guide and fits nothing.
     :param float lr: learning rate of the means, > 0, for losses per data point.
@@ -164,8 +166,7 @@ def bayes_adapter(
     :raises ValueError: before any training: naming every name or shape in ``pretrained`` that does not fit, or the argument.
     """
     _check_numbers(num_epochs=num_epochs, lr=lr, scale_lr=scale_lr)
-    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    batches = Loader(loader, num_data, None if first is None else first.device)
+    batches = Loader(loader, num_data, _device(model))
     model = _as_model(model, weight_decay, batches.num_data)
     values = _fitting_values(model, pretrained, batches.example)
     guide = AutoAdversarialNormal(model, init_loc_fn=init_to_value(values=values), init_scale=float(init_scale))
@@ -199,6 +200,15 @@ def _epoch(objective: Callable[..., Tensor], batches: Loader, optimiser: torch.o
     return total / rows
 
 
+def _device(model: Callable) -> torch.device | None:
+    """Where a model's network is, if it is a module."""
+    if not isinstance(model, nn.Module):
+        return None
+    priors = declared_sites(model).values() if isinstance(model, PyroModule) else ()  # all that a Bayesian network may have
+    means = (prior.mean for prior in priors if isinstance(prior, Distribution))
+    return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers(), means)), None)
+
+
 def _as_model(model: Callable, weight_decay: float | None, num_data: int) -> Callable:
     plain = isinstance(model, nn.Module) and not isinstance(model, PyroModule)
     if plain and weight_decay is None:
@@ -228,11 +238,16 @@ def _fitting_values(model: Callable, pretrained: Weights, batch: Batch) -> dict[
     prefix = _prefix(given, known)
     problems = [f"{name!r} is missing" for name in known if name.startswith(prefix) and name[len(prefix) :] not in given]
     unmet = set(declared_sites(module)) - set(sites) if isinstance(module, PyroModule) else set()  # by the forward pass
+    same = _other_names(module)
     for name, value in given.items():
         own = known.get(prefix + name)
         if prefix + name in unmet:
             continue
-        if own is None:
+        twins = [other[len(prefix) :] for other in same.get(prefix + name, ()) if other in known]
+        if own is None and twins:
+            if not torch.equal(value, given.get(twins[0], value)):
+                problems.append(f"{name!r} differs from {twins[0]!r}, which is the same weight of the model")
+        elif own is None:
             problems.append(f"{name!r} is unknown to the model")
         elif own.shape != value.shape:
             problems.append(f"{name!r} has shape {list(value.shape)}, the model {list(own.shape)}")
@@ -243,6 +258,20 @@ def _fitting_values(model: Callable, pretrained: Weights, batch: Batch) -> dict[
             if name.startswith(prefix):
                 tensor.copy_(given[name[len(prefix) :]])
     return {name: given[name[len(prefix) :]].detach().to(value) for name, value in sites.items() if name.startswith(prefix)}
+
+
+def _other_names(module: Any) -> dict[str, set[str]]:
+    """For what belongs to a module that is used in several places: name -> its names in those, of which a site has one."""
+    places: dict[nn.Module, list[str]] = {}
+    for name, part in module.named_modules(remove_duplicate=False) if isinstance(module, nn.Module) else ():
+        places.setdefault(part, []).append(name)
+    found: dict[str, set[str]] = {}
+    for part, names in places.items():
+        own = [*part._parameters, *part._buffers, *(part._pyro_samples if isinstance(part, PyroModule) else ())]
+        for attribute in own if len(names) > 1 else ():
+            every = {f"{name}.{attribute}".lstrip(".") for name in names}
+            found.update({name: every - {name} for name in every})
+    return found
 
 
 def _prefix(given: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> str:

@@ -71,6 +71,7 @@ class PosteriorClassifier(nn.Module):
         for i, sample in enumerate(posterior_samples.values()):
             self.register_buffer(f"draws{i}", sample.detach().contiguous())
         self._recorded: OrderedDict[Hashable, _Logits] = OrderedDict()
+        self.register_load_state_dict_pre_hook(_make_room)
 
     @property
     def posterior_samples(self) -> dict[str, Tensor]:
@@ -149,6 +150,15 @@ class PosteriorClassifier(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_recorded": OrderedDict()}
+
+
+def _make_room(classifier: PosteriorClassifier, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Before a ``state_dict`` is loaded: its draws must not be written into those that were given, which are their owner's."""
+    classifier._recorded.clear()  # from the draws that there were
+    for i in range(len(classifier.sites)):
+        own, new = getattr(classifier, f"draws{i}"), state.get(f"{prefix}draws{i}")
+        if isinstance(new, Tensor) and new.shape == own.shape:
+            setattr(classifier, f"draws{i}", torch.empty_like(own))
 
 
 def _draw(guide: Callable, num_samples: int) -> dict[str, Tensor]:

@@ -97,12 +97,25 @@ def _key(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
     parameters = [parameter for each in modules for parameter in each.parameters(recurse=False)]
     buffers = [buffer for each in modules for buffer in each.buffers(recurse=False)]
     return (
-        [(t.shape, t.dtype, t.device, t.requires_grad) if isinstance(t, Tensor) else repr(t) for t in (*args, *kwargs.values())],
+        [_kind(value) for value in (*args, *kwargs.values())],
         tuple(kwargs),
         [each.training for each in modules],
         [(id(p), p.requires_grad) for p in parameters],
         [(id(t), t._version) for t in buffers],  # torch has no public way to tell that a tensor was written to
     )
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device, value.requires_grad
+    return repr(value) if _plain(value) else type(value)
+
+
+def _plain(value: Any) -> bool:
+    """Whether a ``repr`` tells all of a value."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size))
 
 
 def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -138,6 +151,9 @@ class Objective:
             raise NotTraceable(f"the guide is {type(guide).__name__}, and only AutoAdversarialNormal is traced")
         if any(t.requires_grad for t in arguments.tensors):
             raise NotTraceable("an argument of the model requires a gradient")
+        for value in (*arguments.args, *arguments.kwargs.values()):
+            if not isinstance(value, Tensor) and not _plain(value):
+                raise NotTraceable(f"a graph follows tensors and plain values, and an argument of the model is a {type(value).__name__}")
         self._graphs: dict[str, Callable[..., Any]] = {}
         self._compared: dict[str, int] = {}
         self._own_names: list[str] = []

@@ -27,6 +27,11 @@ LAYERS = (F.linear, *CONVOLUTIONS)
 NORMALISATIONS = (F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm)
 OTHERS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.embedding, F.prelu, F.rms_norm)
 
+# What else a network makes of a weight, and a log-density of a draw does not. By name: each has several forms.
+PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "einsum", "tensordot", "bilinear"}
+BY_HAND = {*PRODUCTS, "t", "transpose", "permute"}
+TURNED = (Tensor.T.__get__, Tensor.mT.__get__)
+
 _entered = threading.local()
 
 
@@ -58,7 +63,8 @@ class RowwiseMessenger(Messenger):
 
     :param shared: one pattern or several (as in :mod:`fnmatch`) for the names of sites that stay one draw for all rows.
     :raises ValueError: naming the site, where the model first runs, or at the end of the block or the next draw, if a site that is not
-        ``shared`` meets no layer that the handler covers.
+        ``shared`` meets no layer that the handler covers, or something else beside one; and if the rows of a layer's input are not those
+        of the plate around the observations.
 
     :ivar dict covered: site -> the names of the functions in which its rows had draws of their own.
     """
@@ -69,6 +75,7 @@ class RowwiseMessenger(Messenger):
         self.covered: dict[str, set[str]] = {}
         self._sites: dict[int, DrawnSite] = {}
         self._unmet: dict[str, DrawnSite] = {}
+        self._rows: dict[str, int] = {}  # of the input that a site met, until an observation shows how many there are
         self._drawing: dict[str, Any] | None = None
 
     def __enter__(self) -> RowwiseMessenger:
@@ -82,7 +89,7 @@ class RowwiseMessenger(Messenger):
         _entered.count -= 1
         self._mode.__exit__(exc_type, exc_value, traceback)
         super().__exit__(exc_type, exc_value, traceback)
-        unmet, self._unmet, self._sites = self._unmet, {}, {}
+        unmet, self._unmet, self._sites, self._rows = self._unmet, {}, {}, {}
         if exc_type is None:
             self._check_met(unmet)
 
@@ -94,6 +101,8 @@ class RowwiseMessenger(Messenger):
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         name, value, fn = msg["name"], msg["value"], _base(msg["fn"])
+        if msg["is_observed"]:
+            self._check_rows(msg)
         if msg is not self._drawing or msg["is_observed"] or site_is_subsample(msg) or not isinstance(value, Tensor):
             return
         shared = any(fnmatchcase(name, pattern) for pattern in self.shared)
@@ -110,8 +119,21 @@ class RowwiseMessenger(Messenger):
 
     def _note(self, value: Tensor, site: DrawnSite) -> None:
         key = id(value)
+        self._rows.pop(site.name, None)
         self._sites[key] = self._unmet[site.name] = site
         weakref.finalize(value, self._sites.pop, key, None).atexit = False  # the number may become another tensor's
+
+    def _check_rows(self, observed: dict[str, Any]) -> None:
+        plates = {frame.size for frame in observed["cond_indep_stack"] if frame.vectorized}
+        met, self._rows = self._rows, {}
+        other = {name: rows for name, rows in met.items() if rows not in plates} if plates else {}
+        if other:
+            name, rows = min(other.items())
+            raise ValueError(
+                f"site {name!r} meets an input of {rows} rows, and {observed['name']!r} is observed in a plate of "
+                f"{' x '.join(map(str, sorted(plates)))}: {type(self).__name__} needs the rows of the minibatch in the first dimension, or "
+                f"parts of one row have weights apart; leave what meets other inputs one draw for all rows, shared={sorted(other)!r}"
+            )
 
     def _check_met(self, unmet: Collection[str]) -> None:
         if unmet:
@@ -135,10 +157,14 @@ class RowwiseMessenger(Messenger):
             result = self.other(func, args, kwargs)
         else:
             result = NotImplemented
+            if func in TURNED or getattr(func, "__name__", "") in BY_HAND:
+                self._check_met([site.name for site in met])
         if result is NotImplemented:
             return func(*args, **kwargs)
+        rows = len(args[0] if args else kwargs["input"])
         for site in met:
             site.uses += 1
+            self._rows[site.name] = rows
             self._unmet.pop(site.name, None)
             self.covered.setdefault(site.name, set()).add(func.__name__)
         return result

@@ -51,6 +51,17 @@ def test_draws_that_are_certain_count():
     assert str(quality) == "2 draws: lowest 0.5000, highest 1.0000, mean 0.7500, ensembled 1.0000 ± 0.1667"
 
 
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_half_precision_counts_too(dtype, classes):
+    log_probs, labels = predictions(classes=classes)
+    quality, coarse = draw_quality(log_probs, labels), draw_quality(log_probs.to(dtype), labels)
+    assert (quality.probs - coarse.probs).abs().max() < 4 * torch.finfo(dtype).eps
+    assert abs(quality.mean - coarse.mean) < 0.1
+    with pytest.raises(ValueError, match="must sum to 1"):
+        draw_quality((log_probs - 0.1).to(dtype), labels)
+
+
 @pytest.mark.parametrize(
     ("log_probs", "message"),
     [

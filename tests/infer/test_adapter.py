@@ -266,6 +266,37 @@ def test_weights_that_do_not_fit_are_listed_before_training(trained):
         assert part in str(caught.value)
 
 
+class Twice(nn.Module):
+    """One layer in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 2)
+        self.second = self.first
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x.flatten(1)[:, :8]).relu()))
+
+
+@pytest.mark.parametrize("copied", [lambda state: state, lambda state: {name: value.clone() for name, value in state.items()}])
+def test_a_layer_in_two_places_has_its_weights_under_either_name(copied):
+    net = Twice()
+    state = copied(net.state_dict())
+    for given in (state, {name: value for name, value in state.items() if not name.startswith("first")}):
+        _, guide, _ = bayes_adapter(Twice(), given, loader(), weight_decay=1e-3, num_epochs=0)
+        assert torch.equal(guide.median()["net.second.weight"], net.first.weight) and "net.first.weight" not in guide.median()
+    with pytest.raises(ValueError, match=r"'first.weight' differs from 'second.weight', which is the same weight"):
+        bayes_adapter(Twice(), {**state, "first.weight": torch.zeros(8, 8)}, loader(), weight_decay=1e-3)
+
+
+def test_batches_go_where_a_network_is_of_which_all_is_bayesian(trained):
+    for each in (trained, nn.Sequential(nn.Flatten(), nn.Linear(64, 2))):
+        model = Classifier(bayesianize(copy.deepcopy(each).to("meta")))
+        with pyro.validation_enabled(False):  # there are no values to look at
+            _, guide, _ = bayes_adapter(model, each, loader(), num_epochs=0)
+        assert {p.device.type for p in guide.parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize(
     ("settings", "culprit"),
     [

@@ -248,6 +248,25 @@ def test_it_moves_copies_pickles_and_loads_like_a_network():
     assert set(classifier.posterior_samples) == set(samples)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_loaded_state_is_predicted_with_and_the_draws_that_were_given_stay_as_they_are(assign):
+    _, samples, classifier = posterior()
+    given = {name: torch.zeros_like(value) for name, value in samples.items()}
+    other = PosteriorClassifier(classifier.model, given)
+    x = torch.randn(5, 4, dtype=torch.double)
+    other(x)
+    other.load_state_dict(classifier.state_dict(), assign=assign)
+    assert torch.equal(other(x), classifier(x))
+    assert not any(value.any() for value in given.values())
+    around = nn.Sequential(PosteriorClassifier(classifier.model, given))
+    around.load_state_dict(nn.Sequential(classifier).state_dict(), assign=assign)
+    assert torch.equal(around(x), classifier(x)) and not any(value.any() for value in given.values())
+    short = PosteriorClassifier(classifier.model, {name: value[:3] for name, value in samples.items()})
+    with pytest.raises(RuntimeError, match="size mismatch for draws0"):
+        other.load_state_dict(short.state_dict())
+    assert torch.equal(other(x), classifier(x))
+
+
 def _saved(module):
     file = io.BytesIO()
     torch.save(module, file)

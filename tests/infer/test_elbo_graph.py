@@ -367,6 +367,25 @@ def one_weight(x, y):
     pyro.sample("w", dist.Normal(pyro.param("loc", torch.zeros(3)), 0.1).to_event(1))
 
 
+@pytest.mark.parametrize("wrap", [lambda x: {"x": x}, lambda x: [x], lambda x: x.numpy()])
+def test_data_in_an_argument_that_is_no_tensor_is_that_of_its_step(wrap, used):
+    def wrapped(x, y):
+        (x,) = x.values() if isinstance(x, dict) else x if isinstance(x, list) else (torch.as_tensor(x),)
+        return logistic(x, y)
+
+    (x, y), losses = data(400), []
+    middle = torch.full((len(x) - 12, 1), 2.0)  # of a long tensor a repr shows the ends
+    batches = [x] * 4 + [torch.cat([x[:6], x[6:-6] * middle, x[-6:]])] * 2
+    for backend in ("graph", "handlers"):
+        pyro.set_rng_seed(0)
+        pyro.clear_param_store()
+        guide, elbo = AutoAdversarialNormal(wrapped), TraceAdversarial_ELBO(backend=backend)
+        guide(wrap(x), y)
+        with warnings.catch_warnings(action="ignore"):
+            losses.append([elbo.loss_and_grads(wrapped, guide, wrap(batch), y) for batch in batches])
+    assert losses[0] == losses[1] and not used
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
 from pyro.optim import Adam
@@ -370,6 +371,53 @@ def test_rows_must_come_first_everywhere():
         turned(torch.randn(ROWS, 3))
     with pytest.raises(ValueError, match="no dimension for rows"), Flipout():
         F.linear(torch.randn(3), pyro.sample("w", dist.Normal(torch.zeros(3, 3), 1.0).to_event(2)))
+
+
+@pytest.mark.parametrize(
+    "use", [lambda h, w: h @ w, lambda h, w: F.linear(h, w.t()), lambda h, w: F.linear(h, w.T), torch.mm, torch.matmul]
+)
+@pytest.mark.parametrize("handler", HANDLERS)
+def test_a_weight_that_is_also_used_by_hand_is_named(handler, use):
+    def tied(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3, 3), 1.0).to_event(2))
+        return use(F.linear(x, w), w)
+
+    with pytest.raises(ValueError, match="covers no function in which 'w' is used"), handler():
+        tied(torch.randn(ROWS, 3))
+    with handler(shared="w"):
+        assert tied(torch.randn(ROWS, 3)).shape == (ROWS, 3)
+
+
+@pytest.mark.parametrize("handler", [Flipout, ExemplarReparameterization])
+@pytest.mark.parametrize("turn", [lambda x: x.flatten(0, 1), lambda x: x.transpose(0, 1)])
+def test_positions_of_a_row_are_no_rows(handler, turn):
+    """Sequences [rows, positions, features], folded or turned around: positions would have weights of their own."""
+
+    class Sequences(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.net = ab.nn.bayesianize(nn.Linear(3, 1))
+
+        def forward(self, x, y=None):
+            heights = self.net(turn(x)).reshape(5, ROWS) if turn(x).dim() == 3 else self.net(turn(x)).reshape(ROWS, 5).T
+            with pyro.plate("data", len(x)):
+                return pyro.sample("obs", dist.Normal(heights.sum(0), 1.0), obs=y)
+
+    model, x, y = Sequences(), torch.randn(ROWS, 5, 3), torch.zeros(ROWS)
+    guide = AutoNormal(model)
+    guide(x, y)
+    with pytest.raises(ValueError, match=rf"'net.(weight|bias)' meets an input of \d+ rows, and 'obs' .* plate of {ROWS}"), handler():
+        TraceMeanField_ELBO().loss(model, guide, x, y)
+    with handler(shared="net.*"):
+        TraceMeanField_ELBO().loss(model, guide, x, y)
+
+
+def test_batches_of_another_length_are_no_others_rows():
+    model, guide, x, y = problem(dense)
+    with ExemplarReparameterization():
+        kept = poutine.trace(guide).get_trace(x, y)
+        poutine.trace(poutine.replay(model, trace=kept)).get_trace(x, y)
+        TraceMeanField_ELBO().loss(model, guide, x[:5], y[:5])
 
 
 def test_a_guide_that_draws_all_weights_at_once_is_told_that_it_is_not_covered():

@@ -11,7 +11,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Normal, TransformedDistribution
+from pyro.distributions import Normal, TransformedDistribution, Unit
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide import AutoNormal, init_to_feasible
 from pyro.nn.module import pyro_method
@@ -295,12 +295,15 @@ def _check_observations(model: Callable, args: Sequence[Any], kwargs: Mapping[st
     call = _bound(model, args, kwargs)
     parameters = {} if call is None else call.signature.parameters
     missing = [name for name, p in parameters.items() if call.arguments.get(name, p.default) is None]
-    latents = _latents(model, args, kwargs) if missing else {}
+    trace = _traced(model, args, kwargs) if missing else Trace()
+    if any(not isinstance(trace.nodes[site]["fn"], Unit) for site in trace.observation_nodes):
+        return  # what else could be observed is left out on purpose
+    latents = _latents(trace)
     for name in missing:
         call.arguments[name] = torch.zeros(())
         # what any value in the argument's place makes observed is no latent site
         try:
-            found = latents.keys() - _latents(model, call.args, call.kwargs).keys()
+            found = latents.keys() - _latents(_traced(model, call.args, call.kwargs)).keys()
         except Exception:  # whatever a model's Python does with such a value
             found = {site for site, node in latents.items() if any(frame.vectorized for frame in node["cond_indep_stack"])}
         call.arguments[name] = None
@@ -320,7 +323,10 @@ def _bound(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> i
         return None
 
 
-def _latents(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _traced(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Trace:
     with torch.no_grad(), poutine.block(), kept_statistics():
-        trace: Trace = poutine.trace(model).get_trace(*args, **kwargs)
+        return poutine.trace(model).get_trace(*args, **kwargs)
+
+
+def _latents(trace: Trace) -> dict[str, Any]:
     return {name: trace.nodes[name] for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name])}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_advbayes.batches import Batch
 from pyro_advbayes.infer.mcmc.adversary import L2, Adversary, Box, Cost, Pixels, as_cost
-from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
+from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel, named
 from pyro_advbayes.infer.mcmc.rule import Updates
 from pyro_advbayes.infer.mcmc.schedules import Schedule, as_schedule, check_value
 from pyro_advbayes.infer.mcmc.sgadald import SGAdaLD
@@ -310,10 +310,10 @@ class BAL(SGMCMCKernel):
         names = ("perturb", "clip", "learners", "copies", "clean_share", "keep", "input_temperature")
         parts = {name: repr(getattr(self, name)) for name in names}
         own = "ℓ" if self.loss is None else getattr(self.loss, "__qualname__", type(self.loss).__name__)
-        cost = getattr(getattr(self.cost, "fn", None), "__qualname__", repr(self.cost))
-        updates = {f"{n}_updates": [repr(u.rule), u.num_steps] for n, u in (("inputs", self.inputs), ("weights", self.weights))}
+        cost = getattr(getattr(self.cost, "fn", None), "__qualname__", named(self.cost))
+        updates = {f"{n}_updates": [named(u.rule), u.num_steps] for n, u in (("inputs", self.inputs), ("weights", self.weights))}
         updates["inputs_step_sizes"] = [self.inputs.step_size(i) for i in range(self.inputs.num_steps)]
-        return {**super().settings(), **parts, **updates, "loss": own, "cost": cost, "adversary": repr(self.adversary)}
+        return {**super().settings(), **parts, **updates, "loss": own, "cost": cost, "adversary": named(self.adversary)}
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "inputs": [self._random.get_state(), self._lasting, self._sizes]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -427,7 +428,7 @@ class SGMCMCKernel(MCMCKernel):
         """The arguments that a run depends on, as plain values."""
         schedules = {name: _schedule_name(value) for name, value in (("step_size", self.step_size), ("temperature", self.temperature))}
         return {
-            "rule": repr(self.update_rule),
+            "rule": named(self.update_rule),
             **schedules,
             "batch_size": self.batch_size,
             "num_steps_per_sample": self.num_steps_per_sample,
@@ -494,6 +495,11 @@ class SGMCMCKernel(MCMCKernel):
         if self._single:
             params = {name: value.unsqueeze(0) for name, value in params.items()}
         return self.potential.join(params)
+
+
+def named(value: Any) -> str:
+    """A setting as a checkpoint names it: without addresses, which differ from process to process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _schedule_name(schedule: Schedule) -> str:

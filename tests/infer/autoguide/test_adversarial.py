@@ -209,6 +209,23 @@ def test_local_latents_beside_an_optional_argument_are_no_observations():
     assert list(AutoAdversarialNormal(model)(torch.randn(5))) == ["z"]
 
 
+def test_beside_an_observation_what_is_left_out_is_meant_to_be_latent():
+    def partly_observed(y, z=None, rows=None):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0), obs=z)
+            pyro.sample("obs", dist.Normal(z if rows is None else z[rows.long()], 1.0), obs=y)
+
+    def regularised(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.factor("small", -w.square().sum())
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    assert list(AutoAdversarialNormal(partly_observed)(torch.randn(5))) == ["z"]
+    with pytest.raises(ValueError, match=r"site 'obs' would become a latent site.*argument 'y'"):
+        AutoAdversarialNormal(regularised)(data()[0])
+
+
 @pytest.mark.parametrize("remake", [copy.deepcopy, lambda guide: pickle.loads(pickle.dumps(guide))])
 def test_a_guide_survives_copying_and_pickling(remake):
     guide = trained()

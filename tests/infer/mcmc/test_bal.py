@@ -355,6 +355,17 @@ def test_another_adversary_is_not_resumed(tmp_path):
             ab.SGMCMC.resume(path, ab.BAL(network(), "x", 16, **{"cost": ab.L2(1.0), "clip": (0.0, 1.0), **other}), x, y)
 
 
+def test_a_cost_and_an_adversary_of_ones_own_are_the_same_in_another_process(tmp_path):
+    class Ridge(ab.L2):
+        __repr__ = object.__repr__
+
+    x, y = blobs()
+    path = tmp_path / "run.safetensors"
+    sampled(ab.BAL(network(), "x", 16, cost=Ridge(1.0), clip=(0.0, 1.0)), x, y, samples=2, checkpoint=path)
+    again = ab.SGMCMC.resume(path, ab.BAL(network(), "x", 16, cost=Ridge(1.0), clip=(0.0, 1.0)), x, y, disable_progbar=True)
+    assert again.kernel.settings()["cost"].endswith("Ridge object>")
+
+
 def test_it_starts_from_trained_weights():
     x, y = blobs()
     trained = {name: torch.full(shape, 0.1) for name, shape in {"net.1.weight": (8, 2), "net.1.bias": (8,)}.items()}
