@@ -229,6 +229,8 @@ class Loader:
     :param loader: gives the model's arguments, a tuple (or one tensor) at a time.
     :param num_data: rows in the data set; by default read off the loader.
     :param device: where the batches go.
+
+    :ivar labels: places in a batch, and what its tensors there must be: objects whose ``check`` raises ValueError.
     """
 
     per_chain = False
@@ -240,6 +242,7 @@ class Loader:
         self._epoch_random: dict[str, Any] = {}
         self._taken = 0
         self.batch_size: int | None = None
+        self.labels: list[tuple[int, Any]] = []
         self.example = self.next()
         self.batch_size = len(self.example[0])
         if num_data is not None:
@@ -303,6 +306,8 @@ class Loader:
             )
         for i, value in enumerate(item):
             check_finite(value, f"tensor {i} in batch {number} of the loader")
+        for place, labels in self.labels:
+            labels.check(item[place], f", batch {number} of the loader,")
         return tuple(item) if self.device is None else tuple(value.to(self.device) for value in item)
 
     def _own_generators(self) -> list[torch.Generator]:

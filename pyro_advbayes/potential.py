@@ -131,7 +131,9 @@ class Potential:
             self.batches.num_data,
             self.arguments.lengths(),
             loader=True,
+            whole=[(label, t, t) for label, t in zip(self.arguments.labels, item, strict=True)],
         )
+        self.batches.labels = [(self.arguments.labels.index(labels.argument), labels) for labels in self.structure.labels]
         self.device, self.from_loader = item[0].device, True
 
     def _from_arguments(

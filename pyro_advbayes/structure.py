@@ -15,6 +15,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Transform, biject_to, constraints
+from torch.distributions.constraints import Constraint
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_advbayes.batches import in_words
@@ -40,9 +41,34 @@ class Site(NamedTuple):
         return self.unconstrained_shape.numel()
 
 
+class Labels(NamedTuple):
+    """An observed site whose values are an argument's as they are, and of which only some can be: a class of ten, a coin's side."""
+
+    site: str
+    argument: str
+    support: Constraint
+
+    @property
+    def differs(self) -> bool:
+        """Whether each row has a support of its own, as a Binomial's counts have."""
+        return any(isinstance(bound, Tensor) and bound.dim() > 0 for bound in vars(self.support).values())
+
+    def check(self, values: Tensor, where: str = "") -> None:
+        """:raises ValueError: if some of ``values``, which are found ``where`` in the argument, cannot be."""
+        # a share between 0 and 1 stands for a coin where it is the target of a cross-entropy
+        coin = self.support is constraints.boolean
+        wrong = (values < 0) | (values > 1) if coin else ~self.support.check(values)
+        if bool(wrong.any()):
+            support = "which differs from row to row" if self.differs else self.support
+            raise ValueError(
+                f"observed site {self.site!r}: {int(wrong.sum())} of the values in argument {self.argument}{where} are outside its "
+                f"support, {support} (the first is {values[wrong].flatten()[0].item():g}): check labels and number of classes"
+            )
+
+
 class Structure(NamedTuple):
     """
-    What :func:`look` found: the latent sites in flat order, and the data plate.
+    What :func:`look` found: the latent sites in flat order, the data plate, and what is observed of classes.
 
     ``scaling`` is ``"none"`` (full data, or a model that is given its indices and scales itself), ``"minibatch"``
     (:func:`~pyro_advbayes.handlers.minibatch` scales the plate) or ``"indices"`` (the plate draws its own subsample and scales
@@ -54,6 +80,7 @@ class Structure(NamedTuple):
     plate: str | None = None
     plate_size: int | None = None
     plate_batch: int | None = None
+    labels: tuple[Labels, ...] = ()
 
 
 def look(
@@ -107,8 +134,12 @@ def look(
             _check_rows(trace, found.plate, size, lengths)
     for trace in (first, second):
         _check_observations(trace, lengths)
-    _check_labels(first, whole)
-    return found._replace(sites=sites)
+    labels = []
+    for name, given, values in whole:
+        for each in _labels(first, name, given):
+            each.check(given if each.differs else values)
+            labels += [] if each.differs else [each]
+    return found._replace(sites=sites, labels=tuple(labels))
 
 
 @contextlib.contextmanager
@@ -389,21 +420,16 @@ def _observations(trace: Trace) -> dict[str, dict[str, Any]]:
     }
 
 
-def _check_labels(trace: Trace, whole: Sequence[tuple[str, Tensor, Tensor]]) -> None:
-    """Refuses observations of which the model says that they cannot be: a class 10 of ten classes, a 2 for a coin."""
+def _labels(trace: Trace, argument: str, given: Tensor) -> list[Labels]:
+    """The observed sites of discrete support whose values are an argument's."""
+    found = []
     for name, node in _observations(trace).items():
-        for label, given, values in whole:
-            support = node["fn"].support if node["value"] is given else None
-            while hasattr(support, "base_constraint"):  # of to_event
-                support = support.base_constraint
-            if support is not None and support.is_discrete:
-                # a share between 0 and 1 stands for a coin where it is the target of a cross-entropy
-                wrong = (values < 0) | (values > 1) if support is constraints.boolean else ~support.check(values)
-                if bool(wrong.any()):
-                    raise ValueError(
-                        f"observed site {name!r}: {int(wrong.sum())} of the values in argument {label} are outside its support, {support} "
-                        f"(the first is {values[wrong].flatten()[0].item():g}): check labels and number of classes"
-                    )
+        support = node["fn"].support if node["value"] is given else None
+        while hasattr(support, "base_constraint"):  # of to_event
+            support = support.base_constraint
+        if support is not None and support.is_discrete:
+            found.append(Labels(name, argument, support))
+    return found
 
 
 def _check_observations(trace: Trace, lengths: Mapping[str, int]) -> None:

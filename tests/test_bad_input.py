@@ -349,6 +349,31 @@ def test_labels_outside_the_classes_are_refused_wherever_they_are(refused, batch
     refused(sgld(mlp((3, 4, 2)), batch_size=batch_size), x, y, says=says)
 
 
+@pytest.mark.parametrize("row", [3, 57])
+def test_labels_outside_the_classes_are_found_in_the_batches_of_a_loader(row):
+    x, y = torch.randn(60, 3), torch.zeros(60, dtype=torch.long)
+    y[row] = 2
+    where = r"argument y, batch 6 of the loader, are" if row == 57 else "argument y are"
+    batches = DataLoader(TensorDataset(x, y), batch_size=10)
+    with pytest.raises(ValueError, match=f"'obs': 1 of the values in {where} outside its support"):
+        ab.SGMCMC(ab.SGLD(mlp((3, 4, 2)), step_size=1e-4), num_samples=5, warmup_steps=5, disable_progbar=True).run(batches)
+
+
+@pytest.mark.parametrize("batch_size", [None, 10])
+@pytest.mark.parametrize("most", [lambda n: n, lambda n: 9])
+def test_counts_have_bounds_of_their_own_row(most, batch_size, refused):
+    def counts(x, n, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Binomial(most(n), logits=x @ w), obs=y)
+
+    x, n = torch.randn(60, 3), torch.randint(5, 10, (60,)).float()
+    ab.Potential(counts, (x, n, n), batch_size=batch_size)
+    y = n.clone()
+    y[2] = 12.0
+    refused(sgld(counts, batch_size=batch_size), x, n, y, says=["'obs'", "argument y", "outside its support", "12"])
+
+
 def test_shares_between_0_and_1_may_stand_for_coins_and_2_may_not():
     x, y = torch.randn(20, 3), torch.rand(20)
     model = LogisticRegression(3)
