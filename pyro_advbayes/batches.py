@@ -287,14 +287,30 @@ class Loader:
             return False
         sampler = _sampler(self.loader)
         if isinstance(sampler, SequentialSampler) or isinstance(self.loader, (list, tuple)):
-            raise ValueError(
-                f"batch {self._taken} of the loader has {rows} rows and the first one {self.batch_size}, in a fixed order: each stands for "
-                "the whole data set, so that the same rows would weigh more in every epoch. Give the DataLoader shuffle=True or "
-                "drop_last=True, or all batches the same length"
-            )
+            raise self._uneven(self._taken, rows)
         # chance chose the rows of a short last batch: to leave it out favours none, and its gradient would be the noisiest by far
         cut = type(getattr(self.loader, "batch_sampler", None)) is BatchSampler and isinstance(sampler, _SAMPLERS)
         return cut and self._taken == len(self.loader) > 1
+
+    def _uneven(self, number: int, rows: int) -> ValueError:
+        return ValueError(
+            f"batch {number} of the loader has {rows} rows and the first one {self.batch_size}, in a fixed order: each stands for "
+            "the whole data set, so that the same rows would weigh more in every epoch. Give the DataLoader shuffle=True or "
+            "drop_last=True, or all batches the same length"
+        )
+
+    def check_lengths(self) -> None:
+        """:raises ValueError: as :meth:`next`, where a loader tells beforehand how long its batches are, or holds them."""
+        if isinstance(self.loader, (list, tuple)):
+            for number, item in enumerate(self.loader, 1):
+                rows = len(self._tensors(item, number)[0])
+                if rows != self.batch_size:
+                    raise self._uneven(number, rows)
+        cut = getattr(self.loader, "batch_sampler", None)
+        if type(cut) is BatchSampler and type(cut.sampler) is SequentialSampler and not cut.drop_last and cut.batch_size == self.batch_size:
+            whole, rest = divmod(len(cut.sampler), cut.batch_size)
+            if whole and rest:
+                raise self._uneven(whole + 1, rest)
 
     def _tensors(self, item: Any, number: int) -> Batch:
         item = (item,) if isinstance(item, Tensor) else item

@@ -349,6 +349,11 @@ def test_labels_outside_the_classes_are_refused_wherever_they_are(refused, batch
     refused(sgld(mlp((3, 4, 2)), batch_size=batch_size), x, y, says=says)
 
 
+@pytest.mark.parametrize("make", [lambda data: DataLoader(data, 7), lambda data: [data[:7], data[7:]]])
+def test_a_loader_whose_rows_would_weigh_unequally_is_refused_before_the_run(refused, make):
+    refused(sgld(logistic, num_data=N), make(TensorDataset(X, Y)), says=["rows and the first one 7, in a fixed order"])
+
+
 @pytest.mark.parametrize("row", [3, 57])
 def test_labels_outside_the_classes_are_found_in_the_batches_of_a_loader(row):
     x, y = torch.randn(60, 3), torch.zeros(60, dtype=torch.long)

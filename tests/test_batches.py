@@ -223,6 +223,8 @@ def test_the_rest_of_a_shuffled_epoch_that_fills_no_batch_is_left_out_except_of_
 )
 def test_a_short_batch_in_a_fixed_order_is_refused(batches):
     loader = Loader(batches, 20)
+    with pytest.raises(ValueError, match=r"batch 4 of the loader has 2 rows and the first one 6, in a fixed order"):
+        loader.check_lengths()
     take(loader, 3)
     with pytest.raises(ValueError, match=r"batch 4 of the loader has 2 rows and the first one 6, in a fixed order.*drop_last=True"):
         loader.next()

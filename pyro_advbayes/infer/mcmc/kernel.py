@@ -167,6 +167,8 @@ class SGMCMCKernel(MCMCKernel):
             graphs=self._graphs,
             **self._potential_options(),
         )
+        if self.potential.from_loader:
+            self.potential.batches.check_lengths()  # now, and not when the run comes to it
         self.transforms = self.potential.transforms
         self.names = [(site.name, slice(site.start, site.start + site.numel)) for site in self.potential.sites]
         if not find_start:
