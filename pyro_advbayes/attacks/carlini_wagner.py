@@ -63,7 +63,9 @@ class CarliniWagner(Attack):
 
     def run(self, problem: Problem, region: Region) -> Tensor:
         clean = region.center
-        best, smallest = clean.clone(), clean.new_full((len(clean),), torch.inf)
+        # half precision holds neither a squared distance nor the squares that Adam keeps
+        dtype = torch.promote_types(clean.dtype, torch.float32)
+        best, smallest = clean.clone(), clean.new_full((len(clean),), torch.inf, dtype=dtype)
         low, high, c = torch.zeros_like(smallest), smallest.clone(), torch.full_like(smallest, self.first_c)
         for _ in range(self.searches):
             x, size = self._nearest(problem, region, c)
@@ -77,20 +79,22 @@ class CarliniWagner(Attack):
     def _nearest(self, problem: Problem, region: Region, c: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest success for given c ``[N]``, and its squared distance, infinite where there is none."""
         clean = x = region.center
-        mean, square = torch.zeros_like(x), torch.zeros_like(x)
+        mean, square = torch.zeros_like(x, dtype=c.dtype), torch.zeros_like(x, dtype=c.dtype)
         best, smallest = clean, torch.full_like(c, torch.inf)
-        for t in range(1, self.steps + 1):
+        for t in range(1, self.steps + 2):
             margin, gradient, success = problem.gradient(x, success=True)
             hit = success & (margin >= self.confidence) if self.confidence else success
-            delta = x - clean
+            delta = (x - clean).to(c.dtype)
             size = flat(delta).square().sum(1)
             nearer = hit & (size < smallest)
             best, smallest = torch.where(rows(nearer, x), x, best), torch.where(nearer, size, smallest)
+            if t > self.steps:  # where the last step went
+                break
             slope = 2 * delta - rows(c * ~hit, gradient) * gradient
             mean = DECAYS[0] * mean + (1 - DECAYS[0]) * slope
             square = DECAYS[1] * square + (1 - DECAYS[1]) * slope.square()
             spread = (square / (1 - DECAYS[1] ** t)).sqrt() + 1e-8
-            x = region.restrict(x - self.step_size * mean / (1 - DECAYS[0] ** t) / spread)
+            x = region.restrict((x - self.step_size * mean / (1 - DECAYS[0] ** t) / spread).to(x.dtype))
         return best, smallest
 
 

@@ -30,6 +30,12 @@ def linf_size(delta: Tensor) -> Tensor:
     return flat(delta).abs().amax(1)
 
 
+def of_largest_1(gradient: Tensor) -> Tensor:
+    """Scaled so that the largest absolute entry of every row is 1, however small it was; rows of zeros stay as they are."""
+    largest = linf_size(gradient)
+    return gradient / rows(torch.where(largest > 0, largest, 1), gradient)
+
+
 class Region:
     """
     All inputs within the data's range.
@@ -106,8 +112,7 @@ class L2Ball(Ball):
 
     @staticmethod
     def steepest(gradient: Tensor) -> Tensor:
-        # scaled first, since the squares of small gradients underflow
-        gradient = gradient / rows(linf_size(gradient).clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
+        gradient = of_largest_1(gradient)  # since the squares of small gradients underflow
         return gradient / rows(l2_size(gradient).clamp_min(1.0), gradient)
 
 

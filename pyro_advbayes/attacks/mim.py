@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_advbayes.attacks.base import GradientAttack
-from pyro_advbayes.attacks.geometry import Ball, flat, rows
+from pyro_advbayes.attacks.geometry import Ball, flat, of_largest_1, rows
 from pyro_advbayes.attacks.problem import Problem
 
 
@@ -43,11 +43,13 @@ class MIM(GradientAttack):
             self.check_positive("step_size")
 
     def run(self, problem: Problem, region: Ball) -> Tensor:
-        x, total = region.center, torch.zeros_like(region.center)
+        # half precision cannot hold what most entries of an image's gradient are of their sum
+        x, dtype = region.center, torch.promote_types(region.center.dtype, torch.float32)
+        total = torch.zeros_like(x, dtype=dtype)
         step_size = self.step_size or self.eps / self.steps
         for _ in range(self.steps):
-            gradient = problem.gradient(x).gradient
-            size = flat(gradient).abs().sum(1).clamp_min(torch.finfo(gradient.dtype).tiny)
+            gradient = of_largest_1(problem.gradient(x).gradient).to(dtype)
+            size = flat(gradient).abs().sum(1).clamp_min(1.0)
             total = self.decay * total + gradient / rows(size, gradient)
-            x = region.restrict(x + step_size * region.steepest(total))
+            x = region.restrict(x + step_size * region.steepest(total).to(x.dtype))
         return x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -57,7 +57,7 @@ class Square(BallAttack):
         x = region.restrict(clean + self.eps * signs)
         best.offer(x, *problem.examine(x))
         for query in range(1, self.queries):
-            share = self.share * 0.5 ** bisect_right(HALVINGS, query * 10_000 / self.queries)
+            share = self.share * 0.5 ** bisect_left(HALVINGS, int(query * 10_000 / self.queries))
             if images:
                 chosen, signs = _windows(clean, share), _signs(clean, (*clean.shape[:2], 1, 1))
             else:

@@ -43,8 +43,9 @@ def image_examples(pixels: Tensor, labels: Tensor, *, white: int, scale: tuple[f
     if len(scale) != 2 or not all(map(math.isfinite, scale)) or scale[0] >= scale[1]:
         raise ValueError(f"scale must be (low, high), finite and in this order, got {scale!r}")
     low, high = scale
-    # Divided first, so that 0 and white become low and high to the last bit; in place, since sets are large.
-    x = pixels.to(torch.float32, copy=True).div_(white).mul_(high - low).add_(low)
+    # Divided first, so that 0 and white become low and high to the last bit, as lerp makes sure; in place, since sets are large.
+    x = pixels.to(torch.float32, copy=True).div_(white)
+    torch.lerp(x.new_tensor(low), x.new_tensor(high), x, out=x)
     if x.dim() == 3:
         x = x.unsqueeze(1)
     return Examples(x.flatten(1) if flatten else x, labels.to(torch.int64))

@@ -71,7 +71,7 @@ def read_npz(path: Path, num_dims: dict[str, int]) -> dict[str, Tensor]:
                 raise ValueError(f"{name} must be {num_dims[name]}-dimensional integers, not {array.dtype}{list(array.shape)}")
     except (EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as this set: {error}") from error
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {name: torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False)) for name, array in arrays.items()}
 
 
 def check_labels(path: Path, labels: Tensor, num_rows: int, num_classes: int | None) -> None:

@@ -12,6 +12,7 @@ from pyro_advbayes.diagnostics.uncertainty import mutual_information, predictive
 
 SCORES = {"entropy": predictive_entropy, "bald": mutual_information, "variation_ratio": variation_ratio}
 ACQUISITIONS = (*SCORES, "batch_bald", "random")
+DECIMALS = 12  # that count: sums in another order differ in the last bits, and must tie
 LABELS_AT_ONCE = 64  # joint labels whose probabilities with every label of the pool are held in memory together
 
 
@@ -27,15 +28,19 @@ def acquire(probs: Tensor, count: int, acquisition: str = "bald") -> Tensor:
     :raises ValueError: naming the argument out of range.
     """
     num_inputs = check_probs(probs, ranks=(3,)).shape[1]
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= num_inputs:
-        raise ValueError(f"count={count!r}: how many inputs of a pool of {num_inputs}")
+    _check_count(count, num_inputs)
     if acquisition == "random":
         return torch.randperm(num_inputs)[:count].to(probs.device)
     if acquisition == "batch_bald":
         return batch_bald(probs, count)
     if acquisition not in SCORES:
         raise ValueError(f"acquisition={acquisition!r}: choose one of {', '.join(map(repr, ACQUISITIONS))}")
-    return SCORES[acquisition](probs).sort(descending=True, stable=True).indices[:count]
+    return SCORES[acquisition](probs).double().round(decimals=DECIMALS).sort(descending=True, stable=True).indices[:count]
+
+
+def _check_count(count: int, num_inputs: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= num_inputs:
+        raise ValueError(f"count={count!r}: how many inputs of a pool of {num_inputs}")
 
 
 def batch_bald(probs: Tensor, count: int, num_labels: int = 1000) -> Tensor:
@@ -53,37 +58,58 @@ def batch_bald(probs: Tensor, count: int, num_labels: int = 1000) -> Tensor:
     :param int count: how many, 1 to N.
     :param int num_labels: up to so many joint labels of the inputs chosen are all counted; beyond, so many are drawn.
     :return: their numbers, ``[count]``, in the order in which they were chosen.
+    :raises ValueError: if ``count`` is out of range.
     """
     p = check_probs(probs, ranks=(3,))
+    _check_count(count, p.shape[1])
     conditional = torch.special.entr(p).sum(-1).mean(0)  # [N]
-    joint, weights = p.new_ones(len(p), 1), p.new_ones(1)  # of the labels chosen so far: [draws, labels], and what each stands for
+    labels = _Labels(p.new_ones(len(p), 1), p.new_zeros(1), p.new_ones(1))
     chosen: list[int] = []
     flat = p.permute(0, 2, 1).flatten(1)  # [draws, K * N]
     for _ in range(count):
-        # P(labels, y) = mean over draws of P_t(labels) p_t(y), for every y of every input
+        # P(y | labels) = mean over draws of P_t(labels) / P(labels) p_t(y), for every y of every input
         entropy = p.new_zeros(p.shape[1])
-        for part, weight in zip(joint.split(LABELS_AT_ONCE, 1), weights.split(LABELS_AT_ONCE), strict=True):
-            of_both = (part.T @ flat / len(p)).view(-1, p.shape[2], p.shape[1])
-            entropy += (torch.special.entr(of_both).sum(1) * weight[:, None]).sum(0)
-        score = entropy - conditional
+        for part in zip(*(values.split(LABELS_AT_ONCE, -1) for values in labels), strict=True):
+            given = _Labels(*part)
+            of_next = (given.ratios.T @ flat / len(p)).view(-1, p.shape[2], p.shape[1])
+            entropy += ((torch.special.entr(of_next).sum(1) - given.log_probs[:, None]) * given.weights[:, None]).sum(0)
+        score = (entropy - conditional).round(decimals=DECIMALS)
         score[chosen] = -torch.inf
-        best = int(score.argmax())
+        best = int((score == score.max()).nonzero()[0])
         chosen.append(best)
         if len(chosen) < count:
-            joint, weights = _with(joint, weights, p[:, best], num_labels)
+            labels = _with(labels, p[:, best], num_labels)
     return torch.tensor(chosen, device=probs.device)
 
 
-def _with(joint: Tensor, weights: Tensor, p: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
+class _Labels(NamedTuple):
+    """
+    Joint labels of the inputs chosen so far. Their probabilities underflow where they are many: what is kept of them does not.
+
+    :ivar ratios: P_t(labels) / P(labels), ``[draws, labels]``.
+    :ivar log_probs: log P(labels), ``[labels]``.
+    :ivar weights: the share of all joint labels' probability that each stands for, ``[labels]``.
+    """
+
+    ratios: Tensor
+    log_probs: Tensor
+    weights: Tensor
+
+
+def _with(labels: _Labels, p: Tensor, num_labels: int) -> _Labels:
     """The joint labels with those of one more input; drawn, where there are too many."""
-    joint = (joint[:, :, None] * p[:, None, :]).flatten(1)
-    weights = weights[:, None].expand(-1, p.shape[-1]).flatten()
-    if joint.shape[1] <= num_labels:
-        return joint, weights
-    shares = joint.mean(0) * weights
-    drawn = torch.multinomial(shares, num_labels, replacement=True)
-    # a sum over all labels is the mean over drawn ones of what they stand for, over the probability with which they were drawn
-    return joint[:, drawn], weights[drawn] * shares.sum() / (shares[drawn] * num_labels)
+    ratios = (labels.ratios[:, :, None] * p[:, None, :]).flatten(1)
+    given = ratios.mean(0)  # P(label | labels)
+    possible = given > 0
+    ratios, given = ratios[:, possible], given[possible]
+    log_probs = labels.log_probs.repeat_interleave(p.shape[-1])[possible] + given.log()
+    weights = labels.weights.repeat_interleave(p.shape[-1])[possible] * given
+    found = _Labels(ratios / given, log_probs, weights)
+    if len(given) <= num_labels:
+        return found
+    # a sum over all labels is the mean over drawn ones, where they are drawn by what they stand for
+    drawn = torch.multinomial(weights, num_labels, replacement=True)
+    return _Labels(found.ratios[:, drawn], log_probs[drawn], weights.sum().expand(num_labels) / num_labels)
 
 
 class LearningCurve(NamedTuple):

@@ -137,6 +137,6 @@ def retained_accuracy(
         size = max(1, round(share * len(right)))
         edge = score.kthvalue(size).values
         inside, at_edge = score < edge, score == edge
-        fits = (size - inside.sum()) / at_edge.sum()
+        fits = (size - inside.sum()).double() / at_edge.sum()
         accuracies.append((right[inside].sum() + fits * right[at_edge].sum()) / size)
     return RetainedAccuracy(torch.tensor(kept, dtype=torch.double), torch.stack(accuracies).cpu())

@@ -61,11 +61,12 @@ def mmd_test(x: Tensor, y: Tensor, num_permutations: int = 500, generator: torch
     x, y = _checked(x, y)
     if min(len(x), len(y)) < 2:
         raise ValueError(f"mmd_test needs two points or more of each set, not {len(x)} and {len(y)}")
-    points, n = torch.cat([x, y]), len(x)
-    distances = torch.cdist(points, points).square()
+    # in float64: labellings that are as far apart must tie; and not by products of the points, of which nothing is left far from 0
+    points, n = torch.cat([x, y]).double(), len(x)
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").square()
     off = ~torch.eye(len(points), dtype=torch.bool, device=x.device)
-    kernel = (-distances / distances[off].median().clamp_min(torch.finfo(x.dtype).tiny) / 2).exp().mul_(off)
-    labels = torch.zeros(num_permutations + 1, len(points), dtype=x.dtype, device=x.device)
+    kernel = (-distances / distances[off].median().clamp_min(torch.finfo(points.dtype).tiny) / 2).exp().mul_(off)
+    labels = torch.zeros(num_permutations + 1, len(points), dtype=points.dtype, device=x.device)
     labels[0, :n] = 1.0
     for row in labels[1:]:
         row[torch.randperm(len(points), generator=generator)[:n].to(x.device)] = 1.0

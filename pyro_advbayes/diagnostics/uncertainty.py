@@ -39,8 +39,9 @@ def mutual_information(probs: Tensor) -> Tensor:
     :return: ``[N]``, in [0, log K]; 0 where all draws agree.
     """
     p = check_probs(probs, ranks=(3,))
-    # Rounding can leave -1e-16 where draws agree.
-    return like((_entropy(p.mean(0)) - _entropy(p).mean(0)).clamp_min(0), probs)
+    # rounding can leave 1e-16 of either sign where draws agree
+    agree = (p == p[:1]).all(0).all(-1)
+    return like((_entropy(p.mean(0)) - _entropy(p).mean(0)).clamp_min(0).masked_fill(agree, 0.0), probs)
 
 
 def model_variance(probs: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ def to_arviz(
 
     :param posterior: a finished :class:`~pyro_advbayes.SGMCMC` or :class:`pyro.infer.MCMC`, or a guide.
     :param model: the model; by default the kernel's. A guide needs it.
-    :param args: the model's arguments with the data; by default those of the run. A guide needs them.
+    :param args: the model's arguments with the data; by default those of the run, and the first batch after a run from a loader. A guide
+        needs them.
     :param kwargs: its keyword arguments.
     :param int num_samples: how many draws to take from a guide, >= 1.
     :param sites: which sites go into the posterior; by default all, which for a network is every weight.
@@ -57,13 +58,19 @@ def to_arviz(
     :param dims: as in ArviZ, from a variable to its dimensions after ``[chains, draws]``.
     :return: ``arviz.InferenceData`` (0.x) or ``xarray.DataTree`` (1.x).
     :raises ValueError: if a site is unknown, a guide comes without its model or arguments, or likelihoods or predictions are wanted of a
-        model that takes other rows in every run.
+        model that takes other rows in every run, or of a run from a loader without ``args``.
     """
     kwargs = dict(kwargs or {})
     groups: dict[str, Mapping[str, Any]] = {}
     if isinstance(posterior, AbstractMCMC):
         model = posterior.kernel.model if model is None else model
         if args is None:
+            potential = posterior.kernel.potential if isinstance(posterior, SGMCMC) else None
+            if potential is not None and potential.from_loader and (log_likelihood or posterior_predictive is True):
+                raise ValueError(
+                    "the run was given a loader, and likelihoods and predictions are wanted of all rows: give them as args=, the model's "
+                    "arguments with all the data"
+                )
             args, kwargs = posterior._args, kwargs or posterior._kwargs  # Pyro keeps them under these names, as ArviZ's own reader expects
         samples = posterior.get_samples(group_by_chain=True)
         groups["sample_stats"] = _statistics(posterior)
@@ -122,7 +129,12 @@ def log_likelihoods(
 
 
 def _is_observed(node: Mapping[str, Any]) -> bool:
-    return node["type"] == "sample" and node["is_observed"] and not site_is_subsample(node) and not node["infer"].get("_deterministic")
+    return node["type"] == "sample" and node["is_observed"] and not site_is_subsample(node) and not _is_helper(node)
+
+
+def _is_helper(node: Mapping[str, Any]) -> bool:
+    """Whether a site is a deterministic one, or what ``pyro.factor`` makes."""
+    return bool(node["infer"].get("_deterministic") or node["infer"].get("is_auxiliary"))
 
 
 def _statistics(posterior: AbstractMCMC) -> dict[str, Tensor]:

@@ -44,6 +44,15 @@ def test_perturbations_are_smaller_than_those_that_pgd_needs():
     assert (l2_size(ours - x) < needed).double().mean() > 0.6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_last_step_counts_in_half_precision_too(dtype):
+    net = nn.Linear(6, 2)
+    x = torch.rand(20, 6)
+    y = net(x).argmax(-1)
+    attacked = CarliniWagner(1, 1, 3.0, clip=None, first_c=10.0)(net.to(dtype), x.to(dtype), y)
+    assert (net(attacked).argmax(-1) != y).all() and attacked.dtype == dtype
+
+
 def test_confidence_is_reached():
     net = digits_network()
     x, y = digits_examples(20)

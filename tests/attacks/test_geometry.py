@@ -45,6 +45,13 @@ def test_the_steepest_step_is_of_size_1_at_any_scale_and_none_without_a_gradient
     torch.testing.assert_close((step * gradient).flatten(1).sum(1), dual)
 
 
+@pytest.mark.parametrize(("dtype", "smallest"), [(torch.float32, 1e-44), (torch.float16, 1e-7), (torch.bfloat16, 1e-39)])
+def test_gradients_below_the_normal_numbers_make_a_full_step_too(dtype, smallest):
+    gradient = (torch.randn(50, 6).sign() * smallest).to(dtype)
+    assert (gradient != 0).all()
+    torch.testing.assert_close(SIZES["l2"](BALLS["l2"].steepest(gradient)).float(), torch.ones(50), rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
 def test_random_points_are_uniform_in_the_ball():
     rows = 20_000
     flat = BALLS["linf"](torch.zeros(rows, 3), EPS, None).random() / EPS

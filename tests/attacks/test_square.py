@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from pyro_advbayes.attacks import PGD, Square, Uniform
+from pyro_advbayes.attacks import PGD, Square, Uniform, square
 from pyro_advbayes.attacks.square import _entries, _windows
 from tests.attacks.posteriors import digits_examples, digits_network
 
@@ -20,6 +21,14 @@ def test_windows_are_squares_inside_every_image_at_different_places():
     assert share[0, 0] > 0 and share[-1, -1] > 0 and len({tuple(m.flatten().nonzero()[0].tolist()) for m in mask}) > 20
     assert _windows(images, 1.0).sum((1, 2, 3)).unique().tolist() == [81]  # no larger than the shorter side
     assert _windows(images, 1e-9).sum((1, 2, 3)).unique().tolist() == [1]
+
+
+@pytest.mark.parametrize(("queries", "first"), [(1000, [0.8, 0.4, 0.4, 0.4, 0.4, 0.2]), (10_000, [0.8] * 10 + [0.4] * 40 + [0.2])])
+def test_windows_shrink_as_they_do_in_the_authors_code(monkeypatch, queries, first):
+    shares = []
+    monkeypatch.setattr(square, "_windows", lambda images, share: shares.append(share) or _windows(images, share))
+    Square(0.1, queries)(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), torch.rand(1, 1, 4, 4), torch.zeros(1, dtype=torch.long))
+    assert shares[: len(first)] == first and shares[-1] == 0.8 / 2**8
 
 
 def test_entries_are_as_many_in_every_row():

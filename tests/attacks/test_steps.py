@@ -64,6 +64,34 @@ def test_mim_adds_up_gradients_of_size_1(case):
     torch.testing.assert_close(MIM(EPS, 5, decay=0.9)(network, x, y), point)
 
 
+class Turning(nn.Module):
+    """Two classes whose margin is linear, with another slope from the second gradient on."""
+
+    def __init__(self, *slopes):
+        super().__init__()
+        self.slopes, self.gradients = slopes, 0
+
+    def forward(self, x):
+        slope = self.slopes[min(self.gradients, 1)]
+        self.gradients += x.requires_grad
+        return torch.stack([torch.zeros_like(x[:, 0]), x @ slope], 1)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e36])
+def test_mim_weighs_gradients_of_any_size_alike(scale):
+    x, y = 0.4 + 0.2 * torch.rand(5, 6), torch.zeros(5, dtype=torch.long)
+    first, second = torch.linspace(-1.0, 1.0, 6), torch.linspace(2.0, -1.0, 6)
+    attack = MIM(EPS, 2, norm="l2", loss="margin")
+    torch.testing.assert_close(attack(Turning(scale * first, second), x, y), attack(Turning(first, second), x, y), rtol=1e-2, atol=1e-3)
+
+
+def test_mim_climbs_in_half_precision():
+    slope = (300.0 * (-1.0) ** torch.arange(1200)).half()  # a gradient whose sum half precision does not hold
+    x = torch.full((2, 1200), 0.5).half()
+    found = MIM(EPS, 2, loss="margin")(Turning(slope, slope), x, torch.zeros(2, dtype=torch.long))
+    torch.testing.assert_close(found, x + EPS * slope.sign(), rtol=0, atol=1e-3)
+
+
 def test_wrm_climbs_the_loss_less_the_price_of_the_distance(case):
     network, x, y, slope = case
     point = x + 0.05 * slope(x)

@@ -42,6 +42,24 @@ def test_drawn_labels_estimate_what_all_labels_give():
     assert information[1] == pytest.approx(information[0], rel=0.02)
 
 
+def test_long_batches_stay_finite():
+    probs = predictions(draws=6, inputs=400, classes=10, sharp=0.5)
+    chosen = batch_bald(probs, 390, num_labels=50)
+    assert len(chosen.unique()) == 390
+    with pytest.raises(ValueError, match="count=7: how many inputs of a pool of 6"):
+        batch_bald(predictions(), 7)
+
+
+def test_labels_that_no_draw_allows_have_no_weight():
+    probs = predictions(inputs=5)
+    probs[:, 2] = torch.tensor([1.0, 0.0, 0.0], dtype=torch.double)
+    probs[:2, 3], probs[2:, 3] = torch.eye(3, dtype=torch.double)[0], torch.eye(3, dtype=torch.double)[2]
+    chosen = batch_bald(probs, 5).tolist()
+    for size in range(4):
+        gains = [joint_information(probs, [*chosen[:size], i]) if i not in chosen[:size] else -1.0 for i in range(5)]
+        assert gains[chosen[size]] == pytest.approx(max(gains))
+
+
 def test_batch_bald_does_not_ask_the_same_twice_and_bald_does():
     probs = predictions(inputs=5)
     best = int(mutual_information(probs).argmax())
@@ -56,6 +74,12 @@ def test_scores_are_taken_from_the_highest_down_and_ties_in_order():
     same = torch.full((2, 6, 3), 1 / 3)
     for acquisition in ("entropy", "bald", "variation_ratio", "batch_bald"):
         assert acquire(same, 3, acquisition).tolist() == [0, 1, 2]
+    for count in (37, 1001):
+        same = torch.randn(5, 1, 3, dtype=torch.double).softmax(-1).repeat(1, count, 1)
+        for each in (same, same.float()):
+            for acquisition in ("entropy", "bald", "variation_ratio"):
+                assert acquire(each, 5, acquisition).tolist() == [0, 1, 2, 3, 4]
+            assert int(acquire(each, 5, "batch_bald")[0]) == 0
     assert acquire(probs.float(), 4, "batch_bald").tolist() == acquire(probs, 4, "batch_bald").tolist()
 
 

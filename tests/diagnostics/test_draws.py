@@ -108,6 +108,11 @@ def test_the_order_of_inputs_of_equal_uncertainty_is_of_no_matter():
         assert retained_accuracy(probs, each, (0.2, 0.5)).accuracy.tolist() == pytest.approx([0.7, 0.7])
 
 
+def test_all_right_is_an_accuracy_of_1():
+    probs = torch.tensor([[0.9, 0.1]]).repeat(1000, 1)
+    assert retained_accuracy(probs, torch.zeros(1000, dtype=torch.long), (0.3, 0.7, 1.0)).accuracy.tolist() == [1.0, 1.0, 1.0]
+
+
 def test_another_uncertainty_may_be_given():
     log_probs, labels = predictions()
     right = (log_probs.exp().mean(0).argmax(-1) == labels).double()

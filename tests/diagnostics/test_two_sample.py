@@ -55,6 +55,19 @@ def test_p_values_of_equal_laws_are_uniform_and_of_others_small():
     assert mmd_test(torch.randn(200, 2), 1.7 * torch.randn(200, 2), 99).p_value < 0.05
 
 
+def test_where_the_points_lie_is_of_no_matter():
+    x, y = 0.1 * torch.randn(50, 3), 0.1 * torch.randn(50, 3) + 0.03
+    near, far = (mmd_test(x + shift, y + shift, 99, torch.Generator().manual_seed(0)) for shift in (0.0, 1024.0))
+    assert far.mmd2 == pytest.approx(near.mmd2, abs=1e-4) and abs(far.p_value - near.p_value) <= 0.02
+
+
+def test_float32_does_not_break_the_ties_of_labellings():
+    for _ in range(20):
+        x, y = torch.randn(4, 2), torch.randn(4, 2)
+        single, double = (mmd_test(x.to(t), y.to(t), 200, torch.Generator().manual_seed(0)) for t in (torch.float, torch.double))
+        assert single.p_value == double.p_value
+
+
 def test_bad_points_are_refused():
     x = torch.randn(5, 2)
     for function in (sliced_wasserstein, mmd_test):

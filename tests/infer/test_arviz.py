@@ -94,6 +94,24 @@ def test_a_run_from_a_loader_is_read_on_its_first_batch(data):
     mcmc = ab.SGMCMC(ab.SGLD(model), 5, 5, 2, disable_progbar=True)
     mcmc.run(loader)
     assert np.allclose(ab.to_arviz(mcmc).observed_data["obs"], data[1][:8])
+    for wanted in ("log_likelihood", "posterior_predictive"):
+        with pytest.raises(ValueError, match=r"was given a loader.*args="):
+            ab.to_arviz(mcmc, **{wanted: True})
+        assert ab.to_arviz(mcmc, args=data, **{wanted: True})[wanted]["obs"].shape == (2, 5, 40)
+
+
+def test_a_factor_is_no_observation(data):
+    def regularised(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("small", -w.square().sum())
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 0.3), obs=y)
+
+    mcmc = ab.SGMCMC(ab.SGLD(regularised), 6, 6, 2, disable_progbar=True)
+    mcmc.run(*data)
+    idata = ab.to_arviz(mcmc, log_likelihood=True, posterior_predictive=True)
+    for group in ("observed_data", "log_likelihood", "posterior_predictive"):
+        assert list(idata[group].data_vars) == ["obs"]
 
 
 def test_a_model_that_takes_other_rows_in_every_run_has_no_likelihood_of_a_row():
