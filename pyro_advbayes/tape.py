@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -36,14 +40,48 @@ def record(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tup
         (parameters, captured data) stays that very tensor, also for gradients.
     :param inputs: what changes from replay to replay, in values only.
     :return: the tape, and what this call returned.
-    :raises NotRecordable: where a Python number or a shape depends on the values of an input or of a random number, and
-        where a tensor is written to that existed before. What leaves PyTorch altogether (``.numpy()``, ``.tolist()``,
-        Python's own random numbers) goes unseen: compare :meth:`Tape.replay_all` with a second call.
+    :raises NotRecordable: where a Python number, an array or a shape depends on the values of an input or of a random number, where
+        Python's or NumPy's random numbers are drawn, and where a tensor is written to that existed before.
     """
-    recorder = _Recorder(inputs)
-    with recorder:
+    recorder, others = _Recorder(inputs), _other_random_states()
+    with _no_autocast_cache(), _NoArrays(recorder), recorder:
         outputs = fn(*inputs)
+    if _other_random_states() != others:
+        raise NotRecordable("random numbers are drawn that are not PyTorch's")
     return Tape(recorder, outputs), outputs
+
+
+def _other_random_states() -> tuple[Any, ...]:
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), name, keys.tobytes(), *rest
+
+
+@contextlib.contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Autocast keeps what it made of parameters, a copy that no later change of them reaches."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+class _NoArrays(TorchFunctionMode):
+    """Refuses to give the values of tensors that change to what is not PyTorch's."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LEAVING and self._recorder.changes(args[0]):
+            raise NotRecordable(f"{func.__name__} makes an array or Python numbers of values that change")
+        return func(*args, **(kwargs or {}))
+
+
+_LEAVING = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr}
 
 
 _NOTHING: frozenset[int] = frozenset()
@@ -105,6 +143,11 @@ class _Recorder(TorchDispatchMode):
         if isinstance(arg, (tuple, list)):
             return [self._name(part, read) for part in arg]
         return arg
+
+    def changes(self, tensor: Tensor) -> bool:
+        """Whether a tensor differs from replay to replay."""
+        slot = self._slots.get(tensor)
+        return slot is not None and slot.memory in self.changing
 
     def slot(self, tensor: Tensor) -> Slot:
         """A tensor's place; a tensor not seen before becomes a constant."""

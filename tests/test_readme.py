@@ -113,6 +113,17 @@ def test_tables_have_the_numbers_of_the_result_files():
     sized = {kind: found[f"{kind}, size of BAL"] for kind in ("FGSM", "IFGSM", "WRM", "PGD")}
     assert [kind for kind, row in sized.items() if row["one-step C-W"][0] < bal["one-step C-W"][0]] == ["FGSM"]
     assert "of the trainings of BAL's size, all but FGSM's" in TEXT
+    said = {
+        "settings: published cost and steps": "{:.3f} clean, {:.3f} under FGSM and {:.3f} under PGD",
+        "BAL, 1 learners": "where the settings of the table have {:.3f}, {:.3f} and {:.3f}",
+        "settings: constant steps of weights": "constant steps on the weights it is {:.3f}, {:.3f} and {:.3f}",
+    }
+    for name, sentence in said.items():
+        row = found[name]
+        assert sentence.format(*(row[attack][eps][0] for attack, eps in (("FGSM", "0.0"), ("FGSM", "0.15"), ("PGD", "0.15")))) in TEXT
+    published, one, constant = (found[name] for name in said)
+    assert "{:.2f} long in place of {:.2f}".format(*(row["size"]["l2"] for row in (published, one))) in TEXT
+    assert constant["PGD"]["0.15"][0] - published["PGD"]["0.15"][0] > one["PGD"]["0.15"][0] - constant["PGD"]["0.15"][0] > 0
     # what the paper claims of BAL: 90 % at 0.15, 99 % clean, ahead of trainings whose perturbations are as large, and growing with learners
     assert bal["FGSM"]["0.0"][0] >= 0.99 and bal["FGSM"]["0.15"][0] >= 0.90 and bal["PGD"]["0.15"][0] >= 0.90
     for row in sized.values():

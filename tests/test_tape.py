@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -231,8 +233,16 @@ def test_activations_die_as_in_a_plain_call():
         lambda a: [a + torch.rand(()).item()],
         lambda a: [a + TABLE.add_(0.0).sum()],
         lambda a: [a.mul_(2.0)],
+        lambda a: [a * float(np.abs(a.numpy()).max())],
+        lambda a: [a * torch.as_tensor(np.asarray(a * 2))],
+        lambda a: [a * sum(a.exp().tolist())],
+        lambda a: [a * random.random()],
+        lambda a: [a * float(np.random.rand())],  # noqa: NPY002
     ],
-    ids=["item", "branch", "mask", "unique", "nonzero", "random number", "writes into a captured tensor", "writes into an input"],
+    ids=[
+        *("item", "branch", "mask", "unique", "nonzero", "random number", "writes into a captured tensor", "writes into an input"),
+        *("numpy", "array", "list", "Python's random numbers", "NumPy's random numbers"),
+    ],
 )
 def test_what_cannot_be_replayed_is_refused(fn):
     with pytest.raises(NotRecordable):
@@ -241,7 +251,7 @@ def test_what_cannot_be_replayed_is_refused(fn):
 
 def test_python_numbers_may_come_from_tensors_that_stay_the_same():
     def fn(a):
-        return [a * TABLE.sum().item() + len(TABLE.unique()) + TABLE[TABLE > 3].sum()]
+        return [a * TABLE.sum().item() * float(TABLE.numpy()[0, 1]) + len(TABLE.unique()) + TABLE[TABLE > 3].sum()]
 
     tape, _ = record(fn, [torch.randn(3)])
     a = torch.randn(3)

@@ -114,7 +114,7 @@ class _Layer:
         """``[N, features]`` for each draw."""
         for draw in self._draws:
             kept: list[Any] = []
-            handle = self._layer.register_forward_hook(lambda module, inputs, output, kept=kept: kept.append(output))
+            handle = self._layer.register_forward_hook(lambda module, inputs, output, kept=kept: kept.append(_as_it_is(output)))
             try:
                 with poutine.block():
                     poutine.condition(self._model, data=draw)(x)
@@ -123,3 +123,8 @@ class _Layer:
             if not kept or not isinstance(kept[-1], Tensor) or kept[-1].shape[:1] != x.shape[:1]:
                 raise ValueError(f"layer={self._name!r} does not give one tensor [N, ...] when the network is called: name another")
             yield kept[-1].flatten(1)
+
+
+def _as_it_is(output: Any) -> Any:
+    """What a layer gave, for a layer after it may write into it."""
+    return output.clone() if isinstance(output, Tensor) else output

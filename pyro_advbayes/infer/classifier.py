@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
@@ -132,9 +133,12 @@ class PosteriorClassifier(nn.Module):
 
     def _logits(self, x: Tensor, attached: bool, leaves: list[Tensor]) -> _Logits:
         modules = list(self.model.modules()) if isinstance(self.model, nn.Module) else []
-        tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        kind = x.shape, x.dtype, x.device, torch.is_autocast_enabled(x.device.type)
-        key = (kind, attached, tuple(m.training for m in modules), tuple(map(id, tensors)))
+        kept = [value for m in (self, *modules) for values in (m._parameters, m._buffers, vars(m)) for value in values.values()]
+        tensors = [value for value in kept if isinstance(value, Tensor)]
+        tensors += [value for _, value in pyro.get_param_store().named_parameters()]
+        kind = x.shape, x.dtype, x.device, _autocast(x.device.type)
+        slopes = attached and (x.requires_grad, *map(id, leaves))  # what a recording keeps of a model's own derivatives
+        key = (kind, slopes, tuple(m.training for m in modules), tuple(map(id, tensors)))
         if key not in self._recorded:
             model = ConditionedModel(self.model, self.posterior_samples, self.num_samples)
             with torch.set_grad_enabled(attached), RandomState().again():  # no prediction takes random numbers from its caller
@@ -150,6 +154,10 @@ class PosteriorClassifier(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_recorded": OrderedDict()}
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _make_room(classifier: PosteriorClassifier, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
@@ -184,7 +192,8 @@ class _Logits:
         self.model, self.site = model, site
         self._held = held  # so that no other tensor gets the id of one of these
         state, x = RandomState(), x.detach().requires_grad_(x.requires_grad)
-        trace = model.look(x)
+        with _by_itself():
+            trace = model.look(x)
         if site not in trace.nodes:
             raise ValueError(f"return_site={site!r}: the model has no such site")
         first = trace.nodes[site]["value"]
@@ -203,7 +212,12 @@ class _Logits:
         self._slopes: dict[Reduction, _Slopes] = {}
 
     def _run(self, *values: Tensor) -> list[Tensor]:
-        return self.model.run(values[:-1], [self.site], values[-1])
+        with _by_itself():
+            return self.model.run(values[:-1], [self.site], values[-1])
+
+    def versions(self) -> list[int]:
+        """How often the draws and the model's tensors were written to; torch has no public way to tell."""
+        return [tensor._version for tensor in self._held if not tensor.is_inference()]
 
     def chunks(self, x: Tensor) -> Iterator[Tensor]:
         """Logits ``[chunk, N, K]`` of all draws; nothing that one chunk holds is needed for another."""
@@ -244,6 +258,11 @@ class _Logits:
             part = _log_softmax(logits).logsumexp(0)
             total = part if total is None else torch.logaddexp(total, part)
         return total - math.log(self.model.num_samples)
+
+
+def _by_itself() -> Any:
+    """Handlers around a call see and change nothing of it, as they see nothing of what was recorded; parameters may be learnt."""
+    return poutine.block(hide_types=["sample", "observe"])
 
 
 class _NotTogether(RuntimeError):
@@ -324,13 +343,18 @@ class _LogMeanProbability(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: _Logits, x: Tensor, *leaves: Tensor) -> Tensor:
         result = logits.log_mean_probability(x)
-        ctx.logits = logits
+        ctx.logits, ctx.versions = logits, logits.versions()
         ctx.save_for_backward(result, x, *leaves)
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         result, *inputs = ctx.saved_tensors
+        if ctx.logits.versions() != ctx.versions:
+            raise RuntimeError(
+                "the draws, or a tensor of the model, were written to since the prediction, which its backward pass computes again: call "
+                "backward() before, or predict again"
+            )
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
         if torch.is_grad_enabled():  # for a second derivative
             whole = ctx.logits.log_mean_probability(inputs[0])

@@ -24,6 +24,16 @@ def distance(networks, x, reference, layers=3):
     return sum((net[:layers](x) - net[:layers](reference)).square().sum(1) for net in networks) / len(networks)
 
 
+def test_a_layer_s_activations_are_those_before_a_layer_that_writes_into_them():
+    x, y = digits_examples(10)
+    nets = [nn.Sequential(nn.Linear(64, 20), nn.ReLU(inplace=inplace), nn.Linear(20, 10)) for inplace in (False, True)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    torch.manual_seed(0)
+    expected = FeatureAttack(EPS, layer="0")(nets[0], x, y)
+    torch.manual_seed(0)
+    assert torch.equal(FeatureAttack(EPS, layer="0")(nets[1], x, y), expected)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_activations_of_a_posterior_move_away_further_than_by_chance(norm):
     classifier, networks = posterior(4)

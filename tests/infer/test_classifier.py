@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from models.mlp import mlp_network
@@ -402,6 +402,98 @@ def test_models_that_cannot_be_recorded_give_the_same(function):
         ours, theirs = (torch.autograd.grad(value[:, 0].sum(), x)[0] for value in (output, expected))
         assert torch.allclose(ours, theirs, atol=1e-6)
         check_gradients(classifier, x.detach(), torch.randint(3, (4,)), likelihood)
+
+
+class Rounded(PyroModule):
+    """A trainable layer whose inputs or weights are rounded, with gradients handed through, and a gain that no gradient reaches."""
+
+    def __init__(self, rounded=""):
+        super().__init__()
+        self.first, self.rounded = nn.Linear(3, 3), rounded
+        self.register_buffer("gain", torch.tensor(2.0))
+        self.plain = torch.tensor(0.5)
+        self.w = PyroSample(dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+
+    def forward(self, x):
+        weight = self.first.weight
+        x, weight = (straight_through(v, 1.0) if name == self.rounded else v for name, v in (("inputs", x), ("weights", weight)))
+        with torch.no_grad():
+            gain = self.gain * self.plain
+        return nn.functional.linear(x, weight, self.first.bias) * self.w * gain
+
+
+@pytest.mark.parametrize(("rounded", "trained"), [("inputs", (True, False, True)), ("weights", (False, True))])
+def test_a_prediction_before_it_changes_no_gradient(rounded, trained):
+    model, w, x = Rounded(rounded).eval(), torch.randn(6, 3), torch.randn(4, 3)
+
+    def gradients(classifier):
+        inputs = x.clone().requires_grad_()
+        wanted = [inputs, *(p for p in model.parameters() if p.requires_grad)]
+        through_draws = next(classifier.gradients(x, torch.arange(4) % 3, likelihood))
+        return [*torch.autograd.grad(classifier(inputs)[:, 0].sum(), wanted), *through_draws]
+
+    used = PosteriorClassifier(model, {"w": w})
+    for requires_grad in trained:
+        model.first.requires_grad_(requires_grad)
+        used(x)
+        for ours, fresh in zip(gradients(used), gradients(PosteriorClassifier(model, {"w": w})), strict=True):
+            assert torch.allclose(ours, fresh, atol=1e-6)
+
+
+def test_tensors_that_are_replaced_count():
+    def with_param(x):
+        return x * pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1)) * pyro.param("s", torch.tensor(1.0))
+
+    x, model = torch.randn(4, 3), Rounded()
+    classifiers = [PosteriorClassifier(each, {"w": torch.randn(6, 3)}) for each in (model, with_param)]
+
+    def check():
+        for classifier in classifiers:
+            fresh = PosteriorClassifier(classifier.model, classifier.posterior_samples)
+            torch.testing.assert_close(classifier(x), fresh(x))
+
+    check()
+    model.plain = torch.tensor(5.0)
+    pyro.get_param_store()["s"] = torch.tensor(4.0)
+    check()
+    for classifier in classifiers:
+        classifier.draws0 = torch.randn(6, 3)
+    check()
+
+
+def test_autocast_keeps_no_copy_of_weights_that_change():
+    model, x = Rounded(), torch.randn(40, 3)
+    classifier = PosteriorClassifier(model, {"w": torch.randn(6, 3)})
+    for dtype in (torch.bfloat16, torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            found = classifier(x)
+            fresh = PosteriorClassifier(model, classifier.posterior_samples)(x)
+        torch.testing.assert_close(found, fresh)
+        with torch.no_grad():
+            model.first.weight.copy_(torch.randn(3, 3))
+
+
+def test_handlers_around_a_prediction_see_and_change_nothing_of_it():
+    _, samples, classifier = posterior()
+    x = torch.randn(5, 4, dtype=torch.double)
+    name = next(iter(samples))
+    with pyro.poutine.trace() as outer, pyro.poutine.condition(data={name: torch.zeros_like(samples[name][0])}):
+        found = classifier(x)
+    assert not [site for site, node in outer.trace.nodes.items() if node["type"] == "sample"]
+    assert torch.equal(found, classifier(x))
+    assert torch.equal(found, PosteriorClassifier(classifier.model, samples)(x))
+
+
+def test_what_the_backward_pass_would_read_must_not_be_written_to_before():
+    model, x = Rounded(), torch.randn(4, 3, requires_grad=True)
+    w = torch.randn(6, 3)
+    classifier = PosteriorClassifier(model, {"w": w})
+    for written in (model.gain, w):
+        output = classifier(x)
+        written.mul_(2.0)
+        with pytest.raises(RuntimeError, match="written to since the prediction"):
+            output.sum().backward()
+        classifier(x).sum().backward()
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3])

@@ -20,7 +20,9 @@ LARGEST = EPS[-1]
 
 def picture(rows: dict[str, Any], path: Path) -> None:
     """Accuracy under FGSM against its size, the trade of clean for robust accuracy, and accuracy after the one step of a C-W loss."""
-    figure, (left, right, step) = plt.subplots(1, 3, figsize=(20, 6.5), layout="constrained", width_ratios=(3, 3, 2))
+    figure, (left, right, step) = plt.subplots(1, 3, figsize=(20, 9), layout="constrained", width_ratios=(3, 3, 2))
+    colours = matplotlib.colormaps["tab20"].colors
+    left.set_prop_cycle(color=colours)
     curves = {}
     for name, row in rows.items():
         if not name.startswith("settings"):
@@ -29,9 +31,9 @@ def picture(rows: dict[str, Any], path: Path) -> None:
     dg.plot_accuracy_curves(curves, xlabel="FGSM's eps", ax=left)
     for i, (name, row) in enumerate(rows.items()):
         (clean, clean_error), (robust, robust_error) = row["FGSM"]["0.0"], row["PGD"][str(LARGEST)]
-        look = {"color": f"C{i}", "fmt": "os^D"[i // 10 % 4]}  # ten colours, those of the curves
+        look = {"color": colours[i % 20], "fmt": "os"[i // 20 % 2]}  # the curves' colours
         right.errorbar(clean, robust, robust_error, clean_error, **look, label=f"{name} ({clean:.3f}, {robust:.3f})")
-    right.legend()
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)  # points lie in all corners
     right.set(xlabel="clean accuracy", ylabel=f"accuracy under PGD, eps = {LARGEST}")
     values, errors = zip(*(row["one-step C-W"] for row in rows.values()), strict=True)
     step.barh([f"{name} ({value:.3f})" for name, value in zip(rows, values, strict=True)], values, xerr=errors)
