@@ -38,6 +38,8 @@ def trace_graph(fn: Callable[..., Any], example_inputs: Sequence[Tensor], live: 
     :param live: tensors that ``fn`` takes from elsewhere and whose values change in place: nothing that depends on them is kept.
     :raises RuntimeError: from PyTorch, where ``fn`` takes a Python number from a tensor's values (``.item()``, a branch).
     """
+    # the tracer knows tensors by identity: the one given twice, or one that fn holds as well, would be one input everywhere
+    example_inputs = [tensor.detach() for tensor in example_inputs]
     with torch.no_grad():
         module = make_fx(fn)(*example_inputs)
     written = _written(module.graph)

@@ -439,6 +439,18 @@ def test_a_live_number_is_no_constant(value, fn):
     assert torch.equal(graph(x), fn(x, held))
 
 
+def test_arguments_that_were_one_tensor_when_they_were_traced_are_two():
+    x, y = torch.randn(3), torch.randn(3)
+    graph = trace_graph(lambda a, b: a - 2 * b, (x, x))
+    assert torch.equal(graph(x, y), x - 2 * y)
+
+
+def test_an_argument_that_the_function_holds_too_is_not_what_it_holds():
+    held, x = torch.randn(3), torch.randn(3)
+    graph = trace_graph(lambda a: a - 2 * held, (held,), live=(held,))
+    assert torch.equal(graph(x), x - 2 * held)
+
+
 def test_random_numbers_of_a_cpu_generator_say_where_they_are():
     """Under ``torch.set_default_device("cuda")`` PyTorch would ask for them there."""
 

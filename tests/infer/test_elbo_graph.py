@@ -232,6 +232,17 @@ def test_a_prior_that_follows_an_argument_is_no_constant(used):
     assert len(used) == 7
 
 
+def test_arguments_that_were_one_tensor_may_become_two(used):
+    def denoise(noisy, x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3, 3), 1.0).to_event(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(noisy @ w, 1.0).to_event(1), obs=x)
+
+    x, _ = data()
+    check_both_backends_learn_the_same(denoise, lambda step: [step(x, x) for _ in range(5)] + [step(x + 1.0, x) for _ in range(3)])
+    assert len(used) == 6
+
+
 def test_weights_may_be_changed_from_step_to_step_without_new_graphs(used):
     torch.set_default_dtype(torch.double)
     x, y = (value.double() for value in data())
