@@ -298,6 +298,35 @@ def test_a_python_number_taken_from_an_input_is_an_error(fn):
         trace_graph(fn, (torch.ones(3),))
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [lambda w: w[w > 0].sum(), lambda w: w * len(torch.unique(w)), lambda w: w.nonzero().sum() * w, lambda w: w[torch.rand(3) > 0.5]],
+    ids=["mask", "unique", "nonzero", "random mask"],
+)
+def test_a_shape_that_follows_an_inputs_values_is_an_error(fn):
+    with pytest.raises(RuntimeError, match="a shape follows values that change"):
+        trace_graph(fn, (torch.ones(3),))
+
+
+@pytest.mark.parametrize("index", [torch.tensor([True, False, True]), torch.tensor([2, 0])], ids=["mask", "numbers"])
+def test_rows_picked_by_a_constant_or_by_number_are_no_error(index):
+    graph, w = trace_graph(lambda w: w[index] * len(torch.unique(index)), (torch.ones(3),)), torch.randn(3)
+    assert torch.equal(graph(w), w[index] * 2)
+
+
+def test_a_model_whose_shapes_follow_its_batch_stays_with_the_handlers_whatever_the_first_batches_are():
+    def averaged(x, y):
+        scaled(x, y, 1.0 + len(torch.unique(y)))
+
+    x, y = torch.randn(ROWS, 4, dtype=torch.float64), torch.zeros(ROWS, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="falls back to 'handlers'.*a shape follows values that change"):
+        potential = ab.Potential(averaged, (x, y), batch_size=4)
+        potential.init()
+    exact, state = ab.Potential(averaged, (x, y), batch_size=4, backend="handlers"), potential.init()
+    batch = x[:4], torch.arange(4.0).double()
+    assert torch.equal(potential.gradient(state, batch), exact.gradient(state, batch))
+
+
 # -------------------------------------------------------------------------------------- what lies outside of the traced inputs
 
 
