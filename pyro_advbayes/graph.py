@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from pyro import poutine
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -99,6 +102,35 @@ class Followed(TorchDispatchMode):
 def _memory(tensor: Tensor) -> int:
     """The same for all views of one tensor."""
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
+def roots_of(model: Callable) -> list[nn.Module]:
+    """The module that a model is, or is a method of, as far as that shows from outside: :func:`noting_modules` finds the others."""
+    model = poutine.unwrap(model)
+    owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+    return [owner] if isinstance(owner, nn.Module) else []
+
+
+@contextlib.contextmanager
+def noting_modules(roots: list[nn.Module]) -> Iterator[None]:
+    """Within it, modules that run and are in none of ``roots`` are added to them: a function may use networks from elsewhere."""
+    known = {module for root in roots for module in root.modules()}
+
+    def note(module: nn.Module, _: Any) -> None:
+        if module not in known:
+            roots.append(module)
+            known.update(module.modules())
+
+    handle = register_module_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def held_by(roots: Sequence[nn.Module]) -> list[Tensor]:
+    """All parameters and buffers."""
+    return [tensor for root in roots for tensor in (*root.parameters(), *root.buffers())]
 
 
 def _tags(node: fx.Node) -> Sequence[torch.Tag]:

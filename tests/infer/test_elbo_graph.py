@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import warnings
 
 import pyro
@@ -290,6 +292,66 @@ def test_statistics_that_are_loaded_later_count(used):
     assert len({id(objective) for objective in used}) == 2
 
 
+class Holder(nn.Module):
+    """A model that is a method, with a network beside a statistic of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)).requires_grad_(False).eval()
+        self.register_buffer("shift", torch.zeros(3))
+
+    def forward(self, x):
+        return self.features(x) - self.shift.exp()
+
+    def model(self, x, y):
+        return logistic(self(x), y)
+
+
+@pytest.mark.parametrize("kind", ["method", "function"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda holder: holder.features[1].running_mean.add_(3.0),
+        lambda holder: setattr(holder.features[1], "running_var", torch.full((3,), 9.0)),
+        lambda holder: holder.features.__setitem__(1, nn.Tanh()),
+        lambda holder: holder.shift.add_(1.0),
+    ],
+    ids=["statistics", "other statistics", "another layer", "own buffer"],
+)
+def test_networks_that_a_function_or_a_method_uses_may_change(kind, change, used):
+    losses, start = [], Holder()
+    for backend in ("graph", "handlers"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        holder = copy.deepcopy(start)
+        model = holder.model if kind == "method" else lambda x, y, network=holder: logistic(network(x), y)
+        svi = SVI(model, AutoAdversarialNormal(model), Adam({"lr": 0.01}), TraceAdversarial_ELBO(backend=backend))
+        losses.append([svi.step(*data()) for _ in range(4)])
+        change(holder)
+        losses[-1] += [svi.step(*data()) for _ in range(4)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(used) == 4
+
+
+def test_a_network_that_a_function_uses_may_be_put_into_training_mode(used):
+    network, (x, y) = Holder(), data()
+    start = copy.deepcopy(network.state_dict())
+
+    def model(x, y):
+        return logistic(network(x), y)
+
+    def run(step):
+        network.load_state_dict(start)
+        network.eval()
+        losses = [step(x, y) for _ in range(4)]
+        network.train()
+        return losses + [step(x, y) for _ in range(4)]
+
+    with pytest.warns(UserWarning, match=r"layer 'BatchNorm1d' \(BatchNorm1d\) is in training mode"):
+        check_both_backends_learn_the_same(model, run)
+    assert len(used) == 2
+
+
 @pytest.mark.parametrize(
     "count, graphs", [(lambda y: len(torch.unique(y)), 0), (lambda y: len(set(y.detach().numpy())), 1)], ids=["torch", "numpy"]
 )
@@ -349,6 +411,27 @@ def test_parameters_of_the_model_are_learnt_beside_the_guides(used):
         assert not torch.equal(model.first.weight, start["first.weight"])
     for ours, theirs in zip(*learnt, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert len(used) == 4
+
+
+def test_a_network_that_a_function_uses_is_learnt_beside_the_guide(used):
+    x, y = data()
+
+    def model(x, y, network):
+        return logistic(pyro.module("network", network)(x), y)
+
+    learnt, start = [], nn.Linear(3, 3)
+    for backend in ("graph", "handlers"):
+        network = copy.deepcopy(start)
+        check = functools.partial(model, network=network)
+        guide, elbo = AutoAdversarialNormal(check), TraceAdversarial_ELBO(backend=backend)
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = SVI(check, guide, Adam({"lr": 0.01}), elbo)
+        losses = [svi.step(x, y) for _ in range(6)]
+        learnt.append((torch.tensor(losses), network.weight.detach()))
+        assert not torch.equal(network.weight, start.weight)
+    torch.testing.assert_close(*learnt, rtol=1e-4, atol=1e-5)
     assert len(used) == 4
 
 
