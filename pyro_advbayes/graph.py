@@ -91,7 +91,9 @@ class Followed(TorchDispatchMode):
         if (torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags) and self._reach(shaping):
             raise RuntimeError(f"a Python number or a shape follows values that change ({func})")
         result = func(*args, **kwargs)
-        if torch.Tag.nondeterministic_seeded in func.tags or self._reach((args, kwargs)):
+        name = func._schema.name.removeprefix("aten::")
+        reads = not (name.startswith("new_") or name.endswith("_like"))  # more than shape and dtype
+        if torch.Tag.nondeterministic_seeded in func.tags or (reads and self._reach((args, kwargs))):
             self._tensors.update((_memory(value), value) for value in tree_leaves(result) if isinstance(value, Tensor))
         return result
 

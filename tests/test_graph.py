@@ -308,6 +308,11 @@ def test_a_shape_that_follows_an_inputs_values_is_an_error(fn):
         trace_graph(fn, (torch.ones(3),))
 
 
+def test_what_takes_only_its_shape_from_an_input_may_shape_others():
+    graph, w = trace_graph(lambda w: w * len(torch.ones_like(w).nonzero()), (torch.ones(3),)), torch.randn(3)
+    assert torch.equal(graph(w), w * 3)
+
+
 @pytest.mark.parametrize("index", [torch.tensor([True, False, True]), torch.tensor([2, 0])], ids=["mask", "numbers"])
 def test_rows_picked_by_a_constant_or_by_number_are_no_error(index):
     graph, w = trace_graph(lambda w: w[index] * len(torch.unique(index)), (torch.ones(3),)), torch.randn(3)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from pyro_advbayes.batches import Arguments
-from pyro_advbayes.graph import held_by, noting_modules, roots_of, trace_graph
+from pyro_advbayes.graph import Followed, held_by, noting_modules, roots_of, trace_graph
 from pyro_advbayes.handlers import GivenMessenger, UnvalidatedMessenger
 from pyro_advbayes.infer.autoguide.adversarial import Adversary, AutoAdversarialNormal, BaseNoise, BaseNormal
 from pyro_advbayes.nn.reparameterization import rows_differ
@@ -179,29 +179,29 @@ class Objective:
         self.names, self.bases = list(parameters), {}
         self.others = self.names
         locs, scales = ([value.detach().requires_grad_() for value in values] for values in zip(*parameters.values(), strict=True))
-        # attached to the arguments, so that a prior that follows them shows
-        inputs = [t.detach().requires_grad_() if t.is_floating_point() else t for t in self.arguments.tensors]
+        noises = [torch.zeros_like(loc) for loc in locs]
         try:
-            with refuse_random_layers(poutine.unwrap(self.model)), noting_modules(self.roots), torch.enable_grad():
-                tensors = [t.clone() for t in inputs]  # which the model may write to
-                model_trace, guide_trace = self._traces(locs, scales, [torch.zeros_like(loc) for loc in locs], tensors)
+            with torch.enable_grad(), pyro.validation_enabled(False):  # which looks at values
+                tensors = [t.clone() for t in self.arguments.tensors]  # which the model may write to
+                with refuse_random_layers(poutine.unwrap(self.model)), noting_modules(self.roots):
+                    self._traces(locs, scales, noises, tensors)
+                self.held = held_by(self.roots)
+                with Followed([*locs, *scales, *noises, *tensors, *self.held]) as followed:
+                    model_trace, guide_trace = self._traces(locs, scales, noises, tensors)
         except (ValueError, RuntimeError) as error:
             raise NotTraceable(str(error)) from error
         for trace in (model_trace, guide_trace):
             if any(site_is_subsample(node) for node in trace.nodes.values() if node["type"] == "sample" and _subsamples(node)):
                 raise NotTraceable("a plate subsamples itself")
         self.bases = {name: BaseNormal(name, guide_trace.nodes[name]["fn"]) for name in self.names}
-        self.priors = {name: _constant_prior(model_trace.nodes[name], guide_trace.nodes[name]) for name in self.names}
+        self.priors = {name: _constant_prior(model_trace.nodes[name], guide_trace.nodes[name], followed) for name in self.names}
         self.others = [name for name in self.names if self.priors[name] is None]
-        self._find_own(
-            [leaf for leaf in _leaves(model_trace.log_prob_sum()) if all(leaf is not value for value in (*locs, *scales, *inputs))]
-        )
+        self._find_own([leaf for leaf in _leaves(model_trace.log_prob_sum()) if all(leaf is not value for value in (*locs, *scales))])
         self._own_names = [name for name in model_trace.param_nodes if name in pyro.get_param_store()]
 
     def _find_own(self, leaves: list[Tensor]) -> None:
         """What the model learns by itself."""
-        known = held_by(self.roots)
-        if any(all(leaf is not parameter for parameter in known) for leaf in leaves):
+        if any(all(leaf is not parameter for parameter in self.held) for leaf in leaves):
             raise NotTraceable("the model learns tensors of its own which are no parameters of a torch.nn.Module")
         self.own = leaves
 
@@ -242,7 +242,7 @@ class Objective:
         function = self._gradient if kind == "gradient" else self._loss_and_gradients
         if kind not in self._graphs:
             try:
-                self._graphs[kind] = trace_graph(function, inputs, self.own)
+                self._graphs[kind] = trace_graph(function, inputs, self.held)
             except Exception as error:  # whatever a model's Python does under a tracer: the handlers still run it
                 raise NotTraceable(f"it cannot be traced: {str(error).splitlines()[0]}") from error
             rest = len(inputs) - len(self.arguments.tensors)
@@ -347,8 +347,8 @@ def normal_divergence(
     return value, torch.addcmul(loc_gradient, away, pull), torch.addcmul(scale_gradient, scale, pull).addcdiv_(weight, scale, value=-1)
 
 
-def _constant_prior(model_site: Mapping[str, Any], guide_site: Mapping[str, Any]) -> Prior | None:
-    """The prior, if both distributions are plain Normals and the prior depends on no other site."""
+def _constant_prior(model_site: Mapping[str, Any], guide_site: Mapping[str, Any], followed: Followed) -> Prior | None:
+    """The prior, if both distributions are plain Normals and the prior follows no other site, argument or buffer."""
     prior, posterior = (_without_dependence(site["fn"]) for site in (model_site, guide_site))
     weighted = any(
         site["mask"] is not None or not isinstance(site["scale"], float) or site["scale"] != 1 for site in (model_site, guide_site)
@@ -356,7 +356,7 @@ def _constant_prior(model_site: Mapping[str, Any], guide_site: Mapping[str, Any]
     if weighted or not (isinstance(prior, Normal) and isinstance(posterior, Normal)):
         return None
     parameters = (prior.loc, prior.scale)
-    if any(p.requires_grad or p.shape != posterior.loc.shape or p.dtype != posterior.loc.dtype for p in parameters):
+    if any(p.requires_grad or p in followed or p.shape != posterior.loc.shape or p.dtype != posterior.loc.dtype for p in parameters):
         return None
     return Prior(*(p.flatten()[0].item() if bool((p == p.flatten()[0]).all()) else p.detach() for p in parameters))
 

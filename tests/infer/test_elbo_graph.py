@@ -245,6 +245,38 @@ def test_arguments_that_were_one_tensor_may_become_two(used):
     assert len(used) == 6
 
 
+@pytest.mark.parametrize(
+    ("prior", "given"),
+    [
+        (lambda x, n: dist.Normal(torch.zeros(3), 1 / n.float()), lambda step: torch.tensor(1 + step)),
+        (lambda x, n: dist.Normal(torch.tensor([-5.0, 0.0, 5.0])[n].expand(3), 1.0), lambda step: torch.tensor([step % 3])),
+        (lambda x, n: dist.Normal(torch.zeros(3), 1 / x.detach().std(0)), lambda step: None),
+    ],
+    ids=["of an integer", "picked by an integer", "of detached inputs"],
+)
+def test_a_prior_that_follows_an_argument_without_gradients_is_no_constant(prior, given, used):
+    def model(x, y, n):
+        w = pyro.sample("w", prior(x, n).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    x, y = data()
+    check_both_backends_learn_the_same(model, lambda step: [step(x * (1 + i), y, given(i)) for i in range(9)])
+    assert len(used) == 7
+
+
+def test_a_prior_that_takes_only_its_dtype_from_an_argument_is_a_constant(used):
+    x, y = data()
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(x.new_zeros(3), torch.ones_like(x[0])).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    check_both_backends_learn_the_same(model, lambda step: [step(x, y) for _ in range(4)])
+    assert used[0].priors == {"w": elbo_graph.Prior(0.0, 1.0)}
+
+
 def test_weights_may_be_changed_from_step_to_step_without_new_graphs(used):
     torch.set_default_dtype(torch.double)
     x, y = (value.double() for value in data())
@@ -290,6 +322,48 @@ def test_statistics_that_are_loaded_later_count(used):
             losses.append(each.loss_and_grads(model, guide, x, y))
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert len({id(objective) for objective in used}) == 2
+
+
+class Tempered(PyroModule):
+    """A buffer in the prior, in the likelihood, and in Python's numbers."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    def forward(self, x, y):
+        scales = {place: self.scale * 1.0 if place == self.where else 1.0 for place in ("prior", "likelihood")}
+        number = float(self.scale) if self.where == "number" else 1.0
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), scales["prior"]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, scales["likelihood"] * number), obs=y)
+
+
+def fill_behind_autograds_back(model):
+    model.scale.data.fill_(5.0)
+
+
+def swap_behind_autograds_back(model):
+    model.scale.data = torch.tensor(5.0)
+
+
+@pytest.mark.parametrize("where", ["prior", "likelihood", "number"])
+@pytest.mark.parametrize("change", [fill_behind_autograds_back, swap_behind_autograds_back])
+def test_buffers_that_are_written_to_behind_autograds_back_are_followed(where, change, used):
+    (x, y), model = data(), Tempered(where)
+
+    def run(step):
+        model.scale = torch.tensor(1.0)
+        losses = [step(x, y) for _ in range(4)]
+        change(model)
+        return losses + [step(x, y) for _ in range(3)]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_both_backends_learn_the_same(model, run)
+    assert len(used) == (0 if where == "number" else 5)
+    assert any("falls back" in str(w.message) for w in caught) == (where == "number")
 
 
 class Holder(nn.Module):
