@@ -391,6 +391,58 @@ def test_what_changes_in_the_model_between_runs_is_seen_by_the_next_run(change, 
         change(model)
 
 
+def function_on_features(features):
+    return lambda x, y: features(x, y)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model, lambda model: model.forward, function_on_features], ids=["module", "method", "function"]
+)
+@pytest.mark.parametrize("num_chains", [1, 3])
+def test_what_a_potential_makes_of_buffers_and_frozen_weights_follows_them(wrap, num_chains):
+    class Derived(OnFeatures):
+        def forward(self, x, y):
+            return super().forward(x * (2 * self.scale + self.features[0].weight.square().sum()), y)
+
+    model, state = Derived(), torch.randn(num_chains, 3)
+    data = torch.randn(ROWS, 4), torch.randn(ROWS)
+    traced, exact = (ab.Potential(wrap(model), data, num_chains=num_chains, backend=backend) for backend in ("graph", "handlers"))
+    for change in (lambda: None, lambda: model.scale.add_(1.0), lambda: model.features[0].weight.data.mul_(2.0)):
+        change()
+        torch.testing.assert_close(traced.gradient(state, ()), exact.gradient(state, ()), rtol=1e-5, atol=1e-5)
+    assert traced.backend == "graph"
+
+
+class Weighed(PyroModule):
+    """Class weights that only rows of their class see."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weights", torch.ones(3))
+
+    def forward(self, x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(4, 3), 1.0).to_event(2))
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=(2 * self.weights)[y]):
+            pyro.sample("obs", dist.Categorical(logits=x @ w), obs=y)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda model: model.weights[2].fill_(500.0), lambda model: setattr(model, "weights", torch.tensor([1.0, 1.0, 500.0]))],
+    ids=["in place", "another buffer"],
+)
+def test_a_change_between_runs_that_only_rows_of_a_rare_class_see_is_seen(change):
+    model, graphs, state = Weighed(), {}, torch.randn(1, 12)
+    x, y = torch.randn(ROWS, 4), torch.arange(ROWS) % 2
+    rare = x[:4], torch.tensor([0, 1, 2, 2])
+    for each in (lambda model: None, change):
+        each(model)
+        traced, exact = (ab.Potential(model, (x, y), batch_size=4, backend=b, graphs=graphs) for b in ("graph", "handlers"))
+        for batch in ((x[:4], y[:4]), rare):  # graphs are compared with the handlers on the first
+            torch.testing.assert_close(traced.gradient(state, batch), exact.gradient(state, batch))
+    assert traced.backend == "graph"
+
+
 @pytest.fixture
 def traces(monkeypatch):
     """How often a model has been traced."""
