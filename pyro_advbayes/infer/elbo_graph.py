@@ -36,6 +36,8 @@ KEPT = 8
 # On how many calls a graph is compared with the handlers: on the first, at other parameters, and on the second, with its other data.
 COMPARED = 2
 
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
 
 class NotTraceable(Exception):
     """Why a graph would not be the objective."""
@@ -101,8 +103,9 @@ class _Entry:
 
 
 def _key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What graphs hold as constants of a call: shapes and plain arguments."""
-    return [_kind(value) for value in (*args, *kwargs.values())], tuple(kwargs)
+    """What graphs hold as constants of a call: shapes and plain arguments, and the dtypes of autocast."""
+    casts = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES]
+    return [_kind(value) for value in (*args, *kwargs.values())], tuple(kwargs), casts
 
 
 def _state(roots: Sequence[nn.Module]) -> Any:

@@ -324,6 +324,33 @@ def test_statistics_that_are_loaded_later_count(used):
     assert len({id(objective) for objective in used}) == 2
 
 
+@pytest.mark.parametrize("learnt", [False, True])
+def test_autocast_is_that_of_its_step_and_its_casts_are_of_the_weights_as_they_are(learnt, used):
+    network, (x, y) = nn.Linear(3, 3).requires_grad_(learnt), data()
+    start = copy.deepcopy(network.state_dict())
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal((network(x) @ w).float(), 0.05), obs=y)
+
+    losses = []
+    for backend in ("graph", "handlers"):
+        network.load_state_dict(start)
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide, elbo = AutoAdversarialNormal(model), TraceAdversarial_ELBO(mix=0, backend=backend)
+        guide(x, y)
+        losses.append([])
+        for casts in (True, False, True):
+            for _ in range(4):
+                with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+                    losses[-1].append(elbo.loss_and_grads(model, guide, x, y))
+            network.weight.data.mul_(1.5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(used) == 8 and used[0] is used[-1]
+
+
 class Tempered(PyroModule):
     """A buffer in the prior, in the likelihood, and in Python's numbers."""
 
