@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
-from pyro_advbayes.graph import held_by, noting_modules, roots_of, trace_graph
+from pyro_advbayes.graph import autocast_state, held_by, noting_modules, roots_of, trace_graph
 
 if TYPE_CHECKING:
     from pyro_advbayes.potential import Potential
@@ -56,7 +56,7 @@ class Functions:
         looped = self._looped(kind, len(tensors), state.dim() == 1)
         if self.backend == "handlers":
             return looped
-        key = (kind, state.shape, state.dtype, str(state.device), tuple((t.shape, t.dtype) for t in tensors))
+        key = (kind, state.shape, state.dtype, str(state.device), tuple((t.shape, t.dtype) for t in tensors), *autocast_state())
         if key not in self._checked:
             traced = self._graphs.get(key)
             if traced is None or not self._is_unchanged(traced) or not self._agrees(traced.graph, looped, state, tensors):

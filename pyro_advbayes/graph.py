@@ -24,6 +24,8 @@ _FUNCTIONS = ("mm", "bmm", "addmm", "baddbmm", "dot", "addcmul", "addcdiv", "add
               "unsqueeze", "squeeze", "transpose", "permute", "t", "split_with_sizes")  # fmt: skip
 _METHODS = ("view", "expand")
 
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
 # Operations that change nothing but a shape: without effect where the shape stays the same, as vmap leaves many.
 _RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.alias.default, aten.detach.default)
 
@@ -104,6 +106,11 @@ class Followed(TorchDispatchMode):
 def _memory(tensor: Tensor) -> int:
     """The same for all views of one tensor."""
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
+def autocast_state() -> list[tuple[bool, torch.dtype]]:
+    """What autocast does on every device: a graph has it as it was."""
+    return [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES]
 
 
 def roots_of(model: Callable) -> list[nn.Module]:

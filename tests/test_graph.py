@@ -413,6 +413,15 @@ def test_what_a_potential_makes_of_buffers_and_frozen_weights_follows_them(wrap,
     assert traced.backend == "graph"
 
 
+def test_a_graph_belongs_to_the_autocast_that_it_was_traced_under():
+    model, data, state = OnFeatures(), (torch.randn(ROWS, 4), torch.randn(ROWS)), torch.randn(1, 3)
+    traced, exact = (ab.Potential(model, data, backend=backend) for backend in ("graph", "handlers"))
+    for casts in (True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            torch.testing.assert_close(traced.gradient(state, ()), exact.gradient(state, ()), rtol=1e-5, atol=1e-5)
+    assert traced.backend == "graph"
+
+
 class Weighed(PyroModule):
     """Class weights that only rows of their class see."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from pyro_advbayes.batches import Arguments
-from pyro_advbayes.graph import Followed, held_by, noting_modules, roots_of, trace_graph
+from pyro_advbayes.graph import Followed, autocast_state, held_by, noting_modules, roots_of, trace_graph
 from pyro_advbayes.handlers import GivenMessenger, UnvalidatedMessenger
 from pyro_advbayes.infer.autoguide.adversarial import Adversary, AutoAdversarialNormal, BaseNoise, BaseNormal
 from pyro_advbayes.nn.reparameterization import rows_differ
@@ -35,8 +35,6 @@ KEPT = 8
 
 # On how many calls a graph is compared with the handlers: on the first, at other parameters, and on the second, with its other data.
 COMPARED = 2
-
-_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class NotTraceable(Exception):
@@ -104,8 +102,7 @@ class _Entry:
 
 def _key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What graphs hold as constants of a call: shapes and plain arguments, and the dtypes of autocast."""
-    casts = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES]
-    return [_kind(value) for value in (*args, *kwargs.values())], tuple(kwargs), casts
+    return [_kind(value) for value in (*args, *kwargs.values())], tuple(kwargs), autocast_state()
 
 
 def _state(roots: Sequence[nn.Module]) -> Any:
