@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
-from pyro_advbayes.graph import trace_graph
+from pyro_advbayes.graph import autocast_state, held_by, noting_modules, roots_of, trace_graph
 
 if TYPE_CHECKING:
     from pyro_advbayes.potential import Potential
@@ -19,12 +19,19 @@ if TYPE_CHECKING:
 BACKENDS = ("handlers", "graph", "compile")
 
 
+class _Mark(NamedTuple):
+    """What a model holds beside its sites: numbers in which a change of it shows, and the tensors of its modules, which graphs follow."""
+
+    numbers: Tensor
+    held: list[Tensor]
+
+
 class _Traced(NamedTuple):
     """A graph, and what tells whether the model is still the one that was traced."""
 
     graph: Callable[..., Any]
     inputs: tuple[Tensor, ...]
-    mark: Tensor
+    mark: _Mark
 
 
 class Functions:
@@ -49,28 +56,30 @@ class Functions:
         looped = self._looped(kind, len(tensors), state.dim() == 1)
         if self.backend == "handlers":
             return looped
-        key = (kind, state.shape, state.dtype, str(state.device), tuple((t.shape, t.dtype) for t in tensors))
+        key = (kind, state.shape, state.dtype, str(state.device), tuple((t.shape, t.dtype) for t in tensors), *autocast_state())
         if key not in self._checked:
             traced = self._graphs.get(key)
             if traced is None or not self._is_unchanged(traced) or not self._agrees(traced.graph, looped, state, tensors):
-                graph = self._trace(kind, state, tensors, looped)
+                inputs = self._of_first_chain(state, tensors)
+                mark = self._mark(inputs)
+                graph = self._trace(kind, state, tensors, looped, mark.held)
                 if graph is looped:
                     return looped
-                inputs = self._of_first_chain(state, tensors)
-                self._graphs[key] = _Traced(graph, inputs, self._mark(inputs))
+                self._graphs[key] = _Traced(graph, inputs, mark)
             self._checked.add(key)
         return self._graphs[key].graph
 
     def _is_unchanged(self, traced: _Traced) -> bool:
-        """Whether what the graph holds as constants (weights outside the sites, plain numbers, N) is still what the model has."""
-        return torch.equal(self._mark(traced.inputs), traced.mark)
+        """Whether what the graph holds (the tensors of modules, plain numbers, N) is still what the model has."""
+        (numbers, held), (before, followed) = self._mark(traced.inputs), traced.mark
+        return torch.equal(numbers, before) and list(map(id, held)) == list(map(id, followed))
 
-    def _mark(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Numbers in which any change of the model shows, to the last bit."""
-        potential = self.potential
+    def _mark(self, inputs: Sequence[Tensor]) -> _Mark:
+        potential, roots = self.potential, roots_of(self.potential.model)
         row = 0.1 * torch.randn(potential.size, dtype=potential.dtype, generator=torch.Generator().manual_seed(0), device="cpu")
-        energy, gradient = self.by_handlers(row.to(potential.device), potential.scalar(0.5), inputs)
-        return torch.stack([energy.double(), gradient.double().sum(), gradient.double().abs().sum()])
+        with noting_modules(roots):
+            energy, gradient = self.by_handlers(row.to(potential.device), potential.scalar(0.5), inputs)
+        return _Mark(torch.stack([energy.double(), gradient.double().sum(), gradient.double().abs().sum()]), held_by(roots))
 
     def _varying(self, state: Tensor, num_tensors: int) -> Sequence[int]:
         """Which tensors have a row per chain."""
@@ -80,7 +89,7 @@ class Functions:
         varying = self._varying(state, len(tensors))
         return tuple(t[0].clone() if i in varying else t for i, t in enumerate(tensors))
 
-    def _trace(self, kind: str, state: Tensor, tensors: Sequence[Tensor], looped: Callable) -> Callable:
+    def _trace(self, kind: str, state: Tensor, tensors: Sequence[Tensor], looped: Callable, held: Sequence[Tensor]) -> Callable:
         potential = self.potential
         fn = {
             "energy": lambda: potential.log_density,
@@ -93,7 +102,7 @@ class Functions:
             fn = vmap(fn, in_dims=(0, None, *(0 if i in varying else None for i in range(len(tensors)))))
         try:
             with pyro.validation_enabled(False):
-                graph = trace_graph(fn, (state.detach().clone(), potential.scalar(1.0), *tensors))
+                graph = trace_graph(fn, (state.detach().clone(), potential.scalar(1.0), *tensors), held)
         except Exception as error:  # whatever a model's Python does under a tracer: the handlers still run it
             return self._fall_back(f"it cannot be traced: {str(error).splitlines()[0]}", looped)
         if not self._agrees(graph, looped, state, tensors):

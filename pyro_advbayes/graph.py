@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from pyro import poutine
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
@@ -18,6 +23,8 @@ _FUNCTIONS = ("mm", "bmm", "addmm", "baddbmm", "dot", "addcmul", "addcdiv", "add
               "log1p", "sqrt", "relu", "tanh", "sigmoid", "cat", "where", "logsumexp", "sum", "gather", "scatter_add", "index_select",
               "unsqueeze", "squeeze", "transpose", "permute", "t", "split_with_sizes")  # fmt: skip
 _METHODS = ("view", "expand")
+
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 # Operations that change nothing but a shape: without effect where the shape stays the same, as vmap leaves many.
 _RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.alias.default, aten.detach.default)
@@ -36,20 +43,103 @@ def trace_graph(fn: Callable[..., Any], example_inputs: Sequence[Tensor], live: 
     :param fn: function of tensors to a tensor, or to a tuple or dict of tensors; random operations stay random.
     :param example_inputs: one tensor per argument.
     :param live: tensors that ``fn`` takes from elsewhere and whose values change in place: nothing that depends on them is kept.
-    :raises RuntimeError: from PyTorch, where ``fn`` takes a Python number from a tensor's values (``.item()``, a branch).
+    :raises RuntimeError: where ``fn`` takes a Python number (``.item()``, a branch) or a shape (``torch.unique``, a mask's rows) from
+        the values of inputs, live tensors or random numbers.
     """
+    # the tracer knows tensors by identity: the one given twice, or one that fn holds as well, would be one input everywhere
+    example_inputs = [tensor.detach() for tensor in example_inputs]
+
+    def followed(*inputs: Tensor) -> Any:
+        with Followed([*inputs, *live]):
+            return fn(*inputs)
+
     with torch.no_grad():
-        module = make_fx(fn)(*example_inputs)
-    written = _written(module.graph)
+        module = make_fx(followed)(*example_inputs)
+    written, changing = _written(module.graph), {_memory(tensor) for tensor in live}
     _cut_seeds(module, written)
     module.graph.eliminate_dead_code(_is_impure)
-    _fold_constants(module, written, live)
-    _drop_identities(module, written, live)
+    _fold_constants(module, written, changing)
+    _drop_identities(module, written, changing)
     module.graph.eliminate_dead_code(_is_impure)
     _call_directly(module.graph)
     module.delete_all_unused_submodules()
     module.recompile()
     return module
+
+
+class Followed(TorchDispatchMode):
+    """
+    Notes which tensors follow the values of some others, or random numbers: ``tensor in followed``.
+
+    :param sources: tensors that may have other values another time.
+    :raises RuntimeError: within it, where a Python number or a shape is made of values that may differ.
+    """
+
+    def __init__(self, sources: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._tensors = {_memory(tensor): tensor for tensor in sources}  # kept, so that no other one gets their memory
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return _memory(tensor) in self._tensors
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # of an indexing only masks make the shape
+        shaping = (
+            [i for i in args[1] if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8)]
+            if func is aten.index.Tensor
+            else (args, kwargs)
+        )
+        if (torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags) and self._reach(shaping):
+            raise RuntimeError(f"a Python number or a shape follows values that change ({func})")
+        result = func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        reads = not (name.startswith("new_") or name.endswith("_like"))  # more than shape and dtype
+        if torch.Tag.nondeterministic_seeded in func.tags or (reads and self._reach((args, kwargs))):
+            self._tensors.update((_memory(value), value) for value in tree_leaves(result) if isinstance(value, Tensor))
+        return result
+
+    def _reach(self, arguments: Any) -> bool:
+        return any(isinstance(value, Tensor) and value in self for value in tree_leaves(arguments))
+
+
+def _memory(tensor: Tensor) -> int:
+    """The same for all views of one tensor."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
+def autocast_state() -> list[tuple[bool, torch.dtype]]:
+    """What autocast does on every device: a graph has it as it was."""
+    return [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES]
+
+
+def roots_of(model: Callable) -> list[nn.Module]:
+    """The module that a model is, or is a method of, as far as that shows from outside: :func:`noting_modules` finds the others."""
+    model = poutine.unwrap(model)
+    owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+    return [owner] if isinstance(owner, nn.Module) else []
+
+
+@contextlib.contextmanager
+def noting_modules(roots: list[nn.Module]) -> Iterator[None]:
+    """Within it, modules that run and are in none of ``roots`` are added to them: a function may use networks from elsewhere."""
+    known = {module for root in roots for module in root.modules()}
+
+    def note(module: nn.Module, _: Any) -> None:
+        if module not in known:
+            roots.append(module)
+            known.update(module.modules())
+
+    handle = register_module_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def held_by(roots: Sequence[nn.Module]) -> list[Tensor]:
+    """All parameters and buffers."""
+    return [tensor for root in roots for tensor in (*root.parameters(), *root.buffers())]
 
 
 def _tags(node: fx.Node) -> Sequence[torch.Tag]:
@@ -96,13 +186,13 @@ def _cut_seeds(module: fx.GraphModule, written: set[fx.Node]) -> None:
             _make_constant(module, node, torch.ones(value.shape, dtype=value.dtype, device=value.device))
 
 
-def _fold_constants(module: fx.GraphModule, written: set[fx.Node], live: Sequence[Tensor]) -> None:
+def _fold_constants(module: fx.GraphModule, written: set[fx.Node], changing: set[int]) -> None:
     """Computes the nodes that no input, random draw or in-place write reaches, once."""
     known: dict[fx.Node, Any] = {}
     for node in list(module.graph.nodes):
         if node.op == "get_attr" and node not in written:
             value = _attribute(module, node.target)
-            if all(value is not tensor for tensor in live):
+            if not (isinstance(value, Tensor) and _memory(value) in changing):
                 known[node] = value
         elif node.op == "call_function" and not (_is_random(node) or _mutates(node) or node in written):
             if all(arg in known for arg in node.all_input_nodes):
@@ -124,23 +214,23 @@ def _shrink(value: Tensor) -> Tensor:
     return value
 
 
-def _number(module: fx.GraphModule, arg: Any, live: Sequence[Tensor]) -> float | None:
+def _number(module: fx.GraphModule, arg: Any, changing: set[int]) -> float | None:
     """The one number that an argument holds, if it is a constant with one number."""
     if isinstance(arg, (int, float)) and not isinstance(arg, bool):
         return float(arg)
     if isinstance(arg, fx.Node) and arg.op == "get_attr":
         value = _attribute(module, arg.target)
-        if any(value is tensor for tensor in live):
+        if not isinstance(value, Tensor) or _memory(value) in changing:
             return None
-        if isinstance(value, Tensor) and value.is_floating_point() and value.numel() and not any(value.stride()):
+        if value.is_floating_point() and value.numel() and not any(value.stride()):
             return value.flatten()[0].item()
     return None
 
 
-def _drop_identities(module: fx.GraphModule, written: set[fx.Node], live: Sequence[Tensor]) -> None:
+def _drop_identities(module: fx.GraphModule, written: set[fx.Node], changing: set[int]) -> None:
     for node in list(module.graph.nodes):
         reads = {node, *node.all_input_nodes, *(arg for read in node.all_input_nodes for arg in read.all_input_nodes)}
-        kept = None if reads & written else _identical(module, node, live)
+        kept = None if reads & written else _identical(module, node, changing)
         if kept is not None:
             node.replace_all_uses_with(kept)
             module.graph.erase_node(node)
@@ -152,7 +242,7 @@ def _alike(one: fx.Node, other: fx.Node) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype
 
 
-def _identical(module: fx.GraphModule, node: fx.Node, live: Sequence[Tensor]) -> fx.Node | None:
+def _identical(module: fx.GraphModule, node: fx.Node, changing: set[int]) -> fx.Node | None:
     """A node with the same value to the bit, made from fewer operations; None if there is none."""
     if node.target is aten.t.default and node.args[0].target is aten.t.default:
         return node.args[0].args[0]  # the shape is that of the node, whichever it is
@@ -166,11 +256,11 @@ def _identical(module: fx.GraphModule, node: fx.Node, live: Sequence[Tensor]) ->
     if node.target in (aten.sub.Tensor, aten.pow.Tensor_Scalar) and not node.kwargs:
         neutral = 0.0 if node.target is aten.sub.Tensor else 1.0
         same = isinstance(node.args[0], fx.Node) and _alike(node.args[0], node)
-        return node.args[0] if same and _number(module, node.args[1], live) == neutral else None
+        return node.args[0] if same and _number(module, node.args[1], changing) == neutral else None
     if node.target is aten.mul.Tensor:
-        number, factor = _number(module, node.args[0], live), node.args[1]
+        number, factor = _number(module, node.args[0], changing), node.args[1]
         if number is None:
-            number, factor = _number(module, node.args[1], live), node.args[0]
+            number, factor = _number(module, node.args[1], changing), node.args[0]
         if number is None or not isinstance(factor, fx.Node) or not _alike(factor, node):
             return None
         if factor.target is aten.mul.Scalar and factor.args[1] == 2.0:  # doubling is exact, so it can move into the constant

@@ -298,6 +298,40 @@ def test_a_python_number_taken_from_an_input_is_an_error(fn):
         trace_graph(fn, (torch.ones(3),))
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [lambda w: w[w > 0].sum(), lambda w: w * len(torch.unique(w)), lambda w: w.nonzero().sum() * w, lambda w: w[torch.rand(3) > 0.5]],
+    ids=["mask", "unique", "nonzero", "random mask"],
+)
+def test_a_shape_that_follows_an_inputs_values_is_an_error(fn):
+    with pytest.raises(RuntimeError, match="a shape follows values that change"):
+        trace_graph(fn, (torch.ones(3),))
+
+
+def test_what_takes_only_its_shape_from_an_input_may_shape_others():
+    graph, w = trace_graph(lambda w: w * len(torch.ones_like(w).nonzero()), (torch.ones(3),)), torch.randn(3)
+    assert torch.equal(graph(w), w * 3)
+
+
+@pytest.mark.parametrize("index", [torch.tensor([True, False, True]), torch.tensor([2, 0])], ids=["mask", "numbers"])
+def test_rows_picked_by_a_constant_or_by_number_are_no_error(index):
+    graph, w = trace_graph(lambda w: w[index] * len(torch.unique(index)), (torch.ones(3),)), torch.randn(3)
+    assert torch.equal(graph(w), w[index] * 2)
+
+
+def test_a_model_whose_shapes_follow_its_batch_stays_with_the_handlers_whatever_the_first_batches_are():
+    def averaged(x, y):
+        scaled(x, y, 1.0 + len(torch.unique(y)))
+
+    x, y = torch.randn(ROWS, 4, dtype=torch.float64), torch.zeros(ROWS, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="falls back to 'handlers'.*a shape follows values that change"):
+        potential = ab.Potential(averaged, (x, y), batch_size=4)
+        potential.init()
+    exact, state = ab.Potential(averaged, (x, y), batch_size=4, backend="handlers"), potential.init()
+    batch = x[:4], torch.arange(4.0).double()
+    assert torch.equal(potential.gradient(state, batch), exact.gradient(state, batch))
+
+
 # -------------------------------------------------------------------------------------- what lies outside of the traced inputs
 
 
@@ -355,6 +389,67 @@ def test_what_changes_in_the_model_between_runs_is_seen_by_the_next_run(change, 
         ours, theirs = gradients()
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
         change(model)
+
+
+def function_on_features(features):
+    return lambda x, y: features(x, y)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model, lambda model: model.forward, function_on_features], ids=["module", "method", "function"]
+)
+@pytest.mark.parametrize("num_chains", [1, 3])
+def test_what_a_potential_makes_of_buffers_and_frozen_weights_follows_them(wrap, num_chains):
+    class Derived(OnFeatures):
+        def forward(self, x, y):
+            return super().forward(x * (2 * self.scale + self.features[0].weight.square().sum()), y)
+
+    model, state = Derived(), torch.randn(num_chains, 3)
+    data = torch.randn(ROWS, 4), torch.randn(ROWS)
+    traced, exact = (ab.Potential(wrap(model), data, num_chains=num_chains, backend=backend) for backend in ("graph", "handlers"))
+    for change in (lambda: None, lambda: model.scale.add_(1.0), lambda: model.features[0].weight.data.mul_(2.0)):
+        change()
+        torch.testing.assert_close(traced.gradient(state, ()), exact.gradient(state, ()), rtol=1e-5, atol=1e-5)
+    assert traced.backend == "graph"
+
+
+def test_a_graph_belongs_to_the_autocast_that_it_was_traced_under():
+    model, data, state = OnFeatures(), (torch.randn(ROWS, 4), torch.randn(ROWS)), torch.randn(1, 3)
+    traced, exact = (ab.Potential(model, data, backend=backend) for backend in ("graph", "handlers"))
+    for casts in (True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            torch.testing.assert_close(traced.gradient(state, ()), exact.gradient(state, ()), rtol=1e-5, atol=1e-5)
+    assert traced.backend == "graph"
+
+
+class Weighed(PyroModule):
+    """Class weights that only rows of their class see."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weights", torch.ones(3))
+
+    def forward(self, x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(4, 3), 1.0).to_event(2))
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=(2 * self.weights)[y]):
+            pyro.sample("obs", dist.Categorical(logits=x @ w), obs=y)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda model: model.weights[2].fill_(500.0), lambda model: setattr(model, "weights", torch.tensor([1.0, 1.0, 500.0]))],
+    ids=["in place", "another buffer"],
+)
+def test_a_change_between_runs_that_only_rows_of_a_rare_class_see_is_seen(change):
+    model, graphs, state = Weighed(), {}, torch.randn(1, 12)
+    x, y = torch.randn(ROWS, 4), torch.arange(ROWS) % 2
+    rare = x[:4], torch.tensor([0, 1, 2, 2])
+    for each in (lambda model: None, change):
+        each(model)
+        traced, exact = (ab.Potential(model, (x, y), batch_size=4, backend=b, graphs=graphs) for b in ("graph", "handlers"))
+        for batch in ((x[:4], y[:4]), rare):  # graphs are compared with the handlers on the first
+            torch.testing.assert_close(traced.gradient(state, batch), exact.gradient(state, batch))
+    assert traced.backend == "graph"
 
 
 @pytest.fixture
@@ -437,6 +532,18 @@ def test_a_live_number_is_no_constant(value, fn):
     graph = trace_graph(lambda x: fn(x, held), (x,), live=(held,))
     held += 0.5
     assert torch.equal(graph(x), fn(x, held))
+
+
+def test_arguments_that_were_one_tensor_when_they_were_traced_are_two():
+    x, y = torch.randn(3), torch.randn(3)
+    graph = trace_graph(lambda a, b: a - 2 * b, (x, x))
+    assert torch.equal(graph(x, y), x - 2 * y)
+
+
+def test_an_argument_that_the_function_holds_too_is_not_what_it_holds():
+    held, x = torch.randn(3), torch.randn(3)
+    graph = trace_graph(lambda a: a - 2 * held, (held,), live=(held,))
+    assert torch.equal(graph(x), x - 2 * held)
 
 
 def test_random_numbers_of_a_cpu_generator_say_where_they_are():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from pyro_advbayes.batches import Arguments
-from pyro_advbayes.graph import trace_graph
+from pyro_advbayes.graph import Followed, autocast_state, held_by, noting_modules, roots_of, trace_graph
 from pyro_advbayes.handlers import GivenMessenger, UnvalidatedMessenger
 from pyro_advbayes.infer.autoguide.adversarial import Adversary, AutoAdversarialNormal, BaseNoise, BaseNormal
 from pyro_advbayes.nn.reparameterization import rows_differ
@@ -51,8 +51,8 @@ class Graphs:
         """The graphs for such arguments; None where Pyro's handlers are to be used."""
         if rows_differ() or _handled():  # a graph has one draw for all rows, and sees nothing of handlers that are entered around a step
             return None
-        key = _key(model, args, kwargs)
-        entry = next((e for e in self._entries if e.model is model and e.guide is guide and e.key == key), None)
+        key = _key(args, kwargs)
+        entry = next((e for e in self._entries if e.fits(model, guide, key)), None)
         if entry is None:
             entry = _Entry(model, guide, key)
             self._entries = [entry, *self._entries[: KEPT - 1]]
@@ -60,9 +60,10 @@ class Graphs:
         if entry.calls > CALLS_BEFORE and entry.objective is None and not entry.refused:
             try:
                 # unwrapped: a wrapped network has no signature, and the message about that prints it, which draws its weights
-                entry.objective = Objective(model, guide, Arguments(poutine.unwrap(model), args, kwargs))
+                entry.objective = Objective(model, guide, Arguments(poutine.unwrap(model), args, kwargs), entry.roots)
             except NotTraceable as error:
                 entry.refuse(error)
+            entry.watch()
         return entry.objective
 
     def drop(self, objective: Objective, why: NotTraceable) -> None:
@@ -84,22 +85,33 @@ class _Entry:
         self.model, self.guide, self.key = model, guide, key
         self.calls, self.refused = 0, False
         self.objective: Objective | None = None
+        self.roots = roots_of(model)  # and, once a graph is made, what else was seen to run
+        self.watch()
+
+    def watch(self) -> None:
+        """Notes the modules as they are now."""
+        self._held, self._state = held_by(self.roots), _state(self.roots)  # held, so that no other tensor gets their ids
+
+    def fits(self, model: Callable, guide: Callable, key: Any) -> bool:
+        return self.model is model and self.guide is guide and self.key == key and self._state == _state(self.roots)
 
     def refuse(self, why: NotTraceable) -> None:
         self.objective, self.refused = None, True
         warnings.warn(f"backend='graph' falls back to 'handlers', which is slower, for this model and guide: {why}", stacklevel=2)
 
 
-def _key(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What graphs hold as constants: shapes, plain arguments, modes of layers, and the model's buffers."""
-    module = poutine.unwrap(model)
-    modules = list(module.modules()) if isinstance(module, nn.Module) else []
+def _key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What graphs hold as constants of a call: shapes and plain arguments, and the dtypes of autocast."""
+    return [_kind(value) for value in (*args, *kwargs.values())], tuple(kwargs), autocast_state()
+
+
+def _state(roots: Sequence[nn.Module]) -> Any:
+    """What graphs hold as constants of modules: which layers there are, their modes, and their buffers."""
+    modules = [module for root in roots for module in root.modules()]
     parameters = [parameter for each in modules for parameter in each.parameters(recurse=False)]
     buffers = [buffer for each in modules for buffer in each.buffers(recurse=False)]
     return (
-        [_kind(value) for value in (*args, *kwargs.values())],
-        tuple(kwargs),
-        [each.training for each in modules],
+        [(each, each.training) for each in modules],
         [(id(p), p.requires_grad) for p in parameters],
         [(id(t), t._version) for t in buffers],  # torch has no public way to tell that a tensor was written to
     )
@@ -142,11 +154,12 @@ class Objective:
     """
     The objective and its gradients at given base noise, for one model, guide and shape of arguments.
 
+    :param roots: the modules that the model is known to use; others that run are added.
     :raises NotTraceable: where a graph would not be this objective.
     """
 
-    def __init__(self, model: Callable, guide: Callable, arguments: Arguments) -> None:
-        self.model, self.guide, self.arguments = model, guide, arguments
+    def __init__(self, model: Callable, guide: Callable, arguments: Arguments, roots: list[nn.Module]) -> None:
+        self.model, self.guide, self.arguments, self.roots = model, guide, arguments, roots
         if not isinstance(guide, AutoAdversarialNormal):
             raise NotTraceable(f"the guide is {type(guide).__name__}, and only AutoAdversarialNormal is traced")
         if any(t.requires_grad for t in arguments.tensors):
@@ -166,30 +179,29 @@ class Objective:
         self.names, self.bases = list(parameters), {}
         self.others = self.names
         locs, scales = ([value.detach().requires_grad_() for value in values] for values in zip(*parameters.values(), strict=True))
-        # attached to the arguments, so that a prior that follows them shows
-        inputs = [t.detach().requires_grad_() if t.is_floating_point() else t for t in self.arguments.tensors]
+        noises = [torch.zeros_like(loc) for loc in locs]
         try:
-            with refuse_random_layers(poutine.unwrap(self.model)), torch.enable_grad():
-                tensors = [t.clone() for t in inputs]  # which the model may write to
-                model_trace, guide_trace = self._traces(locs, scales, [torch.zeros_like(loc) for loc in locs], tensors)
+            with torch.enable_grad(), pyro.validation_enabled(False):  # which looks at values
+                tensors = [t.clone() for t in self.arguments.tensors]  # which the model may write to
+                with refuse_random_layers(poutine.unwrap(self.model)), noting_modules(self.roots):
+                    self._traces(locs, scales, noises, tensors)
+                self.held = held_by(self.roots)
+                with Followed([*locs, *scales, *noises, *tensors, *self.held]) as followed:
+                    model_trace, guide_trace = self._traces(locs, scales, noises, tensors)
         except (ValueError, RuntimeError) as error:
             raise NotTraceable(str(error)) from error
         for trace in (model_trace, guide_trace):
             if any(site_is_subsample(node) for node in trace.nodes.values() if node["type"] == "sample" and _subsamples(node)):
                 raise NotTraceable("a plate subsamples itself")
         self.bases = {name: BaseNormal(name, guide_trace.nodes[name]["fn"]) for name in self.names}
-        self.priors = {name: _constant_prior(model_trace.nodes[name], guide_trace.nodes[name]) for name in self.names}
+        self.priors = {name: _constant_prior(model_trace.nodes[name], guide_trace.nodes[name], followed) for name in self.names}
         self.others = [name for name in self.names if self.priors[name] is None]
-        self._find_own(
-            [leaf for leaf in _leaves(model_trace.log_prob_sum()) if all(leaf is not value for value in (*locs, *scales, *inputs))]
-        )
+        self._find_own([leaf for leaf in _leaves(model_trace.log_prob_sum()) if all(leaf is not value for value in (*locs, *scales))])
         self._own_names = [name for name in model_trace.param_nodes if name in pyro.get_param_store()]
 
     def _find_own(self, leaves: list[Tensor]) -> None:
         """What the model learns by itself."""
-        module = poutine.unwrap(self.model)
-        known = list(module.parameters()) if isinstance(module, nn.Module) else []
-        if any(all(leaf is not parameter for parameter in known) for leaf in leaves):
+        if any(all(leaf is not parameter for parameter in self.held) for leaf in leaves):
             raise NotTraceable("the model learns tensors of its own which are no parameters of a torch.nn.Module")
         self.own = leaves
 
@@ -230,7 +242,7 @@ class Objective:
         function = self._gradient if kind == "gradient" else self._loss_and_gradients
         if kind not in self._graphs:
             try:
-                self._graphs[kind] = trace_graph(function, inputs, self.own)
+                self._graphs[kind] = trace_graph(function, inputs, self.held)
             except Exception as error:  # whatever a model's Python does under a tracer: the handlers still run it
                 raise NotTraceable(f"it cannot be traced: {str(error).splitlines()[0]}") from error
             rest = len(inputs) - len(self.arguments.tensors)
@@ -335,8 +347,8 @@ def normal_divergence(
     return value, torch.addcmul(loc_gradient, away, pull), torch.addcmul(scale_gradient, scale, pull).addcdiv_(weight, scale, value=-1)
 
 
-def _constant_prior(model_site: Mapping[str, Any], guide_site: Mapping[str, Any]) -> Prior | None:
-    """The prior, if both distributions are plain Normals and the prior depends on no other site."""
+def _constant_prior(model_site: Mapping[str, Any], guide_site: Mapping[str, Any], followed: Followed) -> Prior | None:
+    """The prior, if both distributions are plain Normals and the prior follows no other site, argument or buffer."""
     prior, posterior = (_without_dependence(site["fn"]) for site in (model_site, guide_site))
     weighted = any(
         site["mask"] is not None or not isinstance(site["scale"], float) or site["scale"] != 1 for site in (model_site, guide_site)
@@ -344,7 +356,7 @@ def _constant_prior(model_site: Mapping[str, Any], guide_site: Mapping[str, Any]
     if weighted or not (isinstance(prior, Normal) and isinstance(posterior, Normal)):
         return None
     parameters = (prior.loc, prior.scale)
-    if any(p.requires_grad or p.shape != posterior.loc.shape or p.dtype != posterior.loc.dtype for p in parameters):
+    if any(p.requires_grad or p in followed or p.shape != posterior.loc.shape or p.dtype != posterior.loc.dtype for p in parameters):
         return None
     return Prior(*(p.flatten()[0].item() if bool((p == p.flatten()[0]).all()) else p.detach() for p in parameters))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import warnings
 
 import pyro
@@ -232,6 +234,49 @@ def test_a_prior_that_follows_an_argument_is_no_constant(used):
     assert len(used) == 7
 
 
+def test_arguments_that_were_one_tensor_may_become_two(used):
+    def denoise(noisy, x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3, 3), 1.0).to_event(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(noisy @ w, 1.0).to_event(1), obs=x)
+
+    x, _ = data()
+    check_both_backends_learn_the_same(denoise, lambda step: [step(x, x) for _ in range(5)] + [step(x + 1.0, x) for _ in range(3)])
+    assert len(used) == 6
+
+
+@pytest.mark.parametrize(
+    ("prior", "given"),
+    [
+        (lambda x, n: dist.Normal(torch.zeros(3), 1 / n.float()), lambda step: torch.tensor(1 + step)),
+        (lambda x, n: dist.Normal(torch.tensor([-5.0, 0.0, 5.0])[n].expand(3), 1.0), lambda step: torch.tensor([step % 3])),
+        (lambda x, n: dist.Normal(torch.zeros(3), 1 / x.detach().std(0)), lambda step: None),
+    ],
+    ids=["of an integer", "picked by an integer", "of detached inputs"],
+)
+def test_a_prior_that_follows_an_argument_without_gradients_is_no_constant(prior, given, used):
+    def model(x, y, n):
+        w = pyro.sample("w", prior(x, n).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    x, y = data()
+    check_both_backends_learn_the_same(model, lambda step: [step(x * (1 + i), y, given(i)) for i in range(9)])
+    assert len(used) == 7
+
+
+def test_a_prior_that_takes_only_its_dtype_from_an_argument_is_a_constant(used):
+    x, y = data()
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(x.new_zeros(3), torch.ones_like(x[0])).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    check_both_backends_learn_the_same(model, lambda step: [step(x, y) for _ in range(4)])
+    assert used[0].priors == {"w": elbo_graph.Prior(0.0, 1.0)}
+
+
 def test_weights_may_be_changed_from_step_to_step_without_new_graphs(used):
     torch.set_default_dtype(torch.double)
     x, y = (value.double() for value in data())
@@ -279,10 +324,142 @@ def test_statistics_that_are_loaded_later_count(used):
     assert len({id(objective) for objective in used}) == 2
 
 
-def test_a_graph_is_dropped_where_the_models_python_follows_the_data(used):
+@pytest.mark.parametrize("learnt", [False, True])
+def test_autocast_is_that_of_its_step_and_its_casts_are_of_the_weights_as_they_are(learnt, used):
+    network, (x, y) = nn.Linear(3, 3).requires_grad_(learnt), data()
+    start = copy.deepcopy(network.state_dict())
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal((network(x) @ w).float(), 0.05), obs=y)
+
+    losses = []
+    for backend in ("graph", "handlers"):
+        network.load_state_dict(start)
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide, elbo = AutoAdversarialNormal(model), TraceAdversarial_ELBO(mix=0, backend=backend)
+        guide(x, y)
+        losses.append([])
+        for casts in (True, False, True):
+            for _ in range(4):
+                with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+                    losses[-1].append(elbo.loss_and_grads(model, guide, x, y))
+            network.weight.data.mul_(1.5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(used) == 8 and used[0] is used[-1]
+
+
+class Tempered(PyroModule):
+    """A buffer in the prior, in the likelihood, and in Python's numbers."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    def forward(self, x, y):
+        scales = {place: self.scale * 1.0 if place == self.where else 1.0 for place in ("prior", "likelihood")}
+        number = float(self.scale) if self.where == "number" else 1.0
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), scales["prior"]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, scales["likelihood"] * number), obs=y)
+
+
+def fill_behind_autograds_back(model):
+    model.scale.data.fill_(5.0)
+
+
+def swap_behind_autograds_back(model):
+    model.scale.data = torch.tensor(5.0)
+
+
+@pytest.mark.parametrize("where", ["prior", "likelihood", "number"])
+@pytest.mark.parametrize("change", [fill_behind_autograds_back, swap_behind_autograds_back])
+def test_buffers_that_are_written_to_behind_autograds_back_are_followed(where, change, used):
+    (x, y), model = data(), Tempered(where)
+
+    def run(step):
+        model.scale = torch.tensor(1.0)
+        losses = [step(x, y) for _ in range(4)]
+        change(model)
+        return losses + [step(x, y) for _ in range(3)]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_both_backends_learn_the_same(model, run)
+    assert len(used) == (0 if where == "number" else 5)
+    assert any("falls back" in str(w.message) for w in caught) == (where == "number")
+
+
+class Holder(nn.Module):
+    """A model that is a method, with a network beside a statistic of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)).requires_grad_(False).eval()
+        self.register_buffer("shift", torch.zeros(3))
+
+    def forward(self, x):
+        return self.features(x) - self.shift.exp()
+
+    def model(self, x, y):
+        return logistic(self(x), y)
+
+
+@pytest.mark.parametrize("kind", ["method", "function"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda holder: holder.features[1].running_mean.add_(3.0),
+        lambda holder: setattr(holder.features[1], "running_var", torch.full((3,), 9.0)),
+        lambda holder: holder.features.__setitem__(1, nn.Tanh()),
+        lambda holder: holder.shift.add_(1.0),
+    ],
+    ids=["statistics", "other statistics", "another layer", "own buffer"],
+)
+def test_networks_that_a_function_or_a_method_uses_may_change(kind, change, used):
+    losses, start = [], Holder()
+    for backend in ("graph", "handlers"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        holder = copy.deepcopy(start)
+        model = holder.model if kind == "method" else lambda x, y, network=holder: logistic(network(x), y)
+        svi = SVI(model, AutoAdversarialNormal(model), Adam({"lr": 0.01}), TraceAdversarial_ELBO(backend=backend))
+        losses.append([svi.step(*data()) for _ in range(4)])
+        change(holder)
+        losses[-1] += [svi.step(*data()) for _ in range(4)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(used) == 4
+
+
+def test_a_network_that_a_function_uses_may_be_put_into_training_mode(used):
+    network, (x, y) = Holder(), data()
+    start = copy.deepcopy(network.state_dict())
+
+    def model(x, y):
+        return logistic(network(x), y)
+
+    def run(step):
+        network.load_state_dict(start)
+        network.eval()
+        losses = [step(x, y) for _ in range(4)]
+        network.train()
+        return losses + [step(x, y) for _ in range(4)]
+
+    with pytest.warns(UserWarning, match=r"layer 'BatchNorm1d' \(BatchNorm1d\) is in training mode"):
+        check_both_backends_learn_the_same(model, run)
+    assert len(used) == 2
+
+
+@pytest.mark.parametrize(
+    "count, graphs", [(lambda y: len(torch.unique(y)), 0), (lambda y: len(set(y.detach().numpy())), 1)], ids=["torch", "numpy"]
+)
+def test_a_graph_is_dropped_where_the_models_python_follows_the_data(count, graphs, used):
     def model(x, y):
         w = pyro.sample("w", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
-        factor = 1.0 + len(torch.unique(y))
+        factor = 1.0 + count(y)
         with pyro.plate("data", len(x)):
             pyro.sample("obs", dist.Normal(factor * (x @ w), 1.0), obs=y)
 
@@ -297,9 +474,9 @@ def test_a_graph_is_dropped_where_the_models_python_follows_the_data(used):
             for elbo in elbos:
                 pyro.set_rng_seed(step)
                 losses.append(elbo.loss_and_grads(model, guide, *batch))
-            if step != 3:  # where the graph is dropped, the draw is another
+            if step != 2 + graphs:  # where the graph is dropped, the draw is another
                 assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert [str(w.message) for w in caught if "falls back" in str(w.message)] and len(used) == 1
+    assert [str(w.message) for w in caught if "falls back" in str(w.message)] and len(used) == graphs
 
 
 class Learnt(PyroModule):
@@ -335,6 +512,27 @@ def test_parameters_of_the_model_are_learnt_beside_the_guides(used):
         assert not torch.equal(model.first.weight, start["first.weight"])
     for ours, theirs in zip(*learnt, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert len(used) == 4
+
+
+def test_a_network_that_a_function_uses_is_learnt_beside_the_guide(used):
+    x, y = data()
+
+    def model(x, y, network):
+        return logistic(pyro.module("network", network)(x), y)
+
+    learnt, start = [], nn.Linear(3, 3)
+    for backend in ("graph", "handlers"):
+        network = copy.deepcopy(start)
+        check = functools.partial(model, network=network)
+        guide, elbo = AutoAdversarialNormal(check), TraceAdversarial_ELBO(backend=backend)
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = SVI(check, guide, Adam({"lr": 0.01}), elbo)
+        losses = [svi.step(x, y) for _ in range(6)]
+        learnt.append((torch.tensor(losses), network.weight.detach()))
+        assert not torch.equal(network.weight, start.weight)
+    torch.testing.assert_close(*learnt, rtol=1e-4, atol=1e-5)
     assert len(used) == 4
 
 
