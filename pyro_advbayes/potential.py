@@ -232,7 +232,10 @@ class Potential:
         return torch.cat(parts, dim=-1)
 
     def constrain(self, state: Tensor) -> dict[str, Tensor]:
-        """Values by site ``[chains, *shape]``, in the model's own space and dtypes."""
+        """
+        Values by site ``[chains, *shape]``, in the model's own space and dtypes; of sites that need no map, views into the state: clone
+        them to keep them.
+        """
         with torch.no_grad():
             parts = self.split(state.detach()).values()
             values = {site.name: site.transform(part) for site, part in zip(self.sites, parts, strict=True)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyro
@@ -215,6 +216,10 @@ class _Logits:
         with _by_itself():
             return self.model.run(values[:-1], [self.site], values[-1])
 
+    def _one(self, index: int, x: Tensor) -> Tensor:
+        with RandomState().again():  # as where a recording leaves out what is drawn beside the logits
+            return self._run(*self.model.draw(index), x)[0].unsqueeze(0)
+
     def versions(self) -> list[int]:
         """How often the draws and the model's tensors were written to; torch has no public way to tell."""
         return [tensor._version for tensor in self._held if not tensor.is_inference()]
@@ -224,7 +229,7 @@ class _Logits:
         start, stop = 0, self.model.num_samples
         while start < stop:
             if self.replays is None:
-                logits = self._run(*self.model.draw(start), x)[0].unsqueeze(0)
+                logits = self._one(start, x)
             else:
                 (logits,) = next(self.replays.run(self.model.draws, start, min(start + self.replays.chunk, stop), (x,)))
             start += len(logits)
@@ -234,7 +239,7 @@ class _Logits:
         """As :meth:`PosteriorClassifier.gradients`."""
         if self.replays is None:
             for index in range(self.model.num_samples):
-                yield _slope(lambda x, index=index: self._run(*self.model.draw(index), x)[0].unsqueeze(0), x, y, reduce)
+                yield _slope(partial(self._one, index), x, y, reduce)
             return
         slopes = self._slopes.setdefault(reduce, _Slopes(self.replays.tape, reduce))
         constants, start, stop, together = self.replays.tape.prepare(), 0, self.model.num_samples, self.replays.chunk

@@ -190,11 +190,20 @@ def test_gradients_of_a_function_of_the_draws_are_those_of_autograd_call_after_c
     assert all(p.grad is None for p in model.parameters())
 
 
+def branching(x):
+    pyro.sample("beside", dist.Normal(0.0, 1.0))
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([4]).to_event(1))
+    return x * w if x.sum() > 0 else x
+
+
 def test_a_prediction_takes_no_random_numbers_from_its_caller():
-    classifier = posterior()[2]
-    before = torch.get_rng_state()
-    classifier(torch.randn(6, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0)))
-    assert torch.equal(torch.get_rng_state(), before)
+    for classifier in (posterior()[2], PosteriorClassifier(branching, {"w": torch.randn(6, 4, dtype=torch.double)})):
+        before = torch.get_rng_state()
+        x = torch.randn(6, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+        for _ in range(2):
+            classifier(x)
+            list(classifier.gradients(x, torch.zeros(6, dtype=torch.long), likelihood))
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 # ------------------------------------------------------------------------------------------------------------------ memory
