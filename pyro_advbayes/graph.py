@@ -108,9 +108,9 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
-def autocast_state() -> list[tuple[bool, torch.dtype]]:
-    """What autocast does on every device: a graph has it as it was."""
-    return [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES]
+def autocast_state() -> list[tuple[str, torch.dtype]]:
+    """Where autocast casts, and to what: a graph has it as it was."""
+    return [(device, torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
 
 
 def roots_of(model: Callable) -> list[nn.Module]:
