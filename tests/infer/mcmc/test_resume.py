@@ -437,11 +437,12 @@ def test_another_anchor_is_refused(finished):
 
 @pytest.mark.parametrize(
     "arguments",
-    [loader(batch_size=20), loader(shuffle=False), loader(labels=flipped(Y)), (X, Y)],
+    [loader(batch_size=10), loader(batch_size=20, shuffle=False), loader(batch_size=20, labels=flipped(Y)), (X, Y)],
     ids=["batch size", "order", "labels", "tensors"],
 )
 def test_another_loader_is_refused(finished, arguments):
-    finished(lambda: sgld(batch_size=None), loader())(sgld(batch_size=None), arguments, ["run.checkpoint is of another run", "data"])
+    refused = finished(lambda: sgld(batch_size=None), loader(batch_size=20))
+    refused(sgld(batch_size=None), arguments, ["run.checkpoint is of another run", "data"])
 
 
 def test_another_plain_argument_is_refused(finished):
