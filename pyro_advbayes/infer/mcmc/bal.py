@@ -310,10 +310,9 @@ class BAL(SGMCMCKernel):
         names = ("perturb", "clip", "learners", "copies", "clean_share", "keep", "input_temperature")
         parts = {name: repr(getattr(self, name)) for name in names}
         own = "ℓ" if self.loss is None else getattr(self.loss, "__qualname__", type(self.loss).__name__)
-        cost = getattr(getattr(self.cost, "fn", None), "__qualname__", named(self.cost))
         updates = {f"{n}_updates": [named(u.rule), u.num_steps] for n, u in (("inputs", self.inputs), ("weights", self.weights))}
         updates["inputs_step_sizes"] = [self.inputs.step_size(i) for i in range(self.inputs.num_steps)]
-        return {**super().settings(), **parts, **updates, "loss": own, "cost": cost, "adversary": named(self.adversary)}
+        return {**super().settings(), **parts, **updates, "loss": own, "cost": named(self.cost), "adversary": named(self.adversary)}
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "inputs": [self._random.get_state(), self._lasting, self._sizes]}
