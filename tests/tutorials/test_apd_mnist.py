@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 
 import matplotlib.image
@@ -101,18 +102,63 @@ def test_the_picture_shows_its_numbers(rows):
     assert pixels.shape[1] >= 800 and 0.02 < (pixels[..., :3].min(-1) < 0.9).mean() < 0.9
 
 
+def without(whole, missing, folder):
+    """The file that a run would have left that had not come to these rows."""
+    kept = {name: row for name, row in whole["results"].items() if name not in missing}
+    (folder / "apd_mnist-smoke.json").write_text(json.dumps({**whole, "results": kept}))
+
+
+def same(row, other):
+    """But for how long it took."""
+    timeless = [{**row, "seconds": 0, "about": {**row["about"], "seconds": 0}} for row in (row, other)]
+    return timeless[0] == timeless[1]
+
+
 def test_only_what_is_missing_is_computed_again_to_the_same_numbers(rows, tmp_path, monkeypatch):
     whole, missing = content(rows), ("OOD: APD, rank 8", "OOD: MC dropout")
-    kept = {name: row for name, row in whole["results"].items() if name not in missing and "detection" not in name}
-    (tmp_path / "apd_mnist-smoke.json").write_text(json.dumps({**whole, "results": kept}))
+    without(whole, {*missing, *(name for name in whole["results"] if "detection" in name)}, tmp_path)
     made = []
     row = apd_mnist.ood_row
     monkeypatch.setattr(apd_mnist, "ood_row", lambda *args: made.append(1) or row(*args))
     apd_mnist.main(["--scale", "smoke", "--out", str(tmp_path), "--only", "OOD"])
     again = content(tmp_path)["results"]
-    assert len(made) == 2 and set(again) == {*kept, *missing}
+    assert len(made) == 2 and set(again) == {name for name in whole["results"] if "OOD" in name}
     for name in missing:
-        assert {**again[name], "seconds": 0} == {**whole["results"][name], "seconds": 0}
+        assert same(again[name], whole["results"][name])
+
+
+def test_a_row_alone_is_computed_by_its_name_and_shown_in_its_place(rows, tmp_path, capsys):
+    whole, name = content(rows), "OOD: APD, rank 8"
+    without(whole, {name, "OOD: MC dropout"}, tmp_path)
+    found = apd_mnist.main(["--scale", "smoke", "--out", str(tmp_path), "--only", name])["results"]
+    assert list(found) == [row for row in whole["results"] if row != "OOD: MC dropout"]
+    assert same(found[name], whole["results"][name])
+    with pytest.raises(SystemExit):
+        apd_mnist.main(["--scale", "smoke", "--out", str(tmp_path), "--only", "rank 8"])
+    assert "--only rank 8: the parts are OOD, detection, and the rows in them OOD: SGLD; OOD: APD, rank 8;" in capsys.readouterr().err
+
+
+def test_a_training_on_whole_rows_that_was_killed_goes_on_to_the_same_numbers(rows, tmp_path, monkeypatch):
+    whole, name = content(rows), "OOD: APD, as published"
+    without(whole, {name}, tmp_path)
+    shutil.copytree(rows / "apd_mnist-smoke-work", tmp_path / "apd_mnist-smoke-work")
+    checkpoint = tmp_path / "apd_mnist-smoke-work" / "published-0.safetensors"
+    checkpoint.unlink(missing_ok=True)
+    monkeypatch.setattr(apd_networks, "CHECKPOINT_EVERY", 1)
+    save, resumed = ab.distill.APD._save_checkpoint, []
+
+    def killed(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ab.distill.APD, "_save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        apd_mnist.main(["--scale", "smoke", "--out", str(tmp_path), "--only", name])
+    monkeypatch.setattr(ab.distill.APD, "_save_checkpoint", save)
+    resume = ab.distill.APD.resume
+    monkeypatch.setattr(ab.distill.APD, "resume", lambda path, *args: resumed.append(path) or resume(path, *args))
+    apd_mnist.main(["--scale", "smoke", "--out", str(tmp_path), "--only", name])
+    assert resumed == [checkpoint] and same(content(tmp_path)["results"][name], whole["results"][name])
 
 
 def test_settings_are_not_mixed_in_one_file(rows):

@@ -27,7 +27,8 @@ What the authors' code does and this does not:
 - Dropout masks hold for all rows of a minibatch.
 
 A row is written to ``apd_mnist-<scale>.json`` when it is finished, and not computed again by the next start; a chain that was interrupted
-goes on from its checkpoint, in ``apd_mnist-<scale>-work/``.
+goes on from its checkpoint, in ``apd_mnist-<scale>-work/``, and so do the trainings on whole rows. Seconds are those of the start that
+finished a row. Processes that are given different rows by ``--only`` may run beside each other, once SGLD's row is there.
 """
 
 from __future__ import annotations
@@ -162,6 +163,10 @@ def ood_posteriors(setup: Setup) -> dict[str, Callable[[], Posterior]]:
         path, about = chain()
         return nets.distilled(model, generator(), path, about["kept"], noise_data(task), count, **options)
 
+    def on_whole_rows(generator: Callable[[], Any], steps: int, name: str, **options: Any) -> Callable[[], Posterior]:
+        options = {"num_steps": scale.whole_steps or steps, "checkpoint": work / f"{name}-{seed}.safetensors", **options}
+        return lambda: made(generator, **options)
+
     def networks() -> Draws:
         return nets.trained(model, x, y, scale.sgd_steps, scale.members, work / f"sgd-{seed}.safetensors", seed)
 
@@ -193,10 +198,8 @@ def ood_posteriors(setup: Setup) -> dict[str, Callable[[], Posterior]]:
     for rank in scale.ranks:
         rows[f"APD, rank {rank}, kept codes"] = factored(rank, hidden=None)
         rows[f"APD, rank {rank}"] = factored(rank)
-    steps = scale.whole_steps or PUBLISHED_HOUR
-    rows["APD, as published"] = lambda: made(MLPGenerator, preset="paper", num_steps=steps)
-    hyper = {"num_steps": scale.whole_steps or HYPER_HOUR, "batch_size": HYPER_BATCH}
-    rows["APD, hypernetwork"] = lambda: made(HyperGenerator, **hyper)
+    rows["APD, as published"] = on_whole_rows(MLPGenerator, PUBLISHED_HOUR, "published", preset="paper")
+    rows["APD, hypernetwork"] = on_whole_rows(HyperGenerator, HYPER_HOUR, "hypernetwork", batch_size=HYPER_BATCH)
     return rows
 
 
@@ -323,33 +326,38 @@ def detection_rows(setup: Setup) -> Iterator[tuple[str, Attack, str, bool]]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Samples, distils, trains and attacks what is not in the file yet; writes the files and prints the table."""
     arguments = parser("Adversarial Posterior Distillation on MNIST.", SCALES)
-    arguments.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    arguments.add_argument("--only", nargs="+", metavar="ROW", default=PARTS, help="rows to compute, or parts: all by default")
     args = arguments.parse_args(argv)
     scale = SCALES[args.scale]
     numbers = {"numbers": scale._asdict(), "lr": nets.LR, "weight_decay": nets.WEIGHT_DECAY, "batch_size": nets.BATCH_SIZE, "eps": EPS}
     results = Results(args.out / f"apd_mnist-{args.scale}.json", settings(args.scale, args.seed, args.device, **numbers))
     setup = Setup(load(args.scale, scale, args.data, args.device), scale, results.work, args.seed)
 
-    def keep(name: str, make: Callable[[], dict[str, Any]]) -> None:
-        if name not in results:
+    posteriors = {f"OOD: {name}": (make, ood_repeats(name, scale)) for name, make in ood_posteriors(setup).items()}
+    cases = {f"detection: {name}": case for name, *case in detection_rows(setup)}
+    rows = [*posteriors, *cases]
+    if unknown := [name for name in args.only if name not in (*PARTS, *rows)]:
+        arguments.error(f"--only {', '.join(unknown)}: the parts are {', '.join(PARTS)}, and the rows in them {'; '.join(rows)}")
+    found: dict[str, Posterior] = {}
+    try:
+        for row in tqdm([row for row in rows if {row, row.split(": ")[0]} & set(args.only)], desc="APD on MNIST", disable=None):
+            if row in results:
+                continue
+            if row in cases:
+                found = found or detectors(setup)
             pyro.set_rng_seed(args.seed + 1)
             begin = time.perf_counter()
-            row = make()
-            results.add(name, {"seconds": time.perf_counter() - begin, **row})
-
-    try:
-        if "OOD" in args.only:
-            for name, posterior in tqdm(ood_posteriors(setup).items(), desc="OOD", disable=None):
-                keep(f"OOD: {name}", lambda name=name, posterior=posterior: ood_row(posterior(), ood_repeats(name, scale), setup))
-        if "detection" in args.only:
-            cases = [case for case in detection_rows(setup) if f"detection: {case[0]}" not in results]
-            found = detectors(setup) if cases else {}
-            for name, *case in tqdm(cases, desc="detection", disable=None):
-                keep(f"detection: {name}", lambda case=case: detection_row(*case, found, setup))
+            if row in cases:
+                result = detection_row(*cases[row], found, setup)
+            else:
+                make, repeats = posteriors[row]
+                result = ood_row(make(), repeats, setup)
+            results.add(row, {"seconds": time.perf_counter() - begin, **result})
     finally:  # of an interrupted run too
-        picture(results.found, results.path.with_suffix(".png"))
-    print(table(results.found))
-    return {"settings": results.settings, "results": results.found}
+        picture(results.in_order(rows), results.path.with_suffix(".png"))
+    ordered = results.in_order(rows)
+    print(table(ordered))
+    return {"settings": results.settings, "results": ordered}
 
 
 if __name__ == "__main__":
