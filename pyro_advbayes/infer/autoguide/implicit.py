@@ -19,7 +19,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import Distribution, biject_to
+from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.kl import register_kl
 
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
@@ -31,9 +31,9 @@ from pyro_advbayes.infer.conditioned import without_leading_ones
 from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.infer.mcmc.fingerprint import model_name
 from pyro_advbayes.infer.predictive import RandomState
-from pyro_advbayes.nn.bayesian import declared_sites
+from pyro_advbayes.nn.bayesian import declared_sites, map_tensors
 from pyro_advbayes.potential import Potential
-from pyro_advbayes.structure import Site
+from pyro_advbayes.structure import Site, same_map
 
 # Draws by which rounding is judged.
 ROUNDED = 32
@@ -196,9 +196,10 @@ class AutoImplicit(AutoGuide):
             shape = node["value"].shape
             if without_leading_ones(shape) != without_leading_ones(site.shape):
                 raise ValueError(f"site {site.name!r} has shape {tuple(site.shape)} in the guide and {tuple(shape)} in the model")
+            site = site._replace(shape=shape, unconstrained_shape=torch.Size(site.transform.inverse_shape(shape)))
             if not node["is_observed"]:
                 _check_support(site, node["fn"].support)
-            sites.append(site._replace(shape=shape, unconstrained_shape=torch.Size(site.transform.inverse_shape(shape))))
+            sites.append(site)
         for name, follower in missing.items():
             raise ValueError(
                 f"site {name!r} of the model, on which its site {follower!r} depends, is none of the guide's, "
@@ -314,11 +315,19 @@ def same_sites(one: Sequence[Site], two: Sequence[Site]) -> bool:
     """Whether rows of the one are rows of the other."""
     if [site[:4] for site in one] != [site[:4] for site in two]:
         return False
-    return all(_elementwise(a.transform) == _elementwise(b.transform) for a, b in zip(one, two, strict=True))
+    return all(_maps_like(a, b.transform) for a, b in zip(one, two, strict=True))
+
+
+def _maps_like(site: Site, transform: Transform) -> bool:
+    """Whether a site's map is this one, wherever their tensors are."""
+    if torch.Size(transform.inverse_shape(site.shape)) != site.unconstrained_shape:
+        return False
+    one, other = (map_tensors(each, Tensor.cpu) for each in (site.transform, transform))
+    return same_map(one, other, site.unconstrained_shape, torch.empty((), dtype=site.dtype, device="cpu"))
 
 
 def _check_support(site: Site, support: Any) -> None:
-    if _elementwise(biject_to(support)) != _elementwise(site.transform):
+    if not _maps_like(site, biject_to(support)):
         raise ValueError(
             f"site {site.name!r} lives on {support} in the model, which the draws did not tell the guide: pass the model's arguments, "
             "fit(samples, x, y), or AutoImplicit(..., potential=Potential(model, (x, y)))"
@@ -353,12 +362,6 @@ def _follower(
             if one is None or two is None or not torch.equal(one.nan_to_num(), two.nan_to_num()):
                 return other
     return None
-
-
-def _elementwise(transform: Any) -> Any:
-    while hasattr(transform, "base_transform"):  # of to_event
-        transform = transform.base_transform
-    return transform
 
 
 def _check_declared(model: Callable, sites: Sequence[Site]) -> None:
