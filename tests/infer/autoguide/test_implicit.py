@@ -360,6 +360,64 @@ def test_a_support_that_the_draws_did_not_tell_is_noticed_at_the_first_call():
         guide(x)
 
 
+class Constrained(PyroModule):
+    """A classifier with declared priors, two of them on less than all reals."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = PyroSample(dist.Normal(torch.zeros(3, 2), 1.0).to_event(2))
+        self.scale = PyroSample(dist.HalfNormal(1.0))
+        self.offset = PyroSample(dist.Uniform(torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 5.0])).to_event(1))
+
+    def forward(self, x, y=None):
+        logits = self.scale * (x @ self.w) + self.offset
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+        return logits
+
+
+def test_supports_that_the_model_declares_need_no_arguments(tmp_path):
+    model, (x, _) = Constrained(), data(30)
+    guide = quick(AutoImplicit(model, MLPGenerator(noise=3, hidden=(8,))), draws(model, x))
+    guide.save(tmp_path / "constrained.safetensors")
+    loaded = AutoImplicit.load(tmp_path / "constrained.safetensors", Constrained())
+    for samples in (guide.sample(500), loaded.sample(500), PosteriorClassifier(model, guide=guide, num_samples=500).posterior_samples):
+        assert bool((samples["scale"] > 0).all())
+        assert bool(((samples["offset"] > torch.tensor([-1.0, 2.0])) & (samples["offset"] < torch.tensor([1.0, 5.0]))).all())
+    assert Predictive(model, guide=guide, num_samples=5)(x)["obs"].shape == (5, 30)
+    with pytest.raises(ValueError, match=r"draw \d+ of site 'scale' is not finite in unconstrained space"):
+        quick(AutoImplicit(model, MLPGenerator(noise=3, hidden=(8,))), {**draws(model, x), "scale": torch.randn(300)})
+
+
+def test_sites_on_another_support_than_the_model_declares_are_refused():
+    model, (x, _) = Constrained(), data(5)
+    real = sites_of({name: value[None] for name, value in draws(model, x).items()})
+    with pytest.raises(ValueError, match=r"site 'scale' lives on .*GreaterThanEq\(lower_bound=0.0\) in the model"):
+        AutoImplicit(model, MLPGenerator(noise=3, hidden=(8,))).set_sites(real)
+    counts = PyroModule()
+    counts.rate = PyroSample(dist.Poisson(3.0))
+    with pytest.raises(ValueError, match=r"site 'rate' \(Poisson\) has a support that is no image of unconstrained space.*sum it out"):
+        quick(AutoImplicit(counts, MLPGenerator(noise=3, hidden=(8,))), {"rate": torch.rand(200)})
+
+
+def scaled(x):
+    """Two logits of a function's constrained site, which nobody can know of without calling it."""
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    return torch.stack([torch.zeros(len(x)), scale * x[:, 0]], -1)
+
+
+def test_a_classifier_compares_the_guide_of_its_model_at_its_first_inputs():
+    x, _ = data(5)
+    samples = {"scale": torch.rand(200)}
+    guide = quick(AutoImplicit(scaled, MLPGenerator(noise=3, hidden=(8,))), samples)
+    network = PosteriorClassifier(scaled, guide=guide, num_samples=3)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"site 'scale' lives on .*fit\(samples, x, y\)"):
+            network(x)
+    told = quick(AutoImplicit(scaled, MLPGenerator(noise=3, hidden=(8,))), samples, x)
+    assert PosteriorClassifier(scaled, guide=told, num_samples=3)(x).shape == (5, 2)
+
+
 def correlated_outcomes(x, y=None):
     """Sites on a Cholesky factor, a correlation matrix and ordered numbers."""
     factor = pyro.sample("factor", dist.LKJCholesky(3))
