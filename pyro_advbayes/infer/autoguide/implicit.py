@@ -129,6 +129,7 @@ class AutoImplicit(AutoGuide):
         :raises ValueError: naming a site that is not as the model declares it.
         """
         declared = _check_declared(self.model, {name: value.shape[2:] for name, value in values.items()})
+        _refuse_grouped(values, declared, source)
         maps = {name: _map_onto(name, prior) for name, prior in declared.items()}
         return sites_of(values, {name: _moved(transform, values[name].device) for name, transform in maps.items()})
 
@@ -421,6 +422,19 @@ def _check_declared(model: Callable, shapes: Mapping[str, torch.Size]) -> dict[s
         if not _expands(prior.shape(), without_leading_ones(shapes[name])):
             raise ValueError(f"site {name!r} has shape {tuple(shapes[name])} in the guide and {tuple(prior.shape())} in the model")
     return priors
+
+
+def _refuse_grouped(values: Mapping[str, Tensor], declared: Mapping[str, TorchDistributionMixin], source: str) -> None:
+    """Refuses draws with more dimensions than are declared where these look like the draws of a few chains, and not like a plate."""
+    fronts = {values[name].shape[2 : values[name].dim() - len(prior.shape())] for name, prior in declared.items()}
+    front = fronts.pop() if len(fronts) == 1 else ()
+    name = next(iter(declared), None)
+    if front and front[0] > 1 and front[0] >= values[name].shape[:2].numel():
+        raise ValueError(
+            f"{source}: {values[name].shape[:2].numel()} draws of site {name!r}, each of shape {tuple(values[name].shape[2:])}, where the "
+            f"model declares {tuple(declared[name].shape())}, look grouped by chain: take get_samples() without group_by_chain=True; or, "
+            "if a plate repeats every site, pass the model's arguments, fit(samples, x, y)"
+        )
 
 
 def _expands(shape: torch.Size, to: torch.Size) -> bool:

@@ -170,7 +170,8 @@ class APD:
         rows = SampleRows(values, sites, row_dtype(sites), device, source)
         if len(rows) < settings.batch_size:
             raise ValueError(
-                f"{source}: {len(rows)} draws are fewer than batch_size={settings.batch_size}: take a smaller batch, or more draws"
+                f"{source}: {len(rows)} draws are fewer than batch_size={settings.batch_size}: take a smaller batch, or more draws; of "
+                "several chains, get_samples() without group_by_chain=True"
             )
         mean, sd = rows.moments()
         refuse_constant(rows, mean, sd)
