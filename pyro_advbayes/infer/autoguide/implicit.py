@@ -104,6 +104,12 @@ class AutoImplicit(AutoGuide):
         if potential is not None:
             self.set_sites(potential.sites, potential.device)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AutoImplicit:
+        # PyTorch moves parameters and buffers only, and the bounds of a support are neither; they keep their dtype, which is the model's.
+        super()._apply(fn, recurse)
+        self.sites = tuple(site._replace(transform=_moved(site.transform, self.device)) for site in self.sites)
+        return self
+
     # -------------------------------------------------------------------------------------------------------- what it draws
 
     def set_sites(self, sites: Sequence[Site], device: torch.device | str = "cpu") -> None:

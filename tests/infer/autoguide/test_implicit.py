@@ -17,7 +17,7 @@ from torch import nn
 
 from pyro_advbayes import PosteriorClassifier, Potential, Predictive
 from pyro_advbayes.attacks import PGD
-from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
+from pyro_advbayes.infer.autoguide.implicit import AutoImplicit, same_sites
 from pyro_advbayes.infer.autoguide.rows import sites_of
 from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
 from pyro_advbayes.infer.distill import APD, FactoredGenerator, HyperGenerator, MLPGenerator
@@ -416,6 +416,19 @@ def test_a_classifier_compares_the_guide_of_its_model_at_its_first_inputs():
             network(x)
     told = quick(AutoImplicit(scaled, MLPGenerator(noise=3, hidden=(8,))), samples, x)
     assert PosteriorClassifier(scaled, guide=told, num_samples=3)(x).shape == (5, 2)
+
+
+def test_bounds_move_with_the_guide_and_keep_their_precision(tmp_path):
+    model, (x, _) = Constrained(), data(5)
+    guide = quick(AutoImplicit(model, MLPGenerator(noise=3, hidden=(8,))), draws(model, x))
+    guide.save(tmp_path / "constrained.safetensors")
+    loaded = AutoImplicit.load(tmp_path / "constrained.safetensors", model)
+    assert same_sites(loaded.double().half().sites, guide.sites)
+    for moved in (guide.to("meta"), loaded.to("meta")):
+        made = moved.constrain(torch.zeros(4, moved.network.size, device="meta"))
+        assert all(value.device.type == "meta" for value in made.values())
+    for site in AutoImplicit(model, MLPGenerator()).sites_of({name: value[None].to("meta") for name, value in draws(model, x).items()}):
+        assert site.transform(torch.zeros(site.unconstrained_shape, device="meta")).device.type == "meta"
 
 
 def correlated_outcomes(x, y=None):
