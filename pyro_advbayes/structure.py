@@ -333,9 +333,17 @@ def _support(name: str, node: dict[str, Any]) -> Any:
     return support
 
 
-def _check_same_support(name: str, one: Transform, other: Transform, shape: torch.Size, like: Tensor) -> None:
+def same_map(one: Transform, other: Transform, shape: torch.Size, like: Tensor) -> bool:
+    """
+    Whether two transforms take unconstrained numbers of a shape, in the dtype and on the device of ``like``, to the same values: those of
+    most kinds are equal for PyTorch only where they are one object.
+    """
     probe = torch.linspace(-1.0, 1.0, shape.numel(), dtype=like.dtype, device=like.device).reshape(shape)
-    if not torch.equal(one(probe), other(probe)):
+    return bool((one(probe) == other(probe)).all())
+
+
+def _check_same_support(name: str, one: Transform, other: Transform, shape: torch.Size, like: Tensor) -> None:
+    if not same_map(one, other, shape, like):
         raise ValueError(
             f"site {name!r}: its support changes with other draws (Uniform(0, s) with a random s, say), so that no fixed map to "
             "unconstrained space exists. Draw it on a fixed support and scale it: s * Uniform(0, 1)"

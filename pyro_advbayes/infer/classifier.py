@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.predictive import Predictive, RandomState, agree, default_chunk, predict, record_draws
 from pyro_advbayes.tape import Replays, Tape, record
@@ -46,7 +47,8 @@ class PosteriorClassifier(nn.Module):
 
     :param model: a Pyro model of ``x``.
     :param dict posterior_samples: site -> ``[draws, *site]``.
-    :param guide: a guide, in place of ``posterior_samples``: called without arguments, at once, for ``num_samples`` draws.
+    :param guide: a guide, in place of ``posterior_samples``: called without arguments, at once, for ``num_samples`` draws. An
+        :class:`AutoImplicit` of the same model is compared with it at the first inputs.
     :param int num_samples: how many draws a guide makes.
     :param int chunk_size: how many draws are computed side by side; by default half as many as in :class:`Predictive`.
     :param str return_site: where the logits ``[N, K]`` are: the model's return value, or the name of a site.
@@ -68,6 +70,8 @@ class PosteriorClassifier(nn.Module):
         super().__init__()
         if guide is not None:
             posterior_samples = _draw(guide, arguments.num_samples)
+        # what such a guide has learned of the model without arguments may be wrong; a bound method, so that it is no part of the classifier
+        self._check = guide.check if isinstance(guide, AutoImplicit) and guide.model is model else None
         self.model, self.num_samples, self.chunk_size, self.return_site = model, arguments.num_samples, chunk_size, return_site
         self.sites = tuple(posterior_samples)
         for i, sample in enumerate(posterior_samples.values()):
@@ -143,7 +147,11 @@ class PosteriorClassifier(nn.Module):
         if key not in self._recorded:
             model = ConditionedModel(self.model, self.posterior_samples, self.num_samples)
             with torch.set_grad_enabled(attached), RandomState().again():  # no prediction takes random numbers from its caller
-                self._recorded[key] = _Logits(model, self.return_site, self.chunk_size, x, leaves, tensors)
+                logits = _Logits(model, self.return_site, self.chunk_size, x, leaves, tensors)
+            if self._check is not None:
+                self._check(x)
+                self._check = None
+            self._recorded[key] = logits
         self._recorded.move_to_end(key)
         if len(self._recorded) > SHAPES:
             self._recorded.popitem(last=False)

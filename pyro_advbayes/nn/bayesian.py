@@ -134,7 +134,7 @@ class _Bayesian(PyroModule):
         super()._apply(fn, recurse)
         for module in self.modules():
             samples = module._pyro_samples
-            samples.update({name: _map_tensors(prior, fn) for name, prior in samples.items()})
+            samples.update({name: map_tensors(prior, fn) for name, prior in samples.items()})
         return self
 
 
@@ -194,7 +194,7 @@ def _fit(prior: Any, name: str, value: torch.Tensor) -> TorchDistributionMixin:
         raise ValueError(f"The prior of {name!r} must be a distribution of pyro.distributions, got {prior!r}.")
     if not value.is_floating_point():
         raise ValueError(f"Parameter {name!r} is {value.dtype} and cannot have a prior: exclude it.")
-    prior = _map_tensors(prior, lambda t: t.to(value) if t.is_floating_point() else t.to(value.device))
+    prior = map_tensors(prior, lambda t: t.to(value) if t.is_floating_point() else t.to(value.device))
     batch = value.shape[: max(value.dim() - prior.event_dim, 0)]
     try:
         fitted = prior.expand(batch).to_event(len(batch))
@@ -207,7 +207,7 @@ def _fit(prior: Any, name: str, value: torch.Tensor) -> TorchDistributionMixin:
     return fitted
 
 
-def _map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """A copy of a distribution with ``fn`` applied to every tensor that it holds, at any depth."""
     if isinstance(value, torch.Tensor):
         # An expanded tensor stays one: a prior on a million weights holds two numbers.
@@ -218,10 +218,10 @@ def _map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         for name, item in vars(value).items():
             # A transform remembers its inverse, which holds the tensors from before; it makes a new one when asked.
             remembered = name == "_inv" and not isinstance(value, _InverseTransform)
-            vars(mapped)[name] = None if remembered else _map_tensors(item, fn)
+            vars(mapped)[name] = None if remembered else map_tensors(item, fn)
         return mapped
     if type(value) in (list, tuple):
-        return type(value)(_map_tensors(item, fn) for item in value)
+        return type(value)(map_tensors(item, fn) for item in value)
     return value
 
 

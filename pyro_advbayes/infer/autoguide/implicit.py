@@ -19,21 +19,21 @@ from pyro.nn import PyroModule
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import Distribution, biject_to
+from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.kl import register_kl
 
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import MLPGenerator, NetworkGenerator, RowGenerator
 from pyro_advbayes.infer.autoguide.hyper import HyperGenerator
-from pyro_advbayes.infer.autoguide.rows import row_dtype
+from pyro_advbayes.infer.autoguide.rows import row_dtype, sites_of
 from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
 from pyro_advbayes.infer.conditioned import without_leading_ones
 from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.infer.mcmc.fingerprint import model_name
 from pyro_advbayes.infer.predictive import RandomState
-from pyro_advbayes.nn.bayesian import declared_sites
+from pyro_advbayes.nn.bayesian import declared_sites, map_tensors
 from pyro_advbayes.potential import Potential
-from pyro_advbayes.structure import Site
+from pyro_advbayes.structure import Site, same_map
 
 # Draws by which rounding is judged.
 ROUNDED = 32
@@ -78,7 +78,8 @@ class AutoImplicit(AutoGuide):
         Predictive(model, guide=guide, num_samples=500)(x)
 
     Which sites there are, with their shapes and supports, it learns from the draws, from a file or from a
-    :class:`~pyro_advbayes.Potential`, never from a call: in a call without observations, ``obs`` would be one of them. It can be called
+    :class:`~pyro_advbayes.Potential`, never from a call: in a call without observations, ``obs`` would be one of them. Draws tell no
+    support: it is that of the prior which a PyroModule declares, a ``PyroSample`` of a distribution, and else all reals. It can be called
     without arguments. When it is called with some, the first time, it compares its sites with the model's. Of sites that the model draws
     and the guide does not, it refuses those on which the distribution of another such site depends. It lets pass what may be an outcome
     that is not observed in this call, on which none depends, and what shares a plate with an outcome, as drawn anew for every row.
@@ -103,6 +104,12 @@ class AutoImplicit(AutoGuide):
         if potential is not None:
             self.set_sites(potential.sites, potential.device)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AutoImplicit:
+        # PyTorch moves parameters and buffers only, and the bounds of a support are neither; they keep their dtype, which is the model's.
+        super()._apply(fn, recurse)
+        self.sites = tuple(site._replace(transform=_moved(site.transform, self.device)) for site in self.sites)
+        return self
+
     # -------------------------------------------------------------------------------------------------------- what it draws
 
     def set_sites(self, sites: Sequence[Site], device: torch.device | str = "cpu") -> None:
@@ -113,9 +120,24 @@ class AutoImplicit(AutoGuide):
         :param device: where the generator lives.
         :raises ValueError: naming a site that is not the model's, where the model declares its sites, or if the generator does not fit.
         """
-        _check_declared(self.model, sites)
+        declared = _check_declared(self.model, {site.name: site.shape for site in sites})
+        for site in sites:
+            if site.name in declared:
+                _check_support(site, declared[site.name])
         self.network.build([site.unconstrained_shape for site in sites], row_dtype(sites), torch.device(device))
         self.sites = tuple(sites)
+
+    def sites_of(self, values: Mapping[str, Tensor], source: str = "samples") -> tuple[Site, ...]:
+        """
+        Sites of draws ``[chains, draws, *shape]``, on the supports that the model declares.
+
+        :param source: what the draws are called in a message.
+        :raises ValueError: naming a site that is not as the model declares it.
+        """
+        declared = _check_declared(self.model, {name: value.shape[2:] for name, value in values.items()})
+        _refuse_grouped(values, declared, source)
+        maps = {name: _map_onto(name, prior) for name, prior in declared.items()}
+        return sites_of(values, {name: _moved(transform, values[name].device) for name, transform in maps.items()})
 
     @property
     def network(self) -> RowGenerator:
@@ -142,9 +164,7 @@ class AutoImplicit(AutoGuide):
         :raises ValueError: naming a site that the model has not, or has in another shape or on another support, or that is drawn in
             a plate; or one that the model has and the guide has not.
         """
-        self._check_fitted()
-        if (args or kwargs) and not self._compared:
-            self._compare(args, kwargs)
+        self.check(*args, **kwargs)
         with torch.no_grad():
             network = self.network
             values = self.constrain(network(network.latent(1)))
@@ -171,6 +191,18 @@ class AutoImplicit(AutoGuide):
             raise ValueError(f"num_samples={num_samples!r}: an int >= 1")
         return self.constrain(self.network.sample(num_samples))
 
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Compares the guide's sites with the model's, where there are arguments to look at it with, the first time.
+
+        :param args: as the model's.
+        :raises RuntimeError: if the guide has not been fitted.
+        :raises ValueError: as :meth:`forward`.
+        """
+        self._check_fitted()
+        if (args or kwargs) and not self._compared:
+            self._compare(args, kwargs)
+
     def constrain(self, rows: Tensor) -> dict[str, Tensor]:
         """Site -> ``[n, *shape]``, in the model's own space, of rows ``[n, P]``."""
         parts = rows.split([site.numel for site in self.sites], dim=-1)
@@ -196,9 +228,10 @@ class AutoImplicit(AutoGuide):
             shape = node["value"].shape
             if without_leading_ones(shape) != without_leading_ones(site.shape):
                 raise ValueError(f"site {site.name!r} has shape {tuple(site.shape)} in the guide and {tuple(shape)} in the model")
+            site = site._replace(shape=shape, unconstrained_shape=torch.Size(site.transform.inverse_shape(shape)))
             if not node["is_observed"]:
-                _check_support(site, node["fn"].support)
-            sites.append(site._replace(shape=shape, unconstrained_shape=torch.Size(site.transform.inverse_shape(shape))))
+                _check_support(site, node["fn"])
+            sites.append(site)
         for name, follower in missing.items():
             raise ValueError(
                 f"site {name!r} of the model, on which its site {follower!r} depends, is none of the guide's, "
@@ -314,14 +347,37 @@ def same_sites(one: Sequence[Site], two: Sequence[Site]) -> bool:
     """Whether rows of the one are rows of the other."""
     if [site[:4] for site in one] != [site[:4] for site in two]:
         return False
-    return all(_elementwise(a.transform) == _elementwise(b.transform) for a, b in zip(one, two, strict=True))
+    return all(_maps_like(a, b.transform) for a, b in zip(one, two, strict=True))
 
 
-def _check_support(site: Site, support: Any) -> None:
-    if _elementwise(biject_to(support)) != _elementwise(site.transform):
+def _maps_like(site: Site, transform: Transform) -> bool:
+    """Whether a site's map is this one, wherever their tensors are."""
+    if torch.Size(transform.inverse_shape(site.shape)) != site.unconstrained_shape:
+        return False
+    one, other = (_moved(each, torch.device("cpu")) for each in (site.transform, transform))
+    return same_map(one, other, site.unconstrained_shape, torch.empty((), dtype=site.dtype, device="cpu"))
+
+
+def _moved(transform: Transform, device: torch.device) -> Transform:
+    return map_tensors(transform, lambda t: t.to(device))
+
+
+def _map_onto(name: str, prior: Any) -> Transform:
+    """From unconstrained space onto the support of a site's prior."""
+    try:
+        return biject_to(prior.support)
+    except NotImplementedError:
         raise ValueError(
-            f"site {site.name!r} lives on {support} in the model, which the draws did not tell the guide: pass the model's arguments, "
-            "fit(samples, x, y), or AutoImplicit(..., potential=Potential(model, (x, y)))"
+            f"site {name!r} ({type(prior).__name__}) has a support that is no image of unconstrained space, so that no generator can draw "
+            "it: give it a prior on another support (a Cholesky factor for a matrix), or sum it out"
+        ) from None
+
+
+def _check_support(site: Site, prior: Any) -> None:
+    if not _maps_like(site, _map_onto(site.name, prior)):
+        raise ValueError(
+            f"site {site.name!r} lives on {prior.support} in the model, which the draws did not tell the guide: pass the model's "
+            "arguments, fit(samples, x, y), or AutoImplicit(..., potential=Potential(model, (x, y)))"
         )
 
 
@@ -355,23 +411,36 @@ def _follower(
     return None
 
 
-def _elementwise(transform: Any) -> Any:
-    while hasattr(transform, "base_transform"):  # of to_event
-        transform = transform.base_transform
-    return transform
+def _check_declared(model: Callable, shapes: Mapping[str, torch.Size]) -> dict[str, TorchDistributionMixin]:
+    """
+    Compares the shapes of sites with those that a PyroModule declares as PyroSample, which can be seen without running it.
 
-
-def _check_declared(model: Callable, sites: Sequence[Site]) -> None:
-    """Compares the sites with those that a PyroModule declares as PyroSample, which can be seen without running it."""
+    :return: the priors among these that are distributions, and not functions, whose values may follow the model's arguments.
+    """
     if not isinstance(model, PyroModule):  # under an effect handler some sites may be another guide's
-        return
-    shapes, declared = {site.name: site.shape for site in sites}, declared_sites(model)
+        return {}
+    declared = declared_sites(model)
     for name in declared:
         if name not in shapes:
             raise ValueError(f"site {name!r} of the model is missing; draws are needed of it, there are {sorted(shapes)}")
-    for name, prior in declared.items():
-        if isinstance(prior, TorchDistributionMixin) and not _expands(prior.shape(), without_leading_ones(shapes[name])):
+    priors = {name: prior for name, prior in declared.items() if isinstance(prior, TorchDistributionMixin)}
+    for name, prior in priors.items():
+        if not _expands(prior.shape(), without_leading_ones(shapes[name])):
             raise ValueError(f"site {name!r} has shape {tuple(shapes[name])} in the guide and {tuple(prior.shape())} in the model")
+    return priors
+
+
+def _refuse_grouped(values: Mapping[str, Tensor], declared: Mapping[str, TorchDistributionMixin], source: str) -> None:
+    """Refuses draws with more dimensions than are declared where these look like the draws of a few chains, and not like a plate."""
+    fronts = {values[name].shape[2 : values[name].dim() - len(prior.shape())] for name, prior in declared.items()}
+    front = fronts.pop() if len(fronts) == 1 else ()
+    name = next(iter(declared), None)
+    if front and front[0] > 1 and front[0] >= values[name].shape[:2].numel():
+        raise ValueError(
+            f"{source}: {values[name].shape[:2].numel()} draws of site {name!r}, each of shape {tuple(values[name].shape[2:])}, where the "
+            f"model declares {tuple(declared[name].shape())}, look grouped by chain: take get_samples() without group_by_chain=True; or, "
+            "if a plate repeats every site, pass the model's arguments, fit(samples, x, y)"
+        )
 
 
 def _expands(shape: torch.Size, to: torch.Size) -> bool:

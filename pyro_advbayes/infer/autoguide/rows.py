@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import Transform, biject_to, constraints
 
 from pyro_advbayes.infer.conditioned import without_leading_ones
 from pyro_advbayes.infer.mcmc.draws import read_draws
@@ -41,14 +41,19 @@ def read_samples(samples: Mapping[str, Tensor] | str | Path) -> tuple[dict[str, 
     return values, source
 
 
-def sites_of(values: Mapping[str, Tensor]) -> tuple[Site, ...]:
-    """Sites as real as their draws ``[chains, draws, *shape]`` look: nothing in them tells a support."""
+def sites_of(values: Mapping[str, Tensor], transforms: Mapping[str, Transform] | None = None) -> tuple[Site, ...]:
+    """
+    Sites of draws ``[chains, draws, *shape]``.
+
+    :param transforms: their maps from unconstrained space; a site without one is as real as its draws look, which tell no support.
+    """
     sites, start = [], 0
     for name, value in values.items():
         shape = value.shape[2:]
         dtype = torch.promote_types(value.dtype, torch.float32)  # draws may be kept in half precision
-        sites.append(Site(name, shape, dtype, shape, biject_to(constraints.real), start))
-        start += shape.numel()
+        transform = (transforms or {}).get(name, biject_to(constraints.real))
+        sites.append(Site(name, shape, dtype, torch.Size(transform.inverse_shape(shape)), transform, start))
+        start += sites[-1].numel
     return tuple(sites)
 
 

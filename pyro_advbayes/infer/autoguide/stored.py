@@ -15,6 +15,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "AffineTransform": ("loc", "scale", "event_dim"),
     "ComposeTransform": ("parts",),
     "CorrCholeskyTransform": (),
+    "CorrMatrixCholeskyTransform": (),
     "ExpTransform": (),
     "IndependentTransform": ("base_transform", "reinterpreted_batch_ndims"),
     "LowerCholeskyTransform": (),

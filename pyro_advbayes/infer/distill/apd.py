@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import RowGenerator
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit, same_sites
-from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, read_samples, row_dtype, site_at, sites_of
+from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, read_samples, row_dtype, site_at
 from pyro_advbayes.infer.distill.energy import Energy
 from pyro_advbayes.infer.distill.noise import fit_noise
 from pyro_advbayes.infer.distill.stopping import Stopping
@@ -106,7 +106,8 @@ class APD:
 
         :param samples: site -> ``[draws, *shape]`` in the model's own space, ``mcmc.get_samples()``; or the path of a file of draws.
         :param args: the model's arguments, observations included, of all data or a few hundred rows: needed where a site is constrained,
-            which draws do not tell, and for the noise of a :class:`FactoredGenerator`.
+            which draws do not tell, unless the model declares its prior (a ``PyroSample`` of a distribution), and for the noise of a
+            :class:`FactoredGenerator`.
         :param kwargs: its keyword arguments.
         :raises ValueError: naming the site, if draws are missing, fewer than a batch, not finite, or the same in an element; or if the
             generator does not fit.
@@ -161,15 +162,16 @@ class APD:
         """The draws as rows that the guide's generator has looked at."""
         guide, settings = self.guide, self.settings
         values, source = read_samples(samples)
-        device = next(iter(values.values())).device
-        sites, potential = guide.sites or sites_of(values), None
-        if args or kwargs:
-            potential = Potential(guide.model, args, kwargs)
+        potential = Potential(guide.model, args, kwargs) if args or kwargs else None
+        if potential is None:
+            sites, device = guide.sites or guide.sites_of(values, source), next(iter(values.values())).device
+        else:
             sites, device = potential.sites, potential.device
         rows = SampleRows(values, sites, row_dtype(sites), device, source)
         if len(rows) < settings.batch_size:
             raise ValueError(
-                f"{source}: {len(rows)} draws are fewer than batch_size={settings.batch_size}: take a smaller batch, or more draws"
+                f"{source}: {len(rows)} draws are fewer than batch_size={settings.batch_size}: take a smaller batch, or more draws; of "
+                "several chains, get_samples() without group_by_chain=True"
             )
         mean, sd = rows.moments()
         refuse_constant(rows, mean, sd)

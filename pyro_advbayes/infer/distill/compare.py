@@ -94,9 +94,11 @@ def compare(
     :param num_projections: directions of the sliced Wasserstein distance.
     :param num_permutations: relabellings of the MMD test.
     :param return_site: where the logits ``[N, K]`` are: the model's return value, or the name of a site.
-    :raises ValueError: if the draws are not of the guide's sites, too few, or not finite, or if what the model returns is not logits.
+    :raises ValueError: if the draws are not of the guide's sites, too few, or not finite, if these are not those of the model at its
+        arguments, or if what the model returns is not logits.
     """
     guide.sample(1)  # of a guide that has not been fitted, the error
+    guide.check(*args, **kwargs)
     values, source = read_samples(samples)
     rows = SampleRows(values, guide.sites, guide.dtype, guide.device, source)
     most = len(rows) // 2

@@ -21,7 +21,7 @@ from pyro_advbayes.infer.distill.reservoir import Reservoir
 from pyro_advbayes.infer.distill.stopping import Stopping, refuse_few
 from pyro_advbayes.infer.distill.training import Training
 from pyro_advbayes.infer.mcmc import files
-from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, data_digests, fingerprint, load_kernel, schedule_values
+from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, data_digests, fingerprint, load_kernel, model_name, schedule_values
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 
 
@@ -88,6 +88,9 @@ class OnlineAPD:
             disable_progbar=disable_progbar,
             **changes,
         )
+        guided, sampled = model_name(guide.model), model_name(kernel.model)
+        if guided != sampled:
+            raise ValueError(f"guide: its model is {guided!r}, and the kernel samples {sampled!r}: give both the same model")
         if buffer < self._fitter.settings.batch_size:
             raise ValueError(f"buffer={buffer}: fewer draws than batch_size={self._fitter.settings.batch_size}")
         if self._fitter.settings.check_every is not None:

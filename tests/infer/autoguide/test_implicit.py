@@ -8,6 +8,7 @@ import pyro.infer
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions.transforms import OrderedTransform
 from pyro.infer import SVI, JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuideList
 from pyro.nn import PyroModule, PyroSample
@@ -16,7 +17,8 @@ from torch import nn
 
 from pyro_advbayes import PosteriorClassifier, Potential, Predictive
 from pyro_advbayes.attacks import PGD
-from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
+from pyro_advbayes.infer.autoguide.implicit import AutoImplicit, same_sites
+from pyro_advbayes.infer.autoguide.rows import sites_of
 from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
 from pyro_advbayes.infer.distill import APD, FactoredGenerator, HyperGenerator, MLPGenerator
 from pyro_advbayes.infer.elbo import TraceRobust_ELBO
@@ -358,6 +360,118 @@ def test_a_support_that_the_draws_did_not_tell_is_noticed_at_the_first_call():
         guide(x)
 
 
+class Constrained(PyroModule):
+    """A classifier with declared priors, two of them on less than all reals."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = PyroSample(dist.Normal(torch.zeros(3, 2), 1.0).to_event(2))
+        self.scale = PyroSample(dist.HalfNormal(1.0))
+        self.offset = PyroSample(dist.Uniform(torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 5.0])).to_event(1))
+
+    def forward(self, x, y=None):
+        logits = self.scale * (x @ self.w) + self.offset
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+        return logits
+
+
+def test_supports_that_the_model_declares_need_no_arguments(tmp_path):
+    model, (x, _) = Constrained(), data(30)
+    guide = quick(AutoImplicit(model, MLPGenerator(noise=3, hidden=(8,))), draws(model, x))
+    guide.save(tmp_path / "constrained.safetensors")
+    loaded = AutoImplicit.load(tmp_path / "constrained.safetensors", Constrained())
+    for samples in (guide.sample(500), loaded.sample(500), PosteriorClassifier(model, guide=guide, num_samples=500).posterior_samples):
+        assert bool((samples["scale"] > 0).all())
+        assert bool(((samples["offset"] > torch.tensor([-1.0, 2.0])) & (samples["offset"] < torch.tensor([1.0, 5.0]))).all())
+    assert Predictive(model, guide=guide, num_samples=5)(x)["obs"].shape == (5, 30)
+    with pytest.raises(ValueError, match=r"draw \d+ of site 'scale' is not finite in unconstrained space"):
+        quick(AutoImplicit(model, MLPGenerator(noise=3, hidden=(8,))), {**draws(model, x), "scale": torch.randn(300)})
+
+
+def test_sites_on_another_support_than_the_model_declares_are_refused():
+    model, (x, _) = Constrained(), data(5)
+    real = sites_of({name: value[None] for name, value in draws(model, x).items()})
+    with pytest.raises(ValueError, match=r"site 'scale' lives on .*GreaterThanEq\(lower_bound=0.0\) in the model"):
+        AutoImplicit(model, MLPGenerator(noise=3, hidden=(8,))).set_sites(real)
+    counts = PyroModule()
+    counts.rate = PyroSample(dist.Poisson(3.0))
+    with pytest.raises(ValueError, match=r"site 'rate' \(Poisson\) has a support that is no image of unconstrained space.*sum it out"):
+        quick(AutoImplicit(counts, MLPGenerator(noise=3, hidden=(8,))), {"rate": torch.rand(200)})
+
+
+def scaled(x):
+    """Two logits of a function's constrained site, which nobody can know of without calling it."""
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    return torch.stack([torch.zeros(len(x)), scale * x[:, 0]], -1)
+
+
+def test_a_classifier_compares_the_guide_of_its_model_at_its_first_inputs():
+    x, _ = data(5)
+    samples = {"scale": torch.rand(200)}
+    guide = quick(AutoImplicit(scaled, MLPGenerator(noise=3, hidden=(8,))), samples)
+    network = PosteriorClassifier(scaled, guide=guide, num_samples=3)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"site 'scale' lives on .*fit\(samples, x, y\)"):
+            network(x)
+    told = quick(AutoImplicit(scaled, MLPGenerator(noise=3, hidden=(8,))), samples, x)
+    assert PosteriorClassifier(scaled, guide=told, num_samples=3)(x).shape == (5, 2)
+
+
+def test_bounds_move_with_the_guide_and_keep_their_precision(tmp_path):
+    model, (x, _) = Constrained(), data(5)
+    guide = quick(AutoImplicit(model, MLPGenerator(noise=3, hidden=(8,))), draws(model, x))
+    guide.save(tmp_path / "constrained.safetensors")
+    loaded = AutoImplicit.load(tmp_path / "constrained.safetensors", model)
+    assert same_sites(loaded.double().half().sites, guide.sites)
+    for moved in (guide.to("meta"), loaded.to("meta")):
+        made = moved.constrain(torch.zeros(4, moved.network.size, device="meta"))
+        assert all(value.device.type == "meta" for value in made.values())
+    for site in AutoImplicit(model, MLPGenerator()).sites_of({name: value[None].to("meta") for name, value in draws(model, x).items()}):
+        assert site.transform(torch.zeros(site.unconstrained_shape, device="meta")).device.type == "meta"
+
+
+def correlated_outcomes(x, y=None):
+    """Sites on a Cholesky factor, a correlation matrix and ordered numbers."""
+    factor = pyro.sample("factor", dist.LKJCholesky(3))
+    matrix = pyro.sample("matrix", dist.LKJ(3, 1.0))
+    cuts = pyro.sample("cuts", dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), OrderedTransform()))
+    logits = x @ (factor @ matrix @ cuts)
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Bernoulli(logits=logits), obs=y)
+    return torch.stack([torch.zeros_like(logits), logits], -1)
+
+
+@pytest.mark.parametrize("predictive", [Predictive, pyro.infer.Predictive])
+def test_factors_correlations_and_ordered_numbers_are_fitted_called_saved_and_fitted_again(tmp_path, predictive):
+    x, y = data(30)
+    samples = draws(correlated_outcomes, x)
+    guide = quick(AutoImplicit(correlated_outcomes, MLPGenerator(noise=3, hidden=(8,))), samples, x, y)
+    made = guide.sample(100)
+    assert bool((made["cuts"].diff() > 0).all())
+    torch.testing.assert_close((made["factor"] @ made["factor"].mT).diagonal(dim1=-2, dim2=-1), torch.ones(100, 3))
+    torch.testing.assert_close(made["matrix"].diagonal(dim1=-2, dim2=-1), torch.ones(100, 3))
+    guide.save(tmp_path / "correlated.safetensors")
+    for each in (guide, AutoImplicit.load(tmp_path / "correlated.safetensors", correlated_outcomes)):
+        assert predictive(correlated_outcomes, guide=each, num_samples=5)(x)["obs"].shape[-1] == 30
+        network = PosteriorClassifier(correlated_outcomes, guide=each, num_samples=5)
+        torch.testing.assert_close(network(x).exp().sum(-1), torch.ones(30))
+        before = next(each.network.parameters())
+        quick(each, samples, x, y)
+        assert next(each.network.parameters()) is before  # it went on with the generator that there was
+
+
+def test_a_support_in_other_coordinates_than_the_draws_is_noticed_at_the_first_call():
+    x, _ = data(30)
+    samples = draws(correlated_outcomes, x)
+    for name, support in (("factor", "CorrCholesky"), ("matrix", "CorrMatrix"), ("cuts", "OrderedVector")):
+        guide = AutoImplicit(poutine.block(correlated_outcomes, expose=[name]), MLPGenerator(noise=3, hidden=(8,)))
+        guide.set_sites(sites_of({name: samples[name][None]}))
+        guide.num_draws = 300
+        with pytest.raises(ValueError, match=rf"site '{name}' lives on {support}.*fit\(samples, x, y\)"):
+            guide(x)
+
+
 def test_transforms_of_all_supports_survive_a_file(tmp_path):
     def model():
         pyro.sample("real", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -367,6 +481,7 @@ def test_transforms_of_all_supports_survive_a_file(tmp_path):
         pyro.sample("simplex", dist.Dirichlet(torch.ones(3)))
         pyro.sample("above", dist.Pareto(2.0, 3.0))
         pyro.sample("correlation", dist.LKJCholesky(3))
+        pyro.sample("matrix", dist.LKJ(3, 1.0))
 
     sites = Potential(model).sites
     files.save(tmp_path / "sites.safetensors", {"sites": pack_sites(sites)})

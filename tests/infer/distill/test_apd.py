@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.nn import PyroModule, PyroSample
 
 from pyro_advbayes import SGLD, SGMCMC, Potential, Predictive
 from pyro_advbayes.infer.autoguide.factored import principal_components
@@ -15,6 +16,7 @@ from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.rows import SampleRows, read_samples, sites_of
 from pyro_advbayes.infer.distill import APD, PRESETS, FactoredGenerator, HyperGenerator, MLPGenerator
 from pyro_advbayes.infer.mcmc.draws import Field, FileDraws
+from pyro_advbayes.nn import bayesianize
 from tests.small_models import data, logistic, regression
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*keep the draws, or take a smaller generator")
@@ -381,6 +383,45 @@ def test_bad_draws_are_refused_by_name():
         fit({})
     with pytest.raises(FileNotFoundError, match="nowhere"):
         fit("nowhere.safetensors")
+
+
+class Members(PyroModule):
+    """As many sets of weights as there are draws of few chains."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = PyroSample(dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    def forward(self, x):
+        with pyro.plate("members", 100):
+            return x @ self.w.mT
+
+
+def test_draws_grouped_by_chain_are_refused_where_the_model_declares_its_shapes():
+    net = bayesianize(torch.nn.Linear(3, 2))
+    grouped = {"weight": torch.randn(8, 100, 2, 3), "bias": torch.randn(8, 100, 2)}
+
+    def fit(samples, **settings):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return APD(AutoImplicit(net, MLPGenerator(noise=3, hidden=(8,))), num_steps=1, **settings).fit(samples)
+
+    found = (
+        r"samples: 8 draws of site 'weight', each of shape \(100, 2, 3\), where the model declares \(2, 3\), .*without group_by_chain=True"
+    )
+    for settings in ({}, {"batch_size": 8}):
+        with pytest.raises(ValueError, match=found):
+            fit(grouped, **settings)
+    plate = {name: value.transpose(0, 1) for name, value in grouped.items()}  # 100 draws of 8 networks
+    assert fit(plate, batch_size=50).steps == 1
+    members = AutoImplicit(Members(), MLPGenerator(noise=3, hidden=(8,)))
+    few = {"w": torch.randn(8, 100, 3)}
+    with pytest.raises(ValueError, match=r"8 draws of site 'w', .*look grouped by chain: .*fit\(samples, x, y\)"):
+        APD(members, batch_size=4, num_steps=1).fit(few)
+    with pytest.warns(UserWarning, match="APD has not come down to the draws"):
+        assert APD(members, batch_size=4, num_steps=1).fit(few, torch.randn(5, 3)).steps == 1
+    with pytest.raises(ValueError, match=r"8 draws are fewer than batch_size=256: .*without group_by_chain=True"):
+        APD(AutoImplicit(vector(3), MLPGenerator(noise=3, hidden=(8,)))).fit({"w": torch.randn(8, 100, 3)})
 
 
 def test_bad_settings_are_refused_by_name():

@@ -95,6 +95,18 @@ def test_without_inputs_only_the_weights_are_compared_and_the_table_has_every_nu
         assert word in text
 
 
+def test_predictions_are_not_compared_with_a_site_drawn_from_its_prior():
+    network = torch.nn.Linear(2, 1)
+    network.noise = 2
+    partial = AutoImplicit(model, network)
+    partial.set_sites(sites_of({"slope": draws(2)["slope"][None]}))
+    partial.num_draws = 2000
+    samples = {"slope": draws()["slope"]}
+    assert compare(samples, partial).functions is None
+    with pytest.raises(ValueError, match="site 'offset' of the model, on which its site 'obs' depends, is none of the guide's"):
+        compare(samples, partial, X)
+
+
 def test_bad_input_is_refused_by_name():
     with pytest.raises(RuntimeError, match="has not been fitted"):
         compare(draws(), AutoImplicit(model, MLPGenerator()))

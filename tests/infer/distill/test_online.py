@@ -138,6 +138,8 @@ def test_bad_arguments_are_refused_by_name():
     guide, kernel = AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,))), SGLD(logistic)
     with pytest.raises(ValueError, match="kernel=function"):
         OnlineAPD(guide, logistic)
+    with pytest.raises(ValueError, match="guide: its model is 'logistic', and the kernel samples 'regression': give both the same model"):
+        OnlineAPD(guide, SGLD(regression))
     for wrong in (
         {"buffer": 0},
         {"num_samples": 0},
