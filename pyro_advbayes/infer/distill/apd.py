@@ -47,8 +47,8 @@ PRESETS = {
 
 class Fit(NamedTuple):
     """
-    How a fit ended. ``steps``: of the generator; ``distance``: the last two-sample distance, in standardised units; ``floor``: what it is
-    between two halves of the draws; ``converged``: whether the one came down to the other. None where nothing was looked at.
+    How a fit ended. ``steps``: of the generator; ``distance``: the two-sample distance of what is kept, in standardised units; ``floor``:
+    what it is between two halves of the draws; ``converged``: whether the one came down to the other. None where nothing was looked at.
     """
 
     steps: int
@@ -222,12 +222,19 @@ class APD:
                     bar.set_postfix({name: f"{float(value):.3g}" for name, value in shown.items()}, refresh=False)
                 bar.update()
         training.swap()
-        if stopping is not None and not stopping.arrived:
-            self._keep_best(training, stopping)
+        distance = floor = converged = None
+        if stopping is not None and stopping.distances:
+            distance, floor, converged = stopping.distance, stopping.floor, stopping.arrived
+            if not converged:
+                distance = self._keep_best(training, stopping)
+        elif stopping is not None:
+            warnings.warn(
+                f"APD has not looked at what it makes in {training.steps} steps: its distance from the draws is not known. Judge it with "
+                f"distill.compare, or take more num_steps or a check_every below {settings.check_every}",
+                stacklevel=4,
+            )
         scale = self._finish(rows, num_draws, potential)
-        if stopping is None:
-            return Fit(training.steps, None, None, None, scale)
-        return Fit(training.steps, stopping.distance, stopping.floor, stopping.arrived, scale)
+        return Fit(training.steps, distance, floor, converged, scale)
 
     def _finish(self, rows: Rows, num_draws: int, potential: Potential | None) -> float | None:
         """Makes the guide one that may be drawn from; returns the scale of its noise."""
@@ -239,7 +246,8 @@ class APD:
         self.guide.storage()
         return scale
 
-    def _keep_best(self, training: Training, stopping: Stopping) -> None:
+    def _keep_best(self, training: Training, stopping: Stopping) -> float:
+        """Goes back to the best that was looked at, and says that it is not good enough; returns its distance."""
         distance = stopping.distance
         if stopping.best is not None:
             distance, parameters = stopping.best
@@ -251,6 +259,7 @@ class APD:
             f"draws are {stopping.floor:.3g} apart. Judge it with distill.compare; more num_steps or a larger generator may help",
             stacklevel=5,
         )
+        return distance
 
     def _save_checkpoint(self, rows: Rows, training: Training, stopping: Stopping | None) -> None:
         content = {

@@ -13,7 +13,7 @@ from pyro_advbayes import SGLD, SGMCMC, Potential, Predictive
 from pyro_advbayes.infer.autoguide.factored import principal_components
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.rows import SampleRows, read_samples, sites_of
-from pyro_advbayes.infer.distill import APD, PRESETS, FactoredGenerator, HyperGenerator, MLPGenerator
+from pyro_advbayes.infer.distill import APD, PRESETS, FactoredGenerator, Fit, HyperGenerator, MLPGenerator
 from pyro_advbayes.infer.mcmc.draws import Field, FileDraws
 from tests.small_models import data, logistic, regression
 
@@ -322,6 +322,32 @@ def test_a_fit_that_does_not_arrive_says_so_and_keeps_the_best():
     with pytest.warns(UserWarning, match="APD has not come down to the draws in 40 steps: two-sample distance .* Judge it"):
         fit = APD(guide, num_steps=40, check_every=10).fit({"w": w})
     assert fit.converged is False and fit.distance > fit.floor > 0
+
+
+def test_the_distance_of_a_fit_is_that_of_the_generator_that_is_kept(monkeypatch):
+    w, _ = two_modes(300)
+    fits, made = [], []
+    for num_steps, looks in ((40, [5.0, 4.0, 3.0, 2.0]), (70, [5.0, 4.0, 3.0, 2.0, 9.0, 9.0, 9.0])):
+        found = iter([0.1] * 20 + looks)  # of 20 splits of the draws, then of the generator every 10 steps
+        monkeypatch.setattr("pyro_advbayes.infer.distill.stopping.sliced_wasserstein", lambda x, y, found=found: next(found))
+        pyro.set_rng_seed(3)
+        guide = AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(8,)))
+        with pytest.warns(UserWarning, match=f"in {num_steps} steps: two-sample distance 3, where two halves of the draws are 0.1 apart"):
+            fits.append(APD(guide, num_steps=num_steps, check_every=10, batch_size=40).fit({"w": w}))
+        pyro.set_rng_seed(4)
+        made.append(guide.sample(5)["w"])
+    assert [fit.distance for fit in fits] == [3.0, 3.0]  # means of the last three
+    assert torch.equal(*made)
+
+
+def test_a_fit_too_short_for_a_look_claims_nothing_about_its_distance():
+    w, _ = two_modes(300)
+    guide = AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(8,)))
+    with pytest.warns(
+        UserWarning, match="APD has not looked at what it makes in 60 steps: .*, or take more num_steps or a check_every below"
+    ):
+        fit = APD(guide, num_steps=60).fit({"w": w})
+    assert fit == Fit(60, None, None, None)
 
 
 def test_fitting_again_goes_on_from_where_the_generator_was():
