@@ -316,6 +316,52 @@ def test_a_resumed_fit_is_the_same_bit_for_bit(tmp_path, preset, kind):
         APD(fresh(), preset, checkpoint=path, **settings).fit({"w": w})
 
 
+def test_no_draw_and_no_row_of_the_data_may_be_another_in_a_resumed_fit(tmp_path):
+    x, y = data()
+    samples = {"w": torch.randn(300, 3), "b": torch.randn(300)}
+    path = tmp_path / "apd.safetensors"
+
+    def fresh():
+        return AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        APD(fresh(), checkpoint=path, checkpoint_every=10, num_steps=20).fit(samples, x, y)
+        assert APD.resume(path, fresh(), samples, x, y).steps == 20
+    others = {name: value.clone() for name, value in samples.items()}
+    others["w"][17, 1] += 1e-3
+    with pytest.raises(ValueError, match="is of another fit: its draws is"):
+        APD.resume(path, fresh(), others, x, y)
+    with pytest.raises(ValueError, match="is of another fit: its draws is"):  # the same rows in another order
+        APD.resume(path, fresh(), {name: torch.cat([value[:1], value[1:-1].flip(0), value[-1:]]) for name, value in samples.items()}, x, y)
+    other = y.clone()
+    other[5] = 1 - other[5]
+    for args, kwargs in (((x, other), {}), ((x + 1.0, y), {}), ((), {}), ((), {"x": x, "y": other})):
+        with pytest.raises(ValueError, match=r"is of another fit: its data is \[\["):
+            APD.resume(path, fresh(), samples, *args, **kwargs)
+
+
+def test_draws_are_read_once_more_for_all_checkpoints_together(tmp_path, monkeypatch):
+    w, _ = two_modes(300)
+    passes, chunks = [], SampleRows.chunks
+
+    def counted(rows):
+        passes[-1] += 1
+        return chunks(rows)
+
+    monkeypatch.setattr(SampleRows, "chunks", counted)
+    for settings in (
+        {},
+        {"checkpoint": tmp_path / "two", "checkpoint_every": 10},
+        {"checkpoint": tmp_path / "many", "checkpoint_every": 1},
+    ):
+        passes.append(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            APD(AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(8,))), num_steps=20, **settings).fit({"w": w})
+    assert passes == [passes[0], passes[0] + 1, passes[0] + 1]
+
+
 def test_a_fit_that_does_not_arrive_says_so_and_keeps_the_best():
     w, _ = two_modes()
     guide = AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(8,)))
