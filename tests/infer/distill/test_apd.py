@@ -8,6 +8,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyro_advbayes import SGLD, SGMCMC, Potential, Predictive
 from pyro_advbayes.infer.autoguide.factored import principal_components
@@ -15,6 +17,7 @@ from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.rows import SampleRows, read_samples, sites_of
 from pyro_advbayes.infer.distill import APD, PRESETS, FactoredGenerator, Fit, HyperGenerator, MLPGenerator
 from pyro_advbayes.infer.mcmc.draws import Field, FileDraws
+from pyro_advbayes.infer.mcmc.noise import NormalNoise
 from tests.small_models import data, logistic, regression
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*keep the draws, or take a smaller generator")
@@ -206,6 +209,34 @@ def test_a_packed_generator_is_the_same_within_half_a_step_at_a_byte_a_number(hi
     assert sizes[0] - sizes[1] == 3 * 11 * 300 - 4 * 11  # bytes in place of float32, and the steps
     if hidden is None:  # the same codes are drawn
         assert float((made[0] - made[1]).square().mean().sqrt()) < 0.02 * float(made[0].std(0).mean())
+
+
+def test_drawing_from_a_packed_generator_makes_numbers_of_its_bytes_a_piece_at_a_time(monkeypatch):
+    generator = FactoredGenerator(rank=10, noise=4, hidden=(8,), packed=True)
+    generator.build([torch.Size([300])], torch.float32, torch.device("cpu"))
+    w = torch.randn(50, 300)
+    rows = SampleRows({"w": w[None]}, sites_of({"w": w[None]}), torch.float32, torch.device("cpu"))
+    generator.prepare(rows, *rows.moments())
+    generator.finish()
+    monkeypatch.setattr("pyro_advbayes.infer.autoguide.factored.PIECE", 64)  # four whole pieces, and what is left
+    made = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            made.extend(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point())
+            return result
+
+    torch.manual_seed(0)
+    with Watched():
+        found = generator.sample(6)
+    assert max(made) == 6 * 300  # the draws: all of the basis would be 10 · 300
+    torch.manual_seed(0)
+    code = generator.code(generator.latent(6))
+    source, noise = NormalNoise(found), torch.empty(6, 300)
+    for row in noise.split(1):
+        source.fill(row)
+    torch.testing.assert_close(found, code @ generator.basis + generator.factors[-1] + generator.deviation * noise)
 
 
 def test_a_finished_mlp_makes_the_rows_that_it_made_before_its_standardisation_was_folded():
