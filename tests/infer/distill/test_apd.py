@@ -137,6 +137,32 @@ def test_noise_is_scaled_until_what_is_made_fits_the_data_as_well_as_the_draws_d
     torch.testing.assert_close(guides[1].network.sd, fits[1].noise_scale * guides[0].network.sd)
 
 
+def ring(x, y=None):
+    """Two weights on a circle, and one of which the data know nothing."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(w[:2].square().sum() * x, 0.1), obs=y)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_generator_that_misfits_without_any_noise_says_so(rank):
+    x, angle, radius = torch.randn(50), 2 * math.pi * torch.rand(400), 1.0 + 0.01 * torch.randn(400)
+    w = torch.stack([radius * angle.cos(), radius * angle.sin(), torch.randn(400)], 1)
+    scales, told = [], []
+    for seed in range(6):
+        pyro.set_rng_seed(seed)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            guide = AutoImplicit(ring, FactoredGenerator(rank=rank, hidden=None))
+            scales.append(APD(guide).fit({"w": w}, x, x + 0.1 * torch.randn(50)).noise_scale)
+        told += [str(warning.message) for warning in caught if "misfits the data" in str(warning.message)]
+    if rank == 3:  # what it makes are draws, and differs from others of them by chance
+        assert 0.0 in scales and not told
+    else:
+        assert scales == [0.0] * 6
+        assert len(told) == 6 and "take a larger rank" in told[0] and "hidden=None" in told[0]
+
+
 def test_the_papers_preset_is_what_the_paper_trained():
     paper = PRESETS["paper"]
     assert (paper.objective, paper.batch_size, paper.critic_steps, paper.penalty) == ("wgan-gp", 100, 5, 10.0)
