@@ -2,7 +2,7 @@ r"""Whether two sets of points come from one distribution: ``x`` ``[n, d]`` and 
 
 A distance is never 0 between finite sets: compare it with that between two halves of one of them. Coordinates count by their
 size, so standardise those of different units. Every function raises ``ValueError`` where the points are not finite matrices of as
-many columns.
+many columns, or a number of repetitions is not an int >= 1.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, num_projections: int = 128, generat
     :param generator: for the directions; PyTorch's own by default.
     """
     x, y = _checked(x, y)
+    _check_count("num_projections", num_projections)
     dim = x.shape[1]
     directions = torch.randn(dim, num_projections, generator=generator, dtype=x.dtype).to(x.device)
     directions /= directions.norm(dim=0) / dim**0.5
@@ -59,6 +60,7 @@ def mmd_test(x: Tensor, y: Tensor, num_permutations: int = 500, generator: torch
     :param generator: for the relabellings; PyTorch's own by default.
     """
     x, y = _checked(x, y)
+    _check_count("num_permutations", num_permutations)
     if min(len(x), len(y)) < 2:
         raise ValueError(f"mmd_test needs two points or more of each set, not {len(x)} and {len(y)}")
     # in float64: labellings that are as far apart must tie; and not by products of the points, of which nothing is left far from 0
@@ -83,6 +85,11 @@ def _mmd2(kernel: Tensor, labels: Tensor, n: int) -> Tensor:
     xx, total = (first * labels).sum(-1), first.sum(-1)
     yy = kernel.sum() - 2 * total + xx
     return xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * (total - xx) / (n * m)
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: an int >= 1")
 
 
 def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

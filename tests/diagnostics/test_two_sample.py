@@ -82,3 +82,8 @@ def test_bad_points_are_refused():
                 function(x, bad)
     with pytest.raises(ValueError, match="two points or more"):
         mmd_test(x, x[:1])
+    for wrong in (0, -1, 2.5, True, None):
+        with pytest.raises(ValueError, match=f"num_projections={wrong}: an int >= 1"):
+            sliced_wasserstein(x, x, wrong)
+        with pytest.raises(ValueError, match=f"num_permutations={wrong}: an int >= 1"):
+            mmd_test(x, x, wrong)

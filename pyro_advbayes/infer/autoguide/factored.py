@@ -13,6 +13,8 @@ from pyro_advbayes.infer.autoguide.rows import Rows
 from pyro_advbayes.infer.mcmc.noise import NormalNoise
 
 OVERSAMPLING, PASSES = 8, 2
+# How many weights of a packed basis become numbers at a time, which the processor's cache then holds.
+PIECE = 2**16
 
 
 def principal_components(rows: Rows, mean: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -177,11 +179,18 @@ class FactoredGenerator(RowGenerator):
     @torch.no_grad()
     def sample(self, count: int) -> Tensor:
         code = self.code(self.latent(count))
-        code = torch.cat([code, code.new_ones(count, 1)], dim=1)
-        factors = torch.cat([self.basis, self.factors]) if len(self.levels) else self.factors
         rows, deviation = code.new_empty(count, self.size), self.deviation
         noise = NormalNoise(rows)
         for row in rows.split(1):  # a row is still in the processor's cache when it is scaled
             noise.fill(row)
             row.mul_(deviation)
-        return rows.addmm_(code, factors)
+        packed = len(self.levels) > 0
+        if packed:  # r numbers of a draw times their steps, in place of the whole basis
+            code = code * self.steps[:-1]
+        code = torch.cat([code, code.new_ones(count, 1)], dim=1)
+        if not packed:
+            return rows.addmm_(code, self.factors)
+        pieces = (tensor.split(PIECE, dim=1) for tensor in (rows, self.levels[:-1], self.factors))
+        for part, levels, mean in zip(*pieces, strict=True):
+            part.addmm_(code, torch.cat([levels.to(mean.dtype), mean]))
+        return rows

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from pyro_advbayes.infer.autoguide.rows import Rows
 
@@ -143,7 +145,9 @@ class NetworkGenerator(StandardizedGenerator):
     A network of the user's own, from noise ``[n, noise]`` to rows ``[n, P]`` in standardised units, so that it holds 2P numbers beside
     its own.
 
-    :param network: any module with an attribute ``noise``, the dimension of its input.
+    :param network: any module with an attribute ``noise``, the dimension of its input. It may have no layer that knows modes or mixes the
+        rows of a batch (BatchNorm, Dropout): what is trained would not be what is drawn.
+    :raises ValueError: if it has no such attribute, or naming such a layer.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -151,6 +155,14 @@ class NetworkGenerator(StandardizedGenerator):
         if noise is None:
             raise ValueError(f"generator: {type(network).__name__} has no attribute noise, the dimension of its input: set one (an int)")
         super().__init__(noise)
+        for label, layer in network.named_modules():
+            if isinstance(layer, _BatchNorm):
+                why = "makes a row of all others of its batch, or of running statistics: take LayerNorm"
+            elif isinstance(layer, _DropoutNd) and layer.p > 0.0:
+                why = "draws masks, in training mode only: leave it out"
+            else:
+                continue
+            raise ValueError(f"generator: layer {label!r} ({type(layer).__name__}) of {type(network).__name__} {why}")
         self.network = network
 
     def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,6 +23,7 @@ from pyro_advbayes.infer.distill.stopping import Stopping
 from pyro_advbayes.infer.distill.training import Settings, Training
 from pyro_advbayes.infer.distill.wgan import WGAN
 from pyro_advbayes.infer.mcmc import files
+from pyro_advbayes.infer.mcmc.fingerprint import digest, hash_of
 from pyro_advbayes.potential import Potential
 
 PRESETS = {
@@ -47,8 +47,8 @@ PRESETS = {
 
 class Fit(NamedTuple):
     """
-    How a fit ended. ``steps``: of the generator; ``distance``: the last two-sample distance, in standardised units; ``floor``: what it is
-    between two halves of the draws; ``converged``: whether the one came down to the other. None where nothing was looked at.
+    How a fit ended. ``steps``: of the generator; ``distance``: the two-sample distance of what is kept, in standardised units; ``floor``:
+    what it is between two halves of the draws; ``converged``: whether the one came down to the other. None where nothing was looked at.
     """
 
     steps: int
@@ -118,8 +118,9 @@ class APD:
         rows, potential = self._prepare(samples, args, kwargs)
         if not self.guide.network.trainable:  # all of it came from the draws
             return Fit(0, None, None, None, self._finish(rows, len(rows), potential))
+        fingerprint = None if self.checkpoint is None else _fingerprint(self.guide, rows, potential)
         codes = Codes(self.guide.network, rows)
-        return self._train_offline(rows, self.training(codes), self.stopping(codes), potential)
+        return self._train_offline(rows, self.training(codes), self.stopping(codes), potential, fingerprint)
 
     @classmethod
     def resume(
@@ -139,14 +140,15 @@ class APD:
         :param samples: the same draws as given to :meth:`fit`.
         :param args: the same arguments.
         :raises FileNotFoundError: if there is no such file.
-        :raises ValueError: if it is truncated, or of other draws or another generator.
+        :raises ValueError: if it is truncated, or of other draws, other data or another generator.
         """
         content = files.load(Path(path))
         if not isinstance(content, dict) or "reservoir" in content or "training" not in content:
             raise ValueError(f"{path} is no checkpoint of {cls.__name__}")
         apd = cls(guide, checkpoint=path, checkpoint_every=content["every"], disable_progbar=disable_progbar, **content["settings"])
         rows, potential = apd._prepare(samples, args, kwargs)
-        for what, here in _fingerprint(guide, rows).items():
+        fingerprint = _fingerprint(guide, rows, potential)
+        for what, here in fingerprint.items():
             if content["fingerprint"][what] != here:
                 raise ValueError(f"{path} is of another fit: its {what} is {content['fingerprint'][what]}, here it is {here}")
         guide.network.restore(content["training"]["generator"])  # which says what codes are
@@ -156,7 +158,7 @@ class APD:
         if stopping is not None:
             stopping.load(content["stopping"])
         files.set_random_state(content["random"], rows.device)
-        return apd._train_offline(rows, training, stopping, potential)
+        return apd._train_offline(rows, training, stopping, potential, fingerprint)
 
     def _prepare(self, samples: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Rows, Potential | None]:
         """The draws as rows that the guide's generator has looked at."""
@@ -189,8 +191,15 @@ class APD:
         """What ends the training on these codes, if anything does."""
         return None if self.settings.check_every is None else Stopping(codes, len(codes), codes.size)
 
-    def _train_offline(self, rows: Rows, training: Training, stopping: Stopping | None, potential: Potential | None) -> Fit:
-        save = partial(self._save_checkpoint, rows, training, stopping)
+    def _train_offline(
+        self,
+        rows: Rows,
+        training: Training,
+        stopping: Stopping | None,
+        potential: Potential | None,
+        fingerprint: dict[str, Any] | None,
+    ) -> Fit:
+        save = partial(self._save_checkpoint, rows.device, training, stopping, fingerprint)
         return self.train(rows, training, stopping, self.settings.num_steps, len(rows), potential, save)
 
     def train(
@@ -224,12 +233,19 @@ class APD:
                     bar.set_postfix({name: f"{float(value):.3g}" for name, value in shown.items()}, refresh=False)
                 bar.update()
         training.swap()
-        if stopping is not None and not stopping.arrived:
-            self._keep_best(training, stopping)
+        distance = floor = converged = None
+        if stopping is not None and stopping.distances:
+            distance, floor, converged = stopping.distance, stopping.floor, stopping.arrived
+            if not converged:
+                distance = self._keep_best(training, stopping)
+        elif stopping is not None:
+            warnings.warn(
+                f"APD has not looked at what it makes in {training.steps} steps: its distance from the draws is not known. Judge it with "
+                f"distill.compare, or take more num_steps or a check_every below {settings.check_every}",
+                stacklevel=4,
+            )
         scale = self._finish(rows, num_draws, potential)
-        if stopping is None:
-            return Fit(training.steps, None, None, None, scale)
-        return Fit(training.steps, stopping.distance, stopping.floor, stopping.arrived, scale)
+        return Fit(training.steps, distance, floor, converged, scale)
 
     def _finish(self, rows: Rows, num_draws: int, potential: Potential | None) -> float | None:
         """Makes the guide one that may be drawn from; returns the scale of its noise."""
@@ -241,7 +257,8 @@ class APD:
         self.guide.storage()
         return scale
 
-    def _keep_best(self, training: Training, stopping: Stopping) -> None:
+    def _keep_best(self, training: Training, stopping: Stopping) -> float:
+        """Goes back to the best that was looked at, and says that it is not good enough; returns its distance."""
         distance = stopping.distance
         if stopping.best is not None:
             distance, parameters = stopping.best
@@ -253,15 +270,18 @@ class APD:
             f"draws are {stopping.floor:.3g} apart. Judge it with distill.compare; more num_steps or a larger generator may help",
             stacklevel=5,
         )
+        return distance
 
-    def _save_checkpoint(self, rows: Rows, training: Training, stopping: Stopping | None) -> None:
+    def _save_checkpoint(
+        self, device: torch.device, training: Training, stopping: Stopping | None, fingerprint: dict[str, Any] | None
+    ) -> None:
         content = {
             "settings": dataclasses.asdict(self.settings),
             "every": self.checkpoint_every,
-            "fingerprint": _fingerprint(self.guide, rows),
+            "fingerprint": fingerprint,
             "training": training.state(),
             "stopping": None if stopping is None else stopping.state(),
-            "random": files.random_state(rows.device),
+            "random": files.random_state(device),
         }
         files.save(self.checkpoint, content)
 
@@ -328,13 +348,12 @@ def look(training: Training, stopping: Stopping) -> bool:
     return found
 
 
-def _fingerprint(guide: AutoImplicit, rows: Rows) -> dict[str, Any]:
-    digest = hashlib.blake2b(digest_size=16)
-    for index in (0, len(rows) // 2, len(rows) - 1):
-        digest.update(rows.take(torch.tensor([index])).cpu().contiguous().view(torch.uint8).numpy())
+def _fingerprint(guide: AutoImplicit, rows: Rows, potential: Potential | None) -> dict[str, Any]:
+    """What a fit depends on, as plain values. It reads all draws, so it is made once for all checkpoints."""
     return {
         "sites": [[site.name, list(site.shape)] for site in rows.sites],
         "generator": [type(guide.network).__name__, guide.network.settings()],
         "number of draws": len(rows),
-        "draws": digest.hexdigest(),
+        "draws": hash_of(rows.chunks()),
+        "data": None if potential is None else [digest(value) for value in potential.arguments.tensors],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,8 @@ class FunctionSpace(NamedTuple):
     """
     Of the predicted probabilities, mean over inputs. ``kl``: KL divergence, in nats, of the guide's mean prediction from that of the
     draws; ``total_variation``: half the sum of the absolute differences of the two; ``mutual_information``: the absolute difference, in
-    nats, of what draws disagree on; ``mutual_information_correlation``: the correlation of the two over inputs, 1 where they agree.
+    nats, of what draws disagree on; ``mutual_information_correlation``: the correlation of the two over inputs, 1 where they agree,
+    nan of a single input.
     """
 
     kl: Against
@@ -91,11 +93,11 @@ def compare(
     :param guide: a fitted guide.
     :param args: the model's arguments without observations: inputs at which predictions are compared. None compares none.
     :param num_samples: draws of each half and of the guide, from 2 to half the draws; evenly spaced. By default at most 1000.
-    :param num_projections: directions of the sliced Wasserstein distance.
-    :param num_permutations: relabellings of the MMD test.
+    :param num_projections: directions of the sliced Wasserstein distance, >= 1.
+    :param num_permutations: relabellings of the MMD test, >= 1.
     :param return_site: where the logits ``[N, K]`` are: the model's return value, or the name of a site.
     :raises ValueError: if the draws are not of the guide's sites, too few, or not finite, if these are not those of the model at its
-        arguments, or if what the model returns is not logits.
+        arguments, if what the model returns is not logits, or naming a number out of range.
     """
     guide.sample(1)  # of a guide that has not been fitted, the error
     guide.check(*args, **kwargs)
@@ -164,6 +166,7 @@ def _functions(
         return (mutual_information(a) - mutual_information(b)).abs().mean()
 
     def correlation(a: Tensor, b: Tensor) -> Tensor:
-        return torch.corrcoef(torch.stack([mutual_information(a), mutual_information(b)]))[0, 1]
+        both = torch.stack([mutual_information(a), mutual_information(b)])
+        return torch.corrcoef(both)[0, 1] if both.shape[1] > 1 else both.new_tensor(math.nan)
 
     return FunctionSpace(*(_against(distance, *probs) for distance in (kl, variation, information, correlation)))

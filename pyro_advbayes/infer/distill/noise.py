@@ -10,6 +10,8 @@ the draws do,
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,8 @@ DRAWS, HALVINGS = 64, 7
 @torch.no_grad()
 def fit_noise(generator: FactoredGenerator, rows: Rows, potential: Potential) -> float | None:
     r"""
-    Scales the generator's noise by :math:`\kappa`, found by halving an interval on one set of random numbers.
+    Scales the generator's noise by :math:`\kappa`, found by halving an interval on one set of random numbers. Warns where what is made
+    without any fits worse than the draws do, by more than chance: then no :math:`\kappa` will do.
 
     :param generator: trained.
     :param rows: the draws.
@@ -33,11 +36,11 @@ def fit_noise(generator: FactoredGenerator, rows: Rows, potential: Potential) ->
     if not potential.arguments.tensors or potential.structure.scaling == "indices":
         return None
     index = torch.linspace(0, len(rows) - 1, min(DRAWS, len(rows))).round().long()
-    target = _misfit(potential, rows.take(index))
+    drawn = _misfits(potential, rows.take(index))
     quiet, loud = generator.parts(generator.latent(DRAWS))
 
     def fits(scale: float) -> bool:
-        return _misfit(potential, quiet + scale * loud) <= target
+        return bool(_misfits(potential, quiet + scale * loud).mean() <= drawn.mean())
 
     low, high = 0.0, 1.0
     if fits(1.0):
@@ -46,12 +49,26 @@ def fit_noise(generator: FactoredGenerator, rows: Rows, potential: Potential) ->
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     generator.scale_noise(low)
+    if low == 0.0:
+        _warn_of_misfit(_misfits(potential, quiet), drawn)
     return low
 
 
-def _misfit(potential: Potential, rows: Tensor) -> float:
-    """The mean negative log-likelihood of the potential's probes under rows ``[n, P]``, in nats."""
-    one, total = potential.scalar(1.0), 0.0
+def _warn_of_misfit(made: Tensor, drawn: Tensor) -> None:
+    """Warns if misfits ``[n]`` of what is made without noise are above those of the draws by more than three standard errors."""
+    excess = made.mean() - drawn.mean()
+    if excess > 3.0 * (made.var() / len(made) + drawn.var() / len(drawn)).sqrt():
+        warnings.warn(
+            f"FactoredGenerator misfits the data by {excess:.3g} nats more than the draws do even without its noise, all of which is taken "
+            "away: its directions or its network lose what the data hold fast. Judge its predictions with distill.compare; take a larger "
+            "rank, or hidden=None, which keeps the draws' codes",
+            stacklevel=2,
+        )
+
+
+def _misfits(potential: Potential, rows: Tensor) -> Tensor:
+    """The negative log-likelihood of the potential's probes under each of rows ``[n, P]``, in nats."""
+    one, total = potential.scalar(1.0), torch.zeros(len(rows), dtype=torch.float64)
     for tensors in potential.probes(0):
-        total += sum(float(potential.data_loss(row, one, *tensors)) for row in rows.to(potential.dtype))
-    return total / len(rows)
+        total += torch.tensor([float(potential.data_loss(row, one, *tensors)) for row in rows.to(potential.dtype)], dtype=torch.float64)
+    return total

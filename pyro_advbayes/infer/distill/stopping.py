@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,9 +52,9 @@ class Stopping:
 
     @property
     def distance(self) -> float:
-        """Mean of the last looks."""
+        """Mean of the last looks; nan before the first."""
         recent = self.distances[-RECENT:]
-        return sum(recent) / max(1, len(recent))
+        return sum(recent) / len(recent) if recent else math.nan
 
     def look(self, make: Callable[[int], Tensor], parameters: list[Tensor]) -> bool:
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,26 @@ def schedule_values(kernel: SGMCMCKernel, num_samples: int) -> dict[str, list[fl
 
 def data_digests(kernel: SGMCMCKernel, loader: bool) -> list[Any]:
     """
-    Shape, dtype and a hash of every tensor of the data.
+    The digest of every tensor of the data.
 
     :param loader: whether they come from one.
     """
     batches = kernel.potential.batches
     tensors = batches.tensors if loader else kernel.potential.arguments.tensors
-    return [_digest(value) for value in tensors] + (batches.describe() if loader else [])
+    return [digest(value) for value in tensors] + (batches.describe() if loader else [])
+
+
+def digest(value: Tensor) -> list[Any]:
+    """Shape, dtype and a hash of a tensor."""
+    return [list(value.shape), str(value.dtype), hash_of(value.detach().flatten().split(1 << 20))]
+
+
+def hash_of(parts: Iterable[Tensor]) -> str:
+    """Of the bytes of tensors, one after the other, of which only one need be in memory."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(part.cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def fingerprint(kernel: SGMCMCKernel, scheduled: Mapping[str, list[float]], data: list[Any] | None) -> dict[str, Any]:
@@ -107,13 +120,6 @@ def load_kernel(kernel: SGMCMCKernel, state: dict[str, Any], then: Tensor, path:
             f"but the energy {('where chain 0 was', 'at 0')[place]} is {float(energy[place]):.6g} instead of {float(then[place]):.6g} "
             "(another prior or likelihood?)"
         )
-
-
-def _digest(value: Tensor) -> list[Any]:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in value.detach().flatten().split(1 << 20):
-        digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
-    return [list(value.shape), str(value.dtype), digest.hexdigest()]
 
 
 def _shorten(value: Any) -> str:

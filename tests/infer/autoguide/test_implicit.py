@@ -209,6 +209,28 @@ def test_a_generator_of_ones_own_is_saved_and_loaded(tmp_path):
         AutoImplicit.load(tmp_path / "own.safetensors", classifier(), generator=other)
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_generator_of_ones_own_makes_a_row_of_its_noise_alone(mode):
+    model = classifier()
+
+    def own(*layers):
+        module = nn.Sequential(nn.Linear(5, 8), *layers, nn.Linear(8, 26)).train(mode)
+        module.noise = 5
+        return AutoImplicit(model, module)
+
+    for layer in (nn.BatchNorm1d(8), nn.SyncBatchNorm(8), nn.BatchNorm1d(8, track_running_stats=False)):
+        with pytest.raises(ValueError, match=rf"layer '1' \({type(layer).__name__}\) of Sequential makes a row of all .*: take LayerNorm"):
+            own(layer)
+    for layer in (nn.Dropout(0.1), nn.AlphaDropout()):
+        with pytest.raises(
+            ValueError, match=rf"layer '2.0' \({type(layer).__name__}\) of Sequential .*in training mode only: leave it out"
+        ):
+            own(nn.Tanh(), nn.Sequential(layer))
+    guide = quick(own(nn.LayerNorm(8), nn.Dropout(0.0)), draws(model, data(5)[0]))
+    z = torch.randn(3, 5)
+    torch.testing.assert_close(guide.network(z)[:1], guide.network(z[:1]))
+
+
 def test_a_file_is_never_overwritten_or_half_written(tmp_path, monkeypatch):
     guide, path = fitted(), tmp_path / "posterior.safetensors"
     guide.save(path)

@@ -9,13 +9,16 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.nn import PyroModule, PyroSample
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyro_advbayes import SGLD, SGMCMC, Potential, Predictive
 from pyro_advbayes.infer.autoguide.factored import principal_components
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.rows import SampleRows, read_samples, sites_of
-from pyro_advbayes.infer.distill import APD, PRESETS, FactoredGenerator, HyperGenerator, MLPGenerator
+from pyro_advbayes.infer.distill import APD, PRESETS, FactoredGenerator, Fit, HyperGenerator, MLPGenerator
 from pyro_advbayes.infer.mcmc.draws import Field, FileDraws
+from pyro_advbayes.infer.mcmc.noise import NormalNoise
 from pyro_advbayes.nn import bayesianize
 from tests.small_models import data, logistic, regression
 
@@ -136,6 +139,32 @@ def test_noise_is_scaled_until_what_is_made_fits_the_data_as_well_as_the_draws_d
     torch.testing.assert_close(guides[1].network.sd, fits[1].noise_scale * guides[0].network.sd)
 
 
+def ring(x, y=None):
+    """Two weights on a circle, and one of which the data know nothing."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(w[:2].square().sum() * x, 0.1), obs=y)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_generator_that_misfits_without_any_noise_says_so(rank):
+    x, angle, radius = torch.randn(50), 2 * math.pi * torch.rand(400), 1.0 + 0.01 * torch.randn(400)
+    w = torch.stack([radius * angle.cos(), radius * angle.sin(), torch.randn(400)], 1)
+    scales, told = [], []
+    for seed in range(6):
+        pyro.set_rng_seed(seed)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            guide = AutoImplicit(ring, FactoredGenerator(rank=rank, hidden=None))
+            scales.append(APD(guide).fit({"w": w}, x, x + 0.1 * torch.randn(50)).noise_scale)
+        told += [str(warning.message) for warning in caught if "misfits the data" in str(warning.message)]
+    if rank == 3:  # what it makes are draws, and differs from others of them by chance
+        assert 0.0 in scales and not told
+    else:
+        assert scales == [0.0] * 6
+        assert len(told) == 6 and "take a larger rank" in told[0] and "hidden=None" in told[0]
+
+
 def test_the_papers_preset_is_what_the_paper_trained():
     paper = PRESETS["paper"]
     assert (paper.objective, paper.batch_size, paper.critic_steps, paper.penalty) == ("wgan-gp", 100, 5, 10.0)
@@ -208,6 +237,34 @@ def test_a_packed_generator_is_the_same_within_half_a_step_at_a_byte_a_number(hi
     assert sizes[0] - sizes[1] == 3 * 11 * 300 - 4 * 11  # bytes in place of float32, and the steps
     if hidden is None:  # the same codes are drawn
         assert float((made[0] - made[1]).square().mean().sqrt()) < 0.02 * float(made[0].std(0).mean())
+
+
+def test_drawing_from_a_packed_generator_makes_numbers_of_its_bytes_a_piece_at_a_time(monkeypatch):
+    generator = FactoredGenerator(rank=10, noise=4, hidden=(8,), packed=True)
+    generator.build([torch.Size([300])], torch.float32, torch.device("cpu"))
+    w = torch.randn(50, 300)
+    rows = SampleRows({"w": w[None]}, sites_of({"w": w[None]}), torch.float32, torch.device("cpu"))
+    generator.prepare(rows, *rows.moments())
+    generator.finish()
+    monkeypatch.setattr("pyro_advbayes.infer.autoguide.factored.PIECE", 64)  # four whole pieces, and what is left
+    made = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            made.extend(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point())
+            return result
+
+    torch.manual_seed(0)
+    with Watched():
+        found = generator.sample(6)
+    assert max(made) == 6 * 300  # the draws: all of the basis would be 10 · 300
+    torch.manual_seed(0)
+    code = generator.code(generator.latent(6))
+    source, noise = NormalNoise(found), torch.empty(6, 300)
+    for row in noise.split(1):
+        source.fill(row)
+    torch.testing.assert_close(found, code @ generator.basis + generator.factors[-1] + generator.deviation * noise)
 
 
 def test_a_finished_mlp_makes_the_rows_that_it_made_before_its_standardisation_was_folded():
@@ -318,12 +375,84 @@ def test_a_resumed_fit_is_the_same_bit_for_bit(tmp_path, preset, kind):
         APD(fresh(), preset, checkpoint=path, **settings).fit({"w": w})
 
 
+def test_no_draw_and_no_row_of_the_data_may_be_another_in_a_resumed_fit(tmp_path):
+    x, y = data()
+    samples = {"w": torch.randn(300, 3), "b": torch.randn(300)}
+    path = tmp_path / "apd.safetensors"
+
+    def fresh():
+        return AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        APD(fresh(), checkpoint=path, checkpoint_every=10, num_steps=20).fit(samples, x, y)
+        assert APD.resume(path, fresh(), samples, x, y).steps == 20
+    others = {name: value.clone() for name, value in samples.items()}
+    others["w"][17, 1] += 1e-3
+    with pytest.raises(ValueError, match="is of another fit: its draws is"):
+        APD.resume(path, fresh(), others, x, y)
+    with pytest.raises(ValueError, match="is of another fit: its draws is"):  # the same rows in another order
+        APD.resume(path, fresh(), {name: torch.cat([value[:1], value[1:-1].flip(0), value[-1:]]) for name, value in samples.items()}, x, y)
+    other = y.clone()
+    other[5] = 1 - other[5]
+    for args, kwargs in (((x, other), {}), ((x + 1.0, y), {}), ((), {}), ((), {"x": x, "y": other})):
+        with pytest.raises(ValueError, match=r"is of another fit: its data is \[\["):
+            APD.resume(path, fresh(), samples, *args, **kwargs)
+
+
+def test_draws_are_read_once_more_for_all_checkpoints_together(tmp_path, monkeypatch):
+    w, _ = two_modes(300)
+    passes, chunks = [], SampleRows.chunks
+
+    def counted(rows):
+        passes[-1] += 1
+        return chunks(rows)
+
+    monkeypatch.setattr(SampleRows, "chunks", counted)
+    for settings in (
+        {},
+        {"checkpoint": tmp_path / "two", "checkpoint_every": 10},
+        {"checkpoint": tmp_path / "many", "checkpoint_every": 1},
+    ):
+        passes.append(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            APD(AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(8,))), num_steps=20, **settings).fit({"w": w})
+    assert passes == [passes[0], passes[0] + 1, passes[0] + 1]
+
+
 def test_a_fit_that_does_not_arrive_says_so_and_keeps_the_best():
     w, _ = two_modes()
     guide = AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(8,)))
     with pytest.warns(UserWarning, match="APD has not come down to the draws in 40 steps: two-sample distance .* Judge it"):
         fit = APD(guide, num_steps=40, check_every=10).fit({"w": w})
     assert fit.converged is False and fit.distance > fit.floor > 0
+
+
+def test_the_distance_of_a_fit_is_that_of_the_generator_that_is_kept(monkeypatch):
+    w, _ = two_modes(300)
+    fits, made = [], []
+    for num_steps, looks in ((40, [5.0, 4.0, 3.0, 2.0]), (70, [5.0, 4.0, 3.0, 2.0, 9.0, 9.0, 9.0])):
+        found = iter([0.1] * 20 + looks)  # of 20 splits of the draws, then of the generator every 10 steps
+        monkeypatch.setattr("pyro_advbayes.infer.distill.stopping.sliced_wasserstein", lambda x, y, found=found: next(found))
+        pyro.set_rng_seed(3)
+        guide = AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(8,)))
+        with pytest.warns(UserWarning, match=f"in {num_steps} steps: two-sample distance 3, where two halves of the draws are 0.1 apart"):
+            fits.append(APD(guide, num_steps=num_steps, check_every=10, batch_size=40).fit({"w": w}))
+        pyro.set_rng_seed(4)
+        made.append(guide.sample(5)["w"])
+    assert [fit.distance for fit in fits] == [3.0, 3.0]  # means of the last three
+    assert torch.equal(*made)
+
+
+def test_a_fit_too_short_for_a_look_claims_nothing_about_its_distance():
+    w, _ = two_modes(300)
+    guide = AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(8,)))
+    with pytest.warns(
+        UserWarning, match="APD has not looked at what it makes in 60 steps: .*, or take more num_steps or a check_every below"
+    ):
+        fit = APD(guide, num_steps=60).fit({"w": w})
+    assert fit == Fit(60, None, None, None)
 
 
 def test_fitting_again_goes_on_from_where_the_generator_was():

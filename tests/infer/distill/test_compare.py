@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+import warnings
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -107,6 +110,14 @@ def test_predictions_are_not_compared_with_a_site_drawn_from_its_prior():
         compare(samples, partial, X)
 
 
+def test_over_one_input_there_is_no_correlation_and_no_warning_of_it():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = compare(draws(), guide(), X[:1], num_permutations=10)
+    assert all(math.isnan(value) for value in found.functions.mutual_information_correlation)
+    assert found.functions.mutual_information.value < 0.05
+
+
 def test_bad_input_is_refused_by_name():
     with pytest.raises(RuntimeError, match="has not been fitted"):
         compare(draws(), AutoImplicit(model, MLPGenerator()))
@@ -119,5 +130,9 @@ def test_bad_input_is_refused_by_name():
     for wrong in (1, 1001, 2.5):
         with pytest.raises(ValueError, match=f"num_samples={wrong}: from 2 to half of the 2000 draws"):
             compare(draws(), guide(), num_samples=wrong)
+    for name in ("num_projections", "num_permutations"):
+        for wrong in (0, 2.5):
+            with pytest.raises(ValueError, match=f"{name}={wrong}: an int >= 1"):
+                compare(draws(), guide(), **{name: wrong})
     with pytest.raises(ValueError, match=r"return_site='obs': logits \[N, K\] are needed"):
         compare(draws(), guide(), X, return_site="obs")
