@@ -65,6 +65,13 @@ def test_the_variation_ratio_of_saturated_predictions_is_what_is_left_for_the_ot
     torch.testing.assert_close(variation_ratio(p.expand(3, -1, -1)), wanted, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("score", [predictive_entropy, expected_entropy, variation_ratio, model_variance], ids=lambda f: f.__name__)
+def test_scores_of_saturated_float32_predictions_are_those_of_the_exact_ones(score):
+    gaps = 16 + 4 * torch.rand(10, 50, dtype=torch.float64)  # the largest is 1 or one of its neighbours in float32
+    exact = torch.stack([gaps, torch.zeros_like(gaps), torch.zeros_like(gaps)], -1).softmax(-1)
+    torch.testing.assert_close(score(exact.float()).double(), score(exact), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("score", SCORES, ids=lambda f: f.__name__)
 def test_zeros_in_probabilities_are_no_trouble(score):
     assert score(SURE.float()).isfinite().all()
