@@ -43,6 +43,14 @@ def schedule_values(kernel: SGMCMCKernel, num_samples: int) -> dict[str, list[fl
     }
 
 
+def tensor_digest(value: Tensor) -> list[Any]:
+    """Shape, dtype and a hash of the bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in value.detach().flatten().split(1 << 20):
+        digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
+    return [list(value.shape), str(value.dtype), digest.hexdigest()]
+
+
 def data_digests(kernel: SGMCMCKernel, loader: bool) -> list[Any]:
     """
     Shape, dtype and a hash of every tensor of the data.
@@ -51,7 +59,7 @@ def data_digests(kernel: SGMCMCKernel, loader: bool) -> list[Any]:
     """
     batches = kernel.potential.batches
     tensors = batches.tensors if loader else kernel.potential.arguments.tensors
-    return [_digest(value) for value in tensors] + (batches.describe() if loader else [])
+    return [tensor_digest(value) for value in tensors] + (batches.describe() if loader else [])
 
 
 def fingerprint(kernel: SGMCMCKernel, scheduled: Mapping[str, list[float]], data: list[Any] | None) -> dict[str, Any]:
@@ -107,13 +115,6 @@ def load_kernel(kernel: SGMCMCKernel, state: dict[str, Any], then: Tensor, path:
             f"but the energy {('where chain 0 was', 'at 0')[place]} is {float(energy[place]):.6g} instead of {float(then[place]):.6g} "
             "(another prior or likelihood?)"
         )
-
-
-def _digest(value: Tensor) -> list[Any]:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in value.detach().flatten().split(1 << 20):
-        digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
-    return [list(value.shape), str(value.dtype), digest.hexdigest()]
 
 
 def _shorten(value: Any) -> str:
