@@ -115,7 +115,7 @@ def _check(settings: Mapping[str, Any], y: Tensor) -> None:
     if wanted > len(y):
         raise ValueError(f"the pool has {len(y)} inputs, fewer than the {wanted} labels that the rounds ask for: take fewer")
     candidates = settings["candidates"]
-    if candidates is not None and not settings["per_round"] <= candidates:
+    if candidates is not None and (isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < settings["per_round"]):
         raise ValueError(f"candidates={candidates!r}: an int >= per_round, or None for the whole pool")
 
 

@@ -211,7 +211,8 @@ def _of(rows, others):
         ({"num_rounds": -1}, "num_rounds=-1"),
         ({"per_class": 31}, "30 inputs of class 0, fewer than per_class"),
         ({"num_rounds": 30}, "60 inputs, fewer than the 94 labels"),
-        ({"candidates": 2}, "candidates=2"),
+        ({"candidates": 2}, "candidates=2: an int >= per_round"),
+        ({"candidates": 5.5}, "candidates=5.5: an int >= per_round"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_the_first_fit(options, message):
