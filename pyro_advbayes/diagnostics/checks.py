@@ -9,9 +9,10 @@ ROUNDING = 1e-4  # how far from 1 the probabilities of one prediction may sum
 
 
 def check_probs(probs: Tensor, ranks: tuple[int, ...] = (2, 3)) -> Tensor:
-    """``probs`` in float64, once they are known to be probabilities.
+    """``probs`` in float64, once they are known to be probabilities; every row is made to sum to 1.
 
-    Differences of entropies and of squares cancel: in float32 what is left for two draws that agree is rounding.
+    Differences of entropies and of squares cancel: in float32 what is left for two draws that agree is rounding. A largest probability
+    near 1 is rounded by as much as all others together may have: what makes the sum 1 is what it was.
 
     :param probs: ``[N, K]`` or ``[draws, N, K]``, of any floating type.
     :param ranks: the numbers of dimensions that the caller takes.
@@ -34,7 +35,8 @@ def check_probs(probs: Tensor, ranks: tuple[int, ...] = (2, 3)) -> Tensor:
         if low < 0:
             raise ValueError(f"probs has negative entries, down to {low.item():.4g}: give probabilities, not logits")
         raise ValueError(f"probs must sum to 1 over the last dimension; one row is off by {off.item():.4g}: give probabilities, not logits")
-    return probs.double()
+    probs = probs.double()
+    return probs / probs.sum(-1, keepdim=True)
 
 
 def predictive_mean(probs: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ measures of all scores.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,12 +53,12 @@ def ood_detection(in_probs: Tensor, out_probs: Mapping[str, Tensor]) -> dict[str
     :raises ValueError: if these are no probabilities, or not of the same classes and kind.
     """
     own = _scores(in_probs)
+    if not isinstance(out_probs, Mapping):
+        raise ValueError(f"out_probs is {_kind(out_probs)}: give a dict, from a set's name to its probabilities")
     table = {}
     for name, probs in out_probs.items():
-        if probs.dim() != in_probs.dim() or probs.shape[-1] != in_probs.shape[-1]:
-            raise ValueError(
-                f"{name}: probabilities {list(probs.shape)} do not go with {list(in_probs.shape)}: [draws, M, K] of the same K"
-            )
+        if not isinstance(probs, Tensor) or probs.dim() != in_probs.dim() or probs.shape[-1] != in_probs.shape[-1]:
+            raise ValueError(f"{name}: probabilities {_kind(probs)} do not go with {_kind(in_probs)}: a tensor [draws, M, K] of the same K")
         others = _scores(probs)
         table[name] = {score: detection(own[score], others[score]) for score in own}
     return table
@@ -68,13 +68,13 @@ class AdversarialDetection(NamedTuple):
     """
     Clean inputs told from attacked ones, by score.
 
-    :ivar all: -> :class:`Detection` of all attacked inputs; None for each of the three where there are no such inputs.
-    :ivar hit: of those at which the attack changed the source's prediction to a wrong one.
-    :ivar missed: of the others.
+    :ivar all: -> :class:`Detection` of all attacked inputs.
+    :ivar hit: of those at which the attack changed the source's prediction to a wrong one; None where there are none.
+    :ivar missed: of the others; None where there are none.
     :ivar hit_share: how many were hit, in [0, 1].
     """
 
-    all: dict[str, Detection] | None
+    all: dict[str, Detection]
     hit: dict[str, Detection] | None
     missed: dict[str, Detection] | None
     hit_share: float
@@ -88,16 +88,21 @@ def adversarial_detection(clean_probs: Tensor, attacked_probs: Tensor, hit: Tens
     :param clean_probs: the detector's, of clean inputs, ``[draws, N, K]`` or ``[N, K]``.
     :param attacked_probs: the detector's, of attacked ones, ``[draws, M, K]`` or ``[M, K]``.
     :param hit: whether the source is wrong about each, bool ``[M]``.
-    :raises ValueError: if these are no probabilities, or ``hit`` does not fit.
+    :raises ValueError: if these are no probabilities, no input was attacked, or ``hit`` does not fit.
     """
+    for name, value in (("attacked_probs", attacked_probs), ("hit", hit)):
+        if not isinstance(value, Tensor) or not value.numel():
+            raise ValueError(f"{name} is {_kind(value)}: a tensor is needed, of one attacked input at least")
     if hit.dtype != torch.bool or hit.shape != attacked_probs.shape[-2:-1]:
-        raise ValueError(
-            f"hit is {hit.dtype} {list(hit.shape)}: a bool for each of the {attacked_probs.shape[-2]} attacked inputs is needed"
-        )
+        raise ValueError(f"hit is {hit.dtype} {_kind(hit)}: a bool for each of the {attacked_probs.shape[-2]} attacked inputs is needed")
     parts = {"all": torch.ones_like(hit), "hit": hit, "missed": ~hit}
     chosen = {name: attacked_probs[..., rows, :] for name, rows in parts.items() if bool(rows.any())}
     table = ood_detection(clean_probs, chosen)
     return AdversarialDetection(*(table.get(name) for name in parts), float(hit.double().mean()))
+
+
+def _kind(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _scores(probs: Tensor) -> dict[str, Tensor]:

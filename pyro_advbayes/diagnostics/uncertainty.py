@@ -29,7 +29,9 @@ def variation_ratio(probs: Tensor) -> Tensor:
     :param probs: ``[draws, N, K]`` or ``[N, K]``.
     :return: ``[N]``, in [0, 1 - 1/K].
     """
-    return like(1 - predictive_mean(probs).amax(-1), probs)
+    mean = predictive_mean(probs)
+    # the other classes' share, exact where the largest is 1 to rounding
+    return like(mean.scatter(-1, mean.argmax(-1, keepdim=True), 0.0).sum(-1), probs)
 
 
 def mutual_information(probs: Tensor) -> Tensor:

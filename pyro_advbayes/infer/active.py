@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from pyro_advbayes.diagnostics import LearningCurve, acquire
 from pyro_advbayes.diagnostics.acquisition import ACQUISITIONS
 from pyro_advbayes.infer.mcmc import files
+from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, tensor_digest
 
 Fit = Callable[[Tensor, Tensor], Any]
 CHUNK = 1000  # inputs that are predicted at a time
@@ -58,33 +59,38 @@ def active_learning(
     :param int per_class: labels of every class at the start, >= 1.
     :param int candidates: how many inputs of the pool, drawn anew in every round, are looked at; None for all of them.
     :param int seed: of everything that is random, fits included.
-    :param path: a file that keeps every finished round; where there is one, the run goes on from it, to the same end.
+    :param path: a file that keeps every finished round; where there is one, the run goes on from it, to the same end. Pool, test set and
+        arguments must be the same, bit for bit, but for ``num_rounds``: more go on from those kept, fewer return the first of them.
     :param bool disable_progbar: no progress bar; there is none where the output is no terminal.
     :return: accuracy of the mean prediction after every fit, as one repetition.
     :raises ValueError: naming the argument that is out of range, a pool that is too small, or a file of another run.
+    :raises FileNotFoundError: if the folder of ``path`` is missing.
     """
     x, y = pool
     settings = {
         "acquisition": acquisition,
-        "num_rounds": num_rounds,
         "per_round": per_round,
         "per_class": per_class,
         "candidates": candidates,
         "seed": seed,
-        "pool": [len(x), float(x.double().sum())],
     }
-    _check(settings, y)
-    path = None if path is None else Path(path)
+    _check({**settings, "num_rounds": num_rounds}, y)
+    if path is not None:
+        path = Path(path)
+        files.refuse_existing(path, overwrite=True)
+        settings |= _fingerprint(pool, test)
     pyro.set_rng_seed(seed)
     labelled, accuracies = _first(y, per_class), []
     if path is not None and path.exists():
         labelled, accuracies = _load(path, settings, x.device)
+        accuracies = accuracies[: num_rounds + 1]
     bar = tqdm(total=num_rounds + 1, initial=len(accuracies), desc=acquisition, disable=True if disable_progbar else None)
     with bar:
         while len(accuracies) <= num_rounds:
             classifier = fit(x[labelled], y[labelled])
             accuracies.append(_accuracy(classifier, *test))
-            if len(accuracies) <= num_rounds:
+            # a longer run, where the pool has room for one, goes on from what is asked for after the last round
+            if len(accuracies) <= num_rounds or (path is not None and len(labelled) + per_round <= len(y)):
                 labelled = torch.cat([labelled, _ask(classifier, x, labelled, acquisition, per_round, candidates)])
             if path is not None:
                 _save(path, settings, labelled, accuracies)
@@ -109,7 +115,7 @@ def _check(settings: Mapping[str, Any], y: Tensor) -> None:
     if wanted > len(y):
         raise ValueError(f"the pool has {len(y)} inputs, fewer than the {wanted} labels that the rounds ask for: take fewer")
     candidates = settings["candidates"]
-    if candidates is not None and not settings["per_round"] <= candidates:
+    if candidates is not None and (isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < settings["per_round"]):
         raise ValueError(f"candidates={candidates!r}: an int >= per_round, or None for the whole pool")
 
 
@@ -141,6 +147,12 @@ def _accuracy(classifier: Any, x: Tensor, y: Tensor) -> float:
     return float((_probs(classifier, x).mean(0).argmax(-1) == y).double().mean())
 
 
+def _fingerprint(pool: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """What a run depends on beside its arguments."""
+    digests = {name: [tensor_digest(value) for value in data] for name, data in (("pool", pool), ("test", test))}
+    return {**digests, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
 def _save(path: Path, settings: Mapping[str, Any], labelled: Tensor, accuracies: list[float]) -> None:
     state = {"settings": dict(settings), "labelled": labelled, "accuracies": accuracies, "random": files.random_state(labelled.device)}
     files.save(path, state)
@@ -148,8 +160,9 @@ def _save(path: Path, settings: Mapping[str, Any], labelled: Tensor, accuracies:
 
 def _load(path: Path, settings: Mapping[str, Any], device: torch.device) -> tuple[Tensor, list[float]]:
     content = files.load(path)
-    for name, value in settings.items():
-        if content.get("settings", {}).get(name) != value:
-            raise ValueError(f"{path} is of another run: its {name} is {content.get('settings', {}).get(name)!r}, here it is {value!r}")
+    then = content.get("settings") if isinstance(content, dict) else None
+    if not isinstance(then, dict) or set(then) != set(settings):
+        raise ValueError(f"{path} holds no active learning that this version can go on with: delete it, or choose another path")
+    check_fingerprint(dict(settings), then, path)
     files.set_random_state(content["random"], device)
     return content["labelled"].to(device), list(content["accuracies"])

@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta
 from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -41,25 +42,28 @@ def deep_ensemble(
         ensemble = PosteriorClassifier(model, members)
 
     Each member is an ``AutoDelta`` trained by Pyro's SVI, in a parameter store of its own (two guides in one store would share their
-    parameters by name) and on its own shuffled epochs.
+    parameters by name) and on its own shuffled epochs; ``num_members=1`` is the point network of SGD.
 
     :param model: a Pyro model with continuous latent sites.
     :param args: its arguments.
     :param kwargs: its keyword arguments.
     :param int num_members: number of networks, >= 1.
     :param int num_steps: updates of each, >= 1.
-    :param PyroOptim optim: its settings serve every member anew.
+    :param PyroOptim optim: its settings serve every member anew. No scheduler, which nobody would step; ``ClippedAdam``'s step size falls
+        by itself (``lrd``).
     :param int batch_size: rows in a minibatch, which is scaled to all rows; None for all rows at every step.
     :param ELBO loss: ``Trace_ELBO()`` by default; :class:`~pyro_advbayes.TraceRobust_ELBO` makes an ensemble of adversarially
         trained networks.
     :param init_loc_fn: where a member starts, as in ``AutoDelta``; it must be random, or all members are one.
     :return: site -> ``[members, *site]``, as ``posterior_samples``.
-    :raises ValueError: if a count is below 1, there are no ``batch_size`` rows to take, or the model has parameters without a prior that
-        want a gradient: what a draw does not hold cannot differ between members.
+    :raises ValueError: if a count is below 1, ``optim`` is a scheduler, there are no ``batch_size`` rows to take, or the model has
+        parameters without a prior that want a gradient: what a draw does not hold cannot differ between members.
     """
     for name, value in (("num_members", num_members), ("num_steps", num_steps)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: an int >= 1")
+    if isinstance(optim, PyroLRScheduler):
+        raise ValueError("optim is a scheduler, which would never be stepped: give an optimiser, such as ClippedAdam with lrd")
     arguments = Arguments(model, args, kwargs or {})
     arguments.check_finite()
     _refuse_parameters(model, *arguments.replace(arguments.tensors))

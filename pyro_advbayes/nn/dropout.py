@@ -32,14 +32,15 @@ def mc_dropout(net: torch.nn.Module) -> PyroModule:
 
     :param net: a network with Dropout layers; it stays untouched.
     :return: the copy.
-    :raises ValueError: if it has no Dropout layer, one with p = 1, or one of a kind that is not a mask (AlphaDropout).
+    :raises ValueError: if it has no Dropout layer, one with p = 1, or one of a kind that is not a mask (AlphaDropout), or a layer that
+        leaves units out by itself or skips its Dropout layers: recurrent ones of several layers and attention, each with ``dropout``;
+        TransformerEncoderLayer, but for one with an activation that PyTorch has no fast path for.
     """
     net, found = copy.deepcopy(net), False
     for name, module in list(net.named_modules()):
+        _refuse_other_dropout(f"layer {name!r} ({type(module).__name__})" if name else f"the {type(module).__name__}", module)
         for attribute, child in list(module._modules.items()):  # named_children leaves out what has been seen
             label = f"{name}.{attribute}".lstrip(".")
-            if isinstance(child, (torch.nn.AlphaDropout, torch.nn.FeatureAlphaDropout)):
-                raise ValueError(f"layer {label!r} ({type(child).__name__}) is no mask: use Dropout")
             if isinstance(child, (*_WHOLE, *_CHANNELS)):
                 if child.p >= 1.0:
                     raise ValueError(f"layer {label!r} leaves every unit out (p={child.p}): p < 1")
@@ -49,6 +50,22 @@ def mc_dropout(net: torch.nn.Module) -> PyroModule:
         raise ValueError(f"the {type(net).__name__} has no Dropout layer, whose masks could be drawn")
     to_pyro_module_(net)
     return net
+
+
+def _refuse_other_dropout(label: str, layer: torch.nn.Module) -> None:
+    """:raises ValueError: if a layer drops in ways that no site stands for, or passes its Dropout layers by."""
+    if isinstance(layer, (torch.nn.AlphaDropout, torch.nn.FeatureAlphaDropout)):
+        raise ValueError(f"{label} is no mask: use Dropout")
+    if isinstance(layer, torch.nn.RNNBase) and layer.num_layers > 1 and layer.dropout > 0.0:
+        raise ValueError(f"{label} has dropout={layer.dropout} between its layers, which is no site: use num_layers=1, and Dropout between")
+    if isinstance(layer, torch.nn.MultiheadAttention) and layer.dropout > 0.0:
+        raise ValueError(f"{label} has dropout={layer.dropout} on its attention weights, which is no site: set its dropout to 0.0")
+    if isinstance(layer, torch.nn.TransformerEncoderLayer) and layer.activation_relu_or_gelu:
+        if any(part.p > 0.0 for part in layer.modules() if isinstance(part, (*_WHOLE, *_CHANNELS))):
+            raise ValueError(
+                f"{label} skips its Dropout layers in eval mode, on PyTorch's fast path: give it an activation that this path does not "
+                "know, as activation=lambda x: x.relu()"
+            )
 
 
 class _Mask(PyroModule):

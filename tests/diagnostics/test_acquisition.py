@@ -80,6 +80,9 @@ def test_scores_are_taken_from_the_highest_down_and_ties_in_order():
             for acquisition in ("entropy", "bald", "variation_ratio"):
                 assert acquire(each, 5, acquisition).tolist() == [0, 1, 2, 3, 4]
             assert int(acquire(each, 5, "batch_bald")[0]) == 0
+    # no label tells one draw from itself, nor draws that agree from each other
+    agree = torch.randn(1, 40, 10).softmax(-1)
+    assert acquire(agree, 6, "batch_bald").tolist() == acquire(agree.repeat(20, 1, 1), 6, "batch_bald").tolist() == [0, 1, 2, 3, 4, 5]
     assert acquire(probs.float(), 4, "batch_bald").tolist() == acquire(probs, 4, "batch_bald").tolist()
 
 

@@ -108,3 +108,17 @@ def test_adversarial_inputs_that_missed_are_told_apart():
     assert adversarial_detection(clean, attacked, torch.ones(40, dtype=torch.bool)).missed is None
     with pytest.raises(ValueError, match=r"hit is .*: a bool for each of the 40"):
         adversarial_detection(clean, attacked, hit[:3])
+
+
+def test_what_is_no_dict_of_tensors_and_an_attack_on_nothing_are_refused_by_name():
+    clean, attacked, hit = draws(8.0), draws(1.0), torch.arange(40) % 4 == 0
+    with pytest.raises(ValueError, match="out_probs is a list: give a dict"):
+        ood_detection(clean, [attacked])
+    with pytest.raises(ValueError, match="noise: probabilities a list do not go with"):
+        ood_detection(clean, {"noise": attacked.tolist()})
+    with pytest.raises(ValueError, match="hit is a list: a tensor is needed"):
+        adversarial_detection(clean, attacked, hit.tolist())
+    with pytest.raises(ValueError, match="attacked_probs is a list: a tensor is needed"):
+        adversarial_detection(clean, attacked.tolist(), hit)
+    with pytest.raises(ValueError, match=r"attacked_probs is \[5, 0, 3\]: .* one attacked input at least"):
+        adversarial_detection(clean, attacked[:, :0], hit[:0])

@@ -56,6 +56,22 @@ def test_the_two_variation_ratios_differ_where_draws_agree_but_are_not_sure():
     assert vote_variation_ratio(p).item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_variation_ratio_of_saturated_predictions_is_what_is_left_for_the_other_classes(dtype):
+    gaps = torch.tensor([12.0, 20.0, 40.0, 80.0], dtype=dtype)  # exp(-20) is below float32's spacing at 1, exp(-40) below float64's
+    p = torch.stack([gaps, torch.zeros_like(gaps), torch.zeros_like(gaps)], -1).softmax(-1)
+    wanted = 2 / (gaps.exp() + 2)
+    torch.testing.assert_close(variation_ratio(p), wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(variation_ratio(p.expand(3, -1, -1)), wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("score", [predictive_entropy, expected_entropy, variation_ratio, model_variance], ids=lambda f: f.__name__)
+def test_scores_of_saturated_float32_predictions_are_those_of_the_exact_ones(score):
+    gaps = 16 + 4 * torch.rand(10, 50, dtype=torch.float64)  # the largest is 1 or one of its neighbours in float32
+    exact = torch.stack([gaps, torch.zeros_like(gaps), torch.zeros_like(gaps)], -1).softmax(-1)
+    torch.testing.assert_close(score(exact.float()).double(), score(exact), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("score", SCORES, ids=lambda f: f.__name__)
 def test_zeros_in_probabilities_are_no_trouble(score):
     assert score(SURE.float()).isfinite().all()

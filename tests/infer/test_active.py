@@ -1,25 +1,28 @@
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pyro
 import pytest
 import torch
 from torch import nn
 
 import pyro_advbayes as ab
+from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.nn.classifier import Classifier
 
 
 class Centroids:
-    """Draws of a classifier by the distance to the centroids of resampled inputs; counts how often it is asked."""
+    """Draws of a classifier by the distance to the centroids of resampled inputs; keeps what it is asked of."""
 
-    calls = 0
+    asked: ClassVar[list[torch.Tensor]] = []
 
     def __init__(self, x, y, draws=6):
         rows = [torch.cat([(y == k).nonzero().flatten()[torch.randint(int((y == k).sum()), (2,))] for k in (0, 1)]) for _ in range(draws)]
         self.centroids = torch.stack([x[r].view(2, 2, -1).mean(1) for r in rows])
 
     def log_probs(self, x):
-        Centroids.calls += 1
+        Centroids.asked.append(x)
         for part in self.centroids.split(4):
             yield (-torch.cdist(x.expand(len(part), *x.shape), part)).log_softmax(-1)
 
@@ -30,14 +33,14 @@ def blobs(count=60):
     return torch.randn(count, 2) + 2.0 * y[:, None], y
 
 
-def run(**options):
+def run(pool=None, test=None, **options):
     seen = []
 
     def fit(x, y):
         seen.append((x, y))
         return Centroids(x, y)
 
-    pool, test = blobs(), blobs(40)
+    pool, test = pool or blobs(), test or blobs(40)
     curve = ab.active_learning(fit, pool, test, **{"num_rounds": 4, "per_round": 3, "disable_progbar": True, **options})
     return curve, seen
 
@@ -55,9 +58,9 @@ def test_every_round_adds_new_labels_to_those_before(acquisition):
 def test_the_start_is_the_same_for_all_acquisitions_and_random_asks_no_classifier():
     starts = [run(acquisition=a)[1][0][0] for a in ("bald", "random")]
     assert torch.equal(*starts)
-    Centroids.calls = 0
+    Centroids.asked.clear()
     run(acquisition="random")
-    assert Centroids.calls == 5  # for accuracy alone
+    assert [len(x) for x in Centroids.asked] == [40] * 5  # for accuracy alone
 
 
 def test_what_is_asked_for_is_where_the_classifier_is_unsure():
@@ -95,9 +98,109 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path):
         run(path=tmp_path / "part.safetensors", seed=1)
 
 
-def test_candidates_are_a_part_of_the_pool():
+def test_more_rounds_go_on_from_those_kept_and_fewer_are_the_first_of_them(tmp_path):
+    whole, path = run()[0], tmp_path / "rounds.safetensors"
+    run(path=path, num_rounds=2)
+    curve, seen = run(path=path)
+    assert len(seen) == 2 and torch.equal(curve.accuracy, whole.accuracy)
+    curve, seen = run(path=path, num_rounds=1)
+    assert not seen and torch.equal(curve.accuracy, whole.accuracy[:, :2]) and curve.num_labels.tolist() == [4, 7]
+    assert not run(path=path)[1]  # which left the file as it was
+    run(path=path, num_rounds=18)
+    assert not run(path=path, num_rounds=18)[1]  # 58 labels of a pool of 60, with no room for another round
+
+
+def test_a_run_goes_on_with_its_own_data_alone(tmp_path):
+    (x, y), test, path = blobs(), blobs(40), tmp_path / "run.safetensors"
+    run(path=path)
+    others = {
+        "pool": [(x, 1 - y), (x.flip(0), y.flip(0)), (x.double(), y)],
+        "test": [(test[0][:9], test[1][:9]), (test[0], 1 - test[1])],
+    }
+    for name, sets in others.items():
+        for other in sets:
+            with pytest.raises(ValueError, match=f"of another run: its {name} is "):
+                run(path=path, **{name: other})
+    missing = x.clone(), y
+    missing[0][3] = torch.nan
+    for rounds in (5, 0):  # NaN is equal to itself here
+        assert len(run(pool=missing, acquisition="random", path=tmp_path / "nan.safetensors")[1]) == rounds
+
+
+def test_a_run_goes_on_under_another_number_of_threads_with_a_warning(tmp_path, monkeypatch):
+    run(path=tmp_path / "run.safetensors")
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    with pytest.warns(UserWarning, match=f"written with threads={threads}"):
+        assert not run(path=tmp_path / "run.safetensors")[1]
+
+
+def test_files_that_cannot_be_gone_on_with_are_refused_before_the_first_fit(tmp_path):
+    def fit(x, y):
+        raise AssertionError("fitted")
+
+    options, path = {"num_rounds": 4, "per_round": 3, "disable_progbar": True}, tmp_path / "run.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"the folder .*missing does not exist"):
+        ab.active_learning(fit, blobs(), blobs(40), path=tmp_path / "missing" / "run.safetensors", **options)
+    former = {"acquisition": "bald", "num_rounds": 4, "per_round": 3, "per_class": 2, "candidates": None, "seed": 0, "pool": [60, 8.5]}
+    for content in ([1, 2], {"settings": former, "labelled": torch.arange(4), "accuracies": [0.5]}, {"settings": 3}):
+        files.save(path, content)
+        with pytest.raises(ValueError, match=r"run.safetensors holds no active learning that this version can go on with: delete it"):
+            ab.active_learning(fit, blobs(), blobs(40), path=path, **options)
+
+
+KINDS = {  # of four draws, the probabilities of three classes
+    "even": [[0.5, 0.5, 0.0]] * 4,
+    "spread": [[0.55, 0.225, 0.225]] * 4,
+    "disputed": [[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]] * 2,
+    "disputed by others": [[0.88, 0.12, 0.0]] * 2 + [[0.2, 0.8, 0.0]] * 2,
+    "sure": [[1.0, 0.0, 0.0]] * 4,
+}
+
+
+class OfKinds:
+    """Draws whose predictions depend on nothing but the kind of an input."""
+
+    def log_probs(self, x):
+        yield torch.tensor(list(KINDS.values()))[x].log().transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("acquisition", "wanted"),
+    [
+        ("entropy", {"spread"}),
+        ("variation_ratio", {"even"}),
+        ("bald", {"disputed"}),
+        ("batch_bald", {"disputed", "disputed by others"}),
+    ],
+)
+def test_every_acquisition_asks_for_what_it_wants_most(acquisition, wanted):
+    x, y, labelled = torch.arange(20) % 5, torch.arange(20) // 10, []
+
+    def fit(x, y):
+        labelled.append(x)
+        return OfKinds()
+
+    options = {"num_rounds": 1, "per_round": 2, "per_class": 1, "disable_progbar": True}
+    ab.active_learning(fit, (x, y), (x, y), acquisition=acquisition, **options)
+    assert {list(KINDS)[kind] for kind in labelled[1][2:]} == wanted
+
+
+def test_candidates_are_a_part_of_the_pool_drawn_anew_in_every_round():
+    Centroids.asked.clear()
     curve, seen = run(acquisition="bald", candidates=5)
     assert len(seen[-1][0].unique(dim=0)) == 16 and curve.accuracy.min() > 0.5
+    assert [len(x) for x in Centroids.asked] == [40, 5] * 4 + [40]
+    rounds = Centroids.asked[1::2]
+    for before, candidates, after in zip(seen, rounds, seen[1:], strict=False):
+        assert not _of(candidates, before[0]).any()
+        assert _of(after[0][-3:], candidates).all()
+    assert len(torch.cat(rounds).unique(dim=0)) > 10
+
+
+def _of(rows, others):
+    """Which rows are among others."""
+    return (rows[:, None] == others).all(-1).any(-1)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +211,8 @@ def test_candidates_are_a_part_of_the_pool():
         ({"num_rounds": -1}, "num_rounds=-1"),
         ({"per_class": 31}, "30 inputs of class 0, fewer than per_class"),
         ({"num_rounds": 30}, "60 inputs, fewer than the 94 labels"),
-        ({"candidates": 2}, "candidates=2"),
+        ({"candidates": 2}, "candidates=2: an int >= per_round"),
+        ({"candidates": 5.5}, "candidates=5.5: an int >= per_round"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_the_first_fit(options, message):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.nn import PyroModule
-from pyro.optim import Adam
+from pyro.optim import Adam, ClippedAdam, ExponentialLR
 
 import pyro_advbayes as ab
 from models.linear_regression import LinearRegression
@@ -111,3 +111,12 @@ def test_counts_that_make_no_sense_are_refused(settings, words):
     x, y = data()
     with pytest.raises(ValueError, match=words):
         deep_ensemble(mlp((3, 2)), (x, y.long()), **{"num_members": 2, "num_steps": 2, "optim": Adam({"lr": 0.1}), **settings})
+
+
+def test_a_scheduler_that_nobody_would_step_is_refused():
+    x, y = data()
+    optim = ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.9})
+    with pytest.raises(ValueError, match=r"optim is a scheduler, .* ClippedAdam with lrd"):
+        deep_ensemble(mlp((3, 2)), (x, y.long()), num_members=1, num_steps=1, optim=optim)
+    falling = ClippedAdam({"lr": 0.1, "lrd": 0.5})
+    assert deep_ensemble(mlp((3, 2)), (x, y.long()), num_members=1, num_steps=1, optim=falling)

@@ -95,3 +95,58 @@ def test_what_cannot_be_a_mask_is_refused_by_name():
     x, y = torch.randn(10, 2), torch.zeros(10).long()
     with pytest.raises(ValueError, match=r"'net.2.mask' .* is discrete"):
         Potential(Classifier(mc_dropout(network())), (x, y))
+
+
+class Sequences(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.drop, self.head = layer, nn.Dropout(0.5), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.layer(x)
+        return self.head(self.drop(found[0] if isinstance(found, tuple) else found)[:, -1])
+
+
+def encoder(activation, **options) -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(8, 2, 16, **{"dropout": 0.5, "batch_first": True, "activation": activation, **options})
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.LSTM(8, 8, 2, dropout=0.5), r"layer 'layer' \(LSTM\) has dropout=0.5 between its layers, .*: use num_layers=1"),
+        (nn.GRU(8, 8, 3, dropout=0.5), r"layer 'layer' \(GRU\) has dropout=0.5"),
+        (nn.MultiheadAttention(8, 2, dropout=0.5), r"layer 'layer' \(MultiheadAttention\) has dropout=0.5 .*: set its dropout to 0"),
+        (encoder(nn.functional.relu), r"layer 'layer' \(TransformerEncoderLayer\) skips its Dropout layers .* activation=lambda"),
+        (encoder(nn.GELU()), r"layer 'layer' \(TransformerEncoderLayer\) skips"),
+        (nn.TransformerEncoder(encoder("gelu"), 2), r"layer 'layer.layers.0' \(TransformerEncoderLayer\) skips"),
+        (encoder(lambda x: x.relu()), r"layer 'layer.self_attn' \(MultiheadAttention\) has dropout=0.5"),
+    ],
+)
+def test_layers_that_would_leave_units_out_without_a_site_or_skip_a_site_are_refused_by_name(layer, message):
+    with pytest.raises(ValueError, match=message):
+        mc_dropout(Sequences(layer))
+
+
+def test_an_encoder_layer_itself_is_refused_too():
+    with pytest.raises(ValueError, match="the TransformerEncoderLayer skips its Dropout layers"):
+        mc_dropout(encoder("relu"))
+
+
+def test_what_the_refusals_ask_for_draws_every_mask_in_eval_mode_and_without_gradients():
+    layer = encoder(lambda x: x.relu())
+    layer.self_attn.dropout = 0.0
+    model, x = Classifier(mc_dropout(Sequences(layer))).eval(), torch.randn(5, 4, 8)
+    with torch.no_grad():
+        masks = {name for name in poutine.trace(model).get_trace(x).stochastic_nodes if name.endswith(".mask")}
+        drawn = Predictive(model, guide=dropout_guide(model), num_samples=10, return_sites=["_RETURN"])(x)["_RETURN"]
+    assert masks == {"net.drop.mask", *(f"net.layer.{name}.mask" for name in ("dropout", "dropout1", "dropout2"))}
+    assert len(drawn.flatten(1).unique(dim=0)) == 10
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM(8, 8, 1), nn.GRU(8, 8, 2), encoder("relu", dropout=0.0)])
+def test_layers_that_leave_nothing_out_are_taken_as_they_are(layer):
+    model = Classifier(mc_dropout(Sequences(layer))).eval()
+    with torch.no_grad():
+        sites = poutine.trace(model).get_trace(torch.randn(5, 4, 8)).stochastic_nodes
+    assert [name for name in sites if name.endswith(".mask")] == ["net.drop.mask"]

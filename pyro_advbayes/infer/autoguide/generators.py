@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from pyro_advbayes.infer.autoguide.rows import Rows
+
+# Layers that make more of a row than its noise says.
+MIXING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+DROPPING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 class RowGenerator(nn.Module):
@@ -156,9 +158,9 @@ class NetworkGenerator(StandardizedGenerator):
             raise ValueError(f"generator: {type(network).__name__} has no attribute noise, the dimension of its input: set one (an int)")
         super().__init__(noise)
         for label, layer in network.named_modules():
-            if isinstance(layer, _BatchNorm):
+            if isinstance(layer, MIXING):
                 why = "makes a row of all others of its batch, or of running statistics: take LayerNorm"
-            elif isinstance(layer, _DropoutNd) and layer.p > 0.0:
+            elif isinstance(layer, DROPPING) and layer.p > 0.0:
                 why = "draws masks, in training mode only: leave it out"
             else:
                 continue

@@ -23,7 +23,7 @@ from pyro_advbayes.infer.distill.stopping import Stopping
 from pyro_advbayes.infer.distill.training import Settings, Training
 from pyro_advbayes.infer.distill.wgan import WGAN
 from pyro_advbayes.infer.mcmc import files
-from pyro_advbayes.infer.mcmc.fingerprint import digest, hash_of
+from pyro_advbayes.infer.mcmc.fingerprint import hash_of, tensor_digest
 from pyro_advbayes.potential import Potential
 
 PRESETS = {
@@ -355,5 +355,5 @@ def _fingerprint(guide: AutoImplicit, rows: Rows, potential: Potential | None) -
         "generator": [type(guide.network).__name__, guide.network.settings()],
         "number of draws": len(rows),
         "draws": hash_of(rows.chunks()),
-        "data": None if potential is None else [digest(value) for value in potential.arguments.tensors],
+        "data": None if potential is None else [tensor_digest(value) for value in potential.arguments.tensors],
     }

@@ -43,18 +43,7 @@ def schedule_values(kernel: SGMCMCKernel, num_samples: int) -> dict[str, list[fl
     }
 
 
-def data_digests(kernel: SGMCMCKernel, loader: bool) -> list[Any]:
-    """
-    The digest of every tensor of the data.
-
-    :param loader: whether they come from one.
-    """
-    batches = kernel.potential.batches
-    tensors = batches.tensors if loader else kernel.potential.arguments.tensors
-    return [digest(value) for value in tensors] + (batches.describe() if loader else [])
-
-
-def digest(value: Tensor) -> list[Any]:
+def tensor_digest(value: Tensor) -> list[Any]:
     """Shape, dtype and a hash of a tensor."""
     return [list(value.shape), str(value.dtype), hash_of(value.detach().flatten().split(1 << 20))]
 
@@ -65,6 +54,17 @@ def hash_of(parts: Iterable[Tensor]) -> str:
     for part in parts:
         found.update(part.cpu().contiguous().view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def data_digests(kernel: SGMCMCKernel, loader: bool) -> list[Any]:
+    """
+    The digest of every tensor of the data.
+
+    :param loader: whether they come from one.
+    """
+    batches = kernel.potential.batches
+    tensors = batches.tensors if loader else kernel.potential.arguments.tensors
+    return [tensor_digest(value) for value in tensors] + (batches.describe() if loader else [])
 
 
 def fingerprint(kernel: SGMCMCKernel, scheduled: Mapping[str, list[float]], data: list[Any] | None) -> dict[str, Any]:
