@@ -148,13 +148,30 @@ def test_tables_have_the_numbers_of_the_result_files():
     for label, numbers in strange.items():
         row = found[f"OOD: {label}"]
         aurocs = [row["ood"]["s = 5"][name]["entropy"]["auroc"][0] for name in ("notMNIST", "Omniglot", "CIFAR10bw", "Gaussian", "Uniform")]
-        assert numbers == [f"{row['accuracy'][0]:.3f}", f"{row['bytes'] / 1e6:.1f}", *(f"{value:.1f}" for value in aurocs)]
+        share = row["draws"] / row["about"]["kept"] if label == "SGLD" else 1.0  # the file has the storage of its whole chain
+        assert numbers == [f"{row['accuracy'][0]:.3f}", f"{share * row['bytes'] / 1e6:.1f}", *(f"{value:.1f}" for value in aurocs)]
+    whole = [found[f"OOD: APD, {name}"]["about"] for name in ("as published", "hypernetwork")]
+    fitted, shown = [about["seconds"] / 60 for about in whole], [label for label in strange if label.startswith("APD, rank")]
+    assert "{:.0f} minutes of a core that was not its own went into {} of the published".format(fitted[0], whole[0]["steps"]) in TEXT
+    assert "and {:.0f} into {} of the hypernetwork's".format(fitted[1], whole[1]["steps"]) in TEXT
+    assert [round(found[f"OOD: {label}"]["seconds"] / 60) for label in shown] == [4, 4] and "took 4 minutes each" in TEXT
+    assert fitted[0] > 10 * 4  # a tenth of the published training's time, which was cut short at that
     for score in ("variation ratio", "mutual information"):
         sets = found["OOD: SGLD"]["ood"]["s = 5"]
         aurocs = [sets[name][score]["auroc"][0] for name in ("notMNIST", "CIFAR10bw", "Gaussian", "Uniform")]
         assert "{:.1f}, {:.1f}, {:.1f} and {:.1f}".format(*aurocs) in TEXT
+    by_ratio = (
+        f"{numbers['variation ratio']['auroc'][0]:.1f}"
+        for name, numbers in found["OOD: MC dropout"]["ood"]["s = 5"].items()
+        if "255" not in name
+    )
+    assert "has {}, {}, {}, {} and {} by the variation ratio".format(*by_ratio) in TEXT
     own = [found[f"detection: PGD on {name}, one draw"]["detectors"][name]["all"]["model variance"]["auroc"] for name in ("SGLD", "APD")]
     assert "an AUROC of {:.1f} is left to the variance of SGLD's draws and {:.1f} to that of APD's".format(*own) in TEXT
+    crossed = (("SGLD", "MC dropout"), ("MC dropout", "SGLD"), ("MC dropout", "MC dropout"))  # attacked, detector
+    found_by = [found[f"detection: PGD on {a}, one draw"]["detectors"][b]["all"]["model variance"]["auroc"] for a, b in crossed]
+    text = "for a draw of SGLD at {:.1f}, and SGLD finds what it made for MC dropout at {:.1f}, where MC dropout itself has {:.1f}"
+    assert text.format(*found_by) in TEXT
     assert gap(found["OOD: APD, rank 32, kept codes, packed"], found["OOD: SGLD"]) <= 0.5  # the one that README recommends
     kept = [gap(found[f"OOD: APD, rank {rank}, kept codes"], found["OOD: SGLD"]) for rank in (4, 8, 16, 32, 64)]
     made = [gap(found[f"OOD: APD, rank {rank}"], found["OOD: SGLD"]) for rank in (4, 8, 16, 32, 64)]
