@@ -7,7 +7,7 @@ import pytest
 
 from tutorials.papers import apd_active_learning as active
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*keep the draws, or take a smaller generator", "ignore:APD has not come down")
+pytestmark = pytest.mark.filterwarnings("ignore:.*keep the draws, or take a smaller generator", "ignore:APD has not (come down|looked)")
 
 
 @pytest.fixture(scope="module")

@@ -547,7 +547,7 @@ def test_draws_grouped_by_chain_are_refused_where_the_model_declares_its_shapes(
     few = {"w": torch.randn(8, 100, 3)}
     with pytest.raises(ValueError, match=r"8 draws of site 'w', .*look grouped by chain: .*fit\(samples, x, y\)"):
         APD(members, batch_size=4, num_steps=1).fit(few)
-    with pytest.warns(UserWarning, match="APD has not come down to the draws"):
+    with pytest.warns(UserWarning, match="APD has not looked at what it makes in 1 steps"):
         assert APD(members, batch_size=4, num_steps=1).fit(few, torch.randn(5, 3)).steps == 1
     with pytest.raises(ValueError, match=r"8 draws are fewer than batch_size=256: .*without group_by_chain=True"):
         APD(AutoImplicit(vector(3), MLPGenerator(noise=3, hidden=(8,)))).fit({"w": torch.randn(8, 100, 3)})
