@@ -92,10 +92,11 @@ def test_what_is_said_of_adversarial_sampling_is_in_the_result_files():
     assert f"by {cold:.1f} points (cold) and {proper:.1f} (proper)" in TEXT
 
 
-def test_tables_have_the_numbers_of_the_result_files():
-    def results(name: str) -> dict:
-        return json.loads((RESULTS / name).read_text())["results"]
+def results(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())["results"]
 
+
+def test_what_is_said_of_bayesian_adversarial_learning_is_in_the_result_file():
     robust, found = rows("| | clean | FGSM 0.15 | PGD 0.15 | Square 0.15 | C-W step |"), results("bal_mnist-paper.json")
     assert len(robust) >= 5
     for label, numbers in robust.items():
@@ -135,6 +136,9 @@ def test_tables_have_the_numbers_of_the_result_files():
         growth = [row[attack]["0.15"] for row in learners]
         assert growth == sorted(growth) and growth[2][0] - growth[0][0] > 2 * math.hypot(growth[0][1], growth[2][1])
         assert growth[3][0] - growth[2][0] < growth[3][1] and "from there to ten the differences are within a standard error" in TEXT
+
+
+def test_what_is_said_of_active_learning_is_in_the_result_file():
     asked, curves = rows("| labels | 50 | 100 | 150 | 200 |"), learning_curves(results("apd_active_learning-cpu.json"))
     assert {f"SGLD, {label}" for label in asked} == set(curves) and len(asked) >= 2
     for label, numbers in asked.items():
@@ -143,6 +147,9 @@ def test_tables_have_the_numbers_of_the_result_files():
     entropy, random = (curves[f"SGLD, {label}"] for label in ("entropy", "random"))
     behind = entropy.num_labels[entropy.mean <= random.mean].max().item()
     assert f"the entropy is ahead from {behind + 10} labels on" in TEXT
+
+
+def test_what_is_said_of_a_distilled_posterior_is_in_the_result_file():
     strange, found = rows("| | accuracy | MB | notMNIST | Omniglot | CIFAR-10, grey | Gaussian | uniform |"), results("apd_mnist-cpu.json")
     assert len(strange) >= 4
     for label, numbers in strange.items():

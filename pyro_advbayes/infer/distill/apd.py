@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import RowGenerator
-from pyro_advbayes.infer.autoguide.implicit import AutoImplicit, same_sites
+from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
+from pyro_advbayes.infer.autoguide.model_sites import same_sites
 from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, read_samples, row_dtype, site_at
 from pyro_advbayes.infer.distill.energy import Energy
 from pyro_advbayes.infer.distill.noise import fit_noise

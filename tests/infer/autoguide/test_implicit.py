@@ -17,7 +17,8 @@ from torch import nn
 
 from pyro_advbayes import PosteriorClassifier, Potential, Predictive
 from pyro_advbayes.attacks import PGD
-from pyro_advbayes.infer.autoguide.implicit import AutoImplicit, same_sites
+from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
+from pyro_advbayes.infer.autoguide.model_sites import same_sites
 from pyro_advbayes.infer.autoguide.rows import sites_of
 from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
 from pyro_advbayes.infer.distill import APD, FactoredGenerator, HyperGenerator, MLPGenerator

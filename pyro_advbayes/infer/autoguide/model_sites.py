@@ -1,0 +1,130 @@
+"""What a guide's sites are, held against those of its model: as it declares them, and as it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.nn import PyroModule
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+
+from pyro_advbayes.infer.conditioned import without_leading_ones
+from pyro_advbayes.nn.bayesian import declared_sites, map_tensors
+from pyro_advbayes.structure import Site, same_map
+
+
+def same_sites(one: Sequence[Site], two: Sequence[Site]) -> bool:
+    """Whether rows of the one are rows of the other."""
+    if [site[:4] for site in one] != [site[:4] for site in two]:
+        return False
+    return all(_maps_like(a, b.transform) for a, b in zip(one, two, strict=True))
+
+
+def _maps_like(site: Site, transform: Transform) -> bool:
+    """Whether a site's map is this one, wherever their tensors are."""
+    if torch.Size(transform.inverse_shape(site.shape)) != site.unconstrained_shape:
+        return False
+    one, other = (moved(each, torch.device("cpu")) for each in (site.transform, transform))
+    return same_map(one, other, site.unconstrained_shape, torch.empty((), dtype=site.dtype, device="cpu"))
+
+
+def moved(transform: Transform, device: torch.device) -> Transform:
+    """With its bounds on a device."""
+    return map_tensors(transform, lambda t: t.to(device))
+
+
+def map_onto(name: str, prior: Any) -> Transform:
+    """From unconstrained space onto the support of a site's prior."""
+    try:
+        return biject_to(prior.support)
+    except NotImplementedError:
+        raise ValueError(
+            f"site {name!r} ({type(prior).__name__}) has a support that is no image of unconstrained space, so that no generator can draw "
+            "it: give it a prior on another support (a Cholesky factor for a matrix), or sum it out"
+        ) from None
+
+
+def check_support(site: Site, prior: Any) -> None:
+    """:raises ValueError: if a site is not on the support of its prior."""
+    if not _maps_like(site, map_onto(site.name, prior)):
+        raise ValueError(
+            f"site {site.name!r} lives on {prior.support} in the model, which the draws did not tell the guide: pass the model's "
+            "arguments, fit(samples, x, y), or AutoImplicit(..., potential=Potential(model, (x, y)))"
+        )
+
+
+def missing_sites(model: Callable, trace: Trace, own: set[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """Latent sites beside the guide's ``own``, each with one that depends on it; see :class:`AutoImplicit` for what is none."""
+    nodes = {name: node for name, node in trace.nodes.items() if node["type"] == "sample" and not node["infer"].get("_deterministic")}
+    others = [name for name, node in nodes.items() if name not in own and not site_is_subsample(node)]
+    followers = {
+        name: _follower(model, nodes, name, others[place + 1 :], args, kwargs)
+        for place, name in enumerate(others)
+        if not nodes[name]["is_observed"]
+    }
+    plates = {name: {frame.name for frame in nodes[name]["cond_indep_stack"] if frame.vectorized} for name in others}
+    of_outcomes = set().union(*(plates[name] for name in others if followers.get(name) is None))
+    return {name: follower for name, follower in followers.items() if follower is not None and not plates[name] & of_outcomes}
+
+
+def _follower(
+    model: Callable, nodes: Mapping[str, Any], name: str, after: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str | None:
+    """The first of the sites ``after`` this one whose log-density changes when this one alone is drawn again."""
+    if not after:
+        return None
+    given = {other: node["value"] for other, node in nodes.items() if other != name}
+    with pyro.validation_enabled(False):  # the values of others may be outside their supports now
+        runs = [poutine.trace(poutine.condition(model, given)).get_trace(*args, **kwargs).nodes for _ in range(2)]
+        for other in after:
+            one, two = (run[other]["fn"].log_prob(run[other]["value"]) if other in run else None for run in runs)
+            if one is None or two is None or not torch.equal(one.nan_to_num(), two.nan_to_num()):
+                return other
+    return None
+
+
+def declared_priors(model: Callable, shapes: Mapping[str, torch.Size]) -> dict[str, TorchDistributionMixin]:
+    """
+    Compares the shapes of sites with those that a PyroModule declares as PyroSample, which can be seen without running it.
+
+    :return: the priors among these that are distributions, and not functions, whose values may follow the model's arguments.
+    """
+    if not isinstance(model, PyroModule):  # under an effect handler some sites may be another guide's
+        return {}
+    declared = declared_sites(model)
+    for name in declared:
+        if name not in shapes:
+            raise ValueError(f"site {name!r} of the model is missing; draws are needed of it, there are {sorted(shapes)}")
+    priors = {name: prior for name, prior in declared.items() if isinstance(prior, TorchDistributionMixin)}
+    for name, prior in priors.items():
+        if not _expands(prior.shape(), without_leading_ones(shapes[name])):
+            raise ValueError(f"site {name!r} has shape {tuple(shapes[name])} in the guide and {tuple(prior.shape())} in the model")
+    return priors
+
+
+def refuse_grouped(values: Mapping[str, Tensor], declared: Mapping[str, TorchDistributionMixin], source: str) -> None:
+    """Refuses draws with more dimensions than are declared where these look like the draws of a few chains, and not like a plate."""
+    fronts = {values[name].shape[2 : values[name].dim() - len(prior.shape())] for name, prior in declared.items()}
+    front = fronts.pop() if len(fronts) == 1 else ()
+    name = next(iter(declared), None)
+    if front and front[0] > 1 and front[0] >= values[name].shape[:2].numel():
+        raise ValueError(
+            f"{source}: {values[name].shape[:2].numel()} draws of site {name!r}, each of shape {tuple(values[name].shape[2:])}, where the "
+            f"model declares {tuple(declared[name].shape())}, look grouped by chain: take get_samples() without group_by_chain=True; or, "
+            "if a plate repeats every site, pass the model's arguments, fit(samples, x, y)"
+        )
+
+
+def _expands(shape: torch.Size, to: torch.Size) -> bool:
+    """Whether a value of this shape becomes one of the other in plates around it."""
+    try:
+        return torch.broadcast_shapes(without_leading_ones(shape), to) == to
+    except RuntimeError:
+        return False
