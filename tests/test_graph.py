@@ -422,6 +422,20 @@ def test_a_graph_belongs_to_the_autocast_that_it_was_traced_under():
     assert traced.backend == "graph"
 
 
+def test_a_kernel_steps_under_the_autocast_of_each_step():
+    data, ends = (torch.randn(ROWS, 4), torch.randn(ROWS)), []
+    for backend in ("graph", "handlers"):
+        pyro.set_rng_seed(0)
+        kernel = ab.SGLD(OnFeatures(), step_size=0.01, temperature=0.0, backend=backend)
+        kernel.setup(0, *data)
+        params = kernel.initial_params
+        for casts in (True, False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+                params = kernel.sample(params)
+        ends.append(params)
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
+
+
 class Weighed(PyroModule):
     """Class weights that only rows of their class see."""
 

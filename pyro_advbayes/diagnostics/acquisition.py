@@ -56,12 +56,14 @@ def batch_bald(probs: Tensor, count: int, num_labels: int = 1000) -> Tensor:
 
     :param probs: of the pool, ``[draws, N, K]``.
     :param int count: how many, 1 to N.
-    :param int num_labels: up to so many joint labels of the inputs chosen are all counted; beyond, so many are drawn.
+    :param int num_labels: >= 1; up to so many joint labels of the inputs chosen are all counted; beyond, so many are drawn.
     :return: their numbers, ``[count]``, in the order in which they were chosen.
-    :raises ValueError: if ``count`` is out of range.
+    :raises ValueError: if ``count`` or ``num_labels`` is out of range.
     """
     p = check_probs(probs, ranks=(3,))
     _check_count(count, p.shape[1])
+    if num_labels < 1:
+        raise ValueError(f"num_labels={num_labels!r}: an int >= 1")
     conditional = torch.special.entr(p).sum(-1).mean(0)  # [N]
     labels = _Labels(p.new_ones(len(p), 1), p.new_zeros(1), p.new_ones(1))
     chosen: list[int] = []

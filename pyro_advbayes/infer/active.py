@@ -63,10 +63,14 @@ def active_learning(
         arguments must be the same, bit for bit, but for ``num_rounds``: more go on from those kept, fewer return the first of them.
     :param bool disable_progbar: no progress bar; there is none where the output is no terminal.
     :return: accuracy of the mean prediction after every fit, as one repetition.
-    :raises ValueError: naming the argument that is out of range, a pool that is too small, or a file of another run.
+    :raises ValueError: naming the argument that is out of range, a pool that is too small, inputs that are more or fewer than their
+        classes, or a file of another run.
     :raises FileNotFoundError: if the folder of ``path`` is missing.
     """
     x, y = pool
+    for name, (inputs, classes) in (("pool", pool), ("test", test)):
+        if len(inputs) != len(classes):
+            raise ValueError(f"{name}: {len(inputs)} inputs and {len(classes)} classes: one class an input")
     settings = {
         "acquisition": acquisition,
         "per_round": per_round,

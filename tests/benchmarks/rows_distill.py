@@ -83,6 +83,11 @@ def distill_medium(watch: Stopwatch) -> list[Result]:
     return _race(watch, 3760)
 
 
+def distill_large(watch: Stopwatch) -> list[Result]:
+    """The same on draws of 784-400-400-10, for which the generator and the critic have 48 million weights each."""
+    return _race(watch, WEIGHTS)
+
+
 def factored_draws(watch: Stopwatch) -> list[Result]:
     """
     Drawing networks of 784-400-400-10 from factored generators, with a network and with kept codes in bytes, against their random numbers

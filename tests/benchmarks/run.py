@@ -54,6 +54,7 @@ ROWS: dict[str, Callable[[Stopwatch], list[Result]]] = {
         rows_variational.exemplar_gradient,
         rows_distill.distill_small,
         rows_distill.distill_medium,
+        rows_distill.distill_large,
         rows_distill.factored_draws,
         rows_sampling.side_by_side,
     )

@@ -14,6 +14,7 @@ from tests.benchmarks.measure import Stopwatch
     [
         (rows_distill.distill_small, "WGAN / hand-written loop"),
         (rows_distill.distill_medium, "WGAN / hand-written loop"),
+        (rows_distill.distill_large, "WGAN / hand-written loop"),
         (rows_distill.factored_draws, "FactoredGenerator / its random numbers and product"),
     ],
 )

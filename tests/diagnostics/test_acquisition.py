@@ -48,6 +48,8 @@ def test_long_batches_stay_finite():
     assert len(chosen.unique()) == 390
     with pytest.raises(ValueError, match="count=7: how many inputs of a pool of 6"):
         batch_bald(predictions(), 7)
+    with pytest.raises(ValueError, match="num_labels=0: an int >= 1"):
+        batch_bald(predictions(), 2, num_labels=0)
 
 
 def test_labels_that_no_draw_allows_have_no_weight():

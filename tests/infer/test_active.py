@@ -220,6 +220,13 @@ def test_what_makes_no_sense_is_refused_before_the_first_fit(options, message):
         run(**options)
 
 
+def test_inputs_without_their_classes_are_refused_before_the_first_fit():
+    x, y = torch.randn(60, 2), torch.arange(60) % 2
+    for name, data in (("pool", ((x, y[:50]), (x, y))), ("test", ((x, y), (x[:50], y)))):
+        with pytest.raises(ValueError, match=rf"{name}: \d+ inputs and \d+ classes"):
+            ab.active_learning(lambda x, y: pytest.fail("fitted"), *data, num_rounds=1)
+
+
 def test_a_sampler_learns_actively():
     x, y = ab.datasets.digits("train", flatten=True)
     x_test, y_test = ab.datasets.digits("test", flatten=True)

@@ -81,6 +81,9 @@ def test_distilling_a_posterior_is_as_told():
     entropy = {name: dict(zip(("everywhere", "data", "boundary", "behind", "fits"), map(float, row), strict=True)) for name, *row in rows}
     assert entropy["SGD"]["boundary"] < 0.5 * min(entropy["SGLD"]["boundary"], entropy["APD"]["boundary"])
     assert abs(entropy["APD"]["boundary"] - entropy["SGLD"]["boundary"]) < 0.15
+    for place in ("data", "behind"):  # where the chain is sure; the generator less so, as the text says
+        assert entropy["SGLD"][place] < 0.05 and entropy["APD"][place] < 0.25
+    assert entropy["SGLD"]["fits"] > 0.98 and entropy["APD"]["fits"] > 0.8
     # the bound is the chain's own Monte Carlo error: what its halves differ by, on the mean and where they differ most
     gaps = {name: (float(mean), float(most)) for name, mean, most in re.findall(r"^  (.+): +mean (\S+), largest (\S+)$", printed, re.M)}
     assert all(here < own for here, own in zip(gaps["APD and SGLD"], gaps["halves of the SGLD chain"], strict=True))

@@ -265,8 +265,16 @@ def ood_repeats(name: str, scale: Scale) -> int:
 # ------------------------------------------------------------------------------------------- detection of attacked inputs
 
 
-def detectors(setup: Setup) -> dict[str, Posterior]:
-    """The three posteriors of the small network."""
+class Detector(NamedTuple):
+    """A posterior, and what it predicts of clean digits: ``[draws, N, K]``, the same whatever is attacked."""
+
+    posterior: Posterior
+    classifier: ab.PosteriorClassifier
+    clean: Tensor
+
+
+def detectors(setup: Setup) -> dict[str, Detector]:
+    """Of the three posteriors of the small network."""
     task, scale, work, seed = setup
     model = nets.new_model(scale.small, task.x)
     path, about = nets.sgld(model, task.x, task.y, scale.small_chain, work / f"small-sgld-{seed}.safetensors", seed)
@@ -276,11 +284,16 @@ def detectors(setup: Setup) -> dict[str, Posterior]:
         model, FactoredGenerator(PACKED_RANK, hidden=None, packed=True), path, about["kept"], noise_data(task), scale.draws
     )
     dropped = nets.with_dropout(scale.small, task.x, task.y, scale.sgd_steps, work / f"small-dropout-{seed}.safetensors", seed)
-    return {
+    posteriors = {
         "MC dropout": Posterior(dropped, nets.masks(dropped, task.x, PASSES * scale.draws), 0, {}),
         "SGLD": Posterior(model, samples, 0, about),
         "APD": apd,
     }
+    found = {}
+    for name, posterior in posteriors.items():
+        classifier = ab.PosteriorClassifier(posterior.model, posterior.samples)
+        found[name] = Detector(posterior, classifier, probabilities(classifier, task.x_test[: scale.num_images // 2]))
+    return found
 
 
 def one_of(name: str, samples: Draws) -> Draws:
@@ -288,10 +301,10 @@ def one_of(name: str, samples: Draws) -> Draws:
     return {site: torch.full_like(value[-1:], 1 - nets.DROPOUT) if name == "MC dropout" else value[-1:] for site, value in samples.items()}
 
 
-def detection_row(attack: Attack, source: str, one: bool, found: dict[str, Posterior], setup: Setup) -> dict[str, Any]:
+def detection_row(attack: Attack, source: str, one: bool, found: dict[str, Detector], setup: Setup) -> dict[str, Any]:
     """Digits of the validation split, attacked on a source; and how each detector tells them from digits of the test split."""
     task, count = setup.task, setup.scale.num_images // 2
-    model, samples = found[source].model, found[source].samples
+    model, samples = found[source].posterior.model, found[source].posterior.samples
     target = ab.PosteriorClassifier(model, one_of(source, samples) if one else samples)
     with torch.no_grad():
         right = (target(task.x_val[: 2 * count]).argmax(-1) == task.y_val[: 2 * count]).nonzero().flatten()[:count]
@@ -299,10 +312,9 @@ def detection_row(attack: Attack, source: str, one: bool, found: dict[str, Poste
     with torch.no_grad():
         hit = target(attacked).argmax(-1) != task.y_val[right]
     row: dict[str, Any] = {"attack": repr(attack), "images": len(right), "hit_share": float(hit.double().mean()), "detectors": {}}
-    for name, posterior in found.items():
-        classifier = ab.PosteriorClassifier(posterior.model, posterior.samples)
-        clean, seen = (probabilities(classifier, x) for x in (task.x_test[:count], attacked))
-        parts = dg.adversarial_detection(clean, seen, hit)._asdict()
+    for name, detector in found.items():
+        seen = probabilities(detector.classifier, attacked)
+        parts = dg.adversarial_detection(detector.clean, seen, hit)._asdict()
         row["detectors"][name] = {
             part: table and {score: _percent(numbers) for score, numbers in table.items()}
             for part, table in parts.items()
@@ -338,7 +350,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rows = [*posteriors, *cases]
     if unknown := [name for name in args.only if name not in (*PARTS, *rows)]:
         arguments.error(f"--only {', '.join(unknown)}: the parts are {', '.join(PARTS)}, and the rows in them {'; '.join(rows)}")
-    found: dict[str, Posterior] = {}
+    found: dict[str, Detector] = {}
     try:
         for row in tqdm([row for row in rows if {row, row.split(": ")[0]} & set(args.only)], desc="APD on MNIST", disable=None):
             if row in results:

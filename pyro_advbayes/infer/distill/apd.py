@@ -241,7 +241,7 @@ class APD:
                 distance = self._keep_best(training, stopping)
         elif stopping is not None:
             warnings.warn(
-                f"APD has not looked at what it makes in {training.steps} steps: its distance from the draws is not known. Judge it with "
+                f"APD has not looked at what it makes by step {training.steps}: its distance from the draws is not known. Judge it with "
                 f"distill.compare, or take more num_steps or a check_every below {settings.check_every}",
                 stacklevel=4,
             )
@@ -267,7 +267,7 @@ class APD:
                 for kept, new in zip(parameters, self.guide.network.parameters(), strict=True):
                     new.copy_(kept)
         warnings.warn(
-            f"APD has not come down to the draws in {training.steps} steps: two-sample distance {distance:.3g}, where two halves of the "
+            f"APD has not come down to the draws by step {training.steps}: two-sample distance {distance:.3g}, where two halves of the "
             f"draws are {stopping.floor:.3g} apart. Judge it with distill.compare; more num_steps or a larger generator may help",
             stacklevel=5,
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_advbayes.batches import Batch
 from pyro_advbayes.functions import BACKENDS
+from pyro_advbayes.graph import autocast_state
 from pyro_advbayes.infer.mcmc.control_variate import ControlVariate
 from pyro_advbayes.infer.mcmc.files import random_state, set_random_state
 from pyro_advbayes.infer.mcmc.noise import NormalNoise
@@ -369,7 +370,7 @@ class SGMCMCKernel(MCMCKernel):
     # ------------------------------------------------------------------------------------------- the update of one chunk
 
     def _resolve(self, kind: str, chunks: list[tuple[Any, tuple[Tensor, ...]]]) -> list[Callable]:
-        key = (kind, self.adapting, tuple(t.shape for t in chunks[0][1]))
+        key = (kind, self.adapting, tuple(t.shape for t in chunks[0][1]), *autocast_state())
         if key not in self._functions:
             self._functions[key] = [self._chunk_function(kind, rows, tensors) for rows, tensors in chunks]
         return self._functions[key]

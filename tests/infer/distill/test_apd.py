@@ -424,7 +424,7 @@ def test_draws_are_read_once_more_for_all_checkpoints_together(tmp_path, monkeyp
 def test_a_fit_that_does_not_arrive_says_so_and_keeps_the_best():
     w, _ = two_modes()
     guide = AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(8,)))
-    with pytest.warns(UserWarning, match="APD has not come down to the draws in 40 steps: two-sample distance .* Judge it"):
+    with pytest.warns(UserWarning, match="APD has not come down to the draws by step 40: two-sample distance .* Judge it"):
         fit = APD(guide, num_steps=40, check_every=10).fit({"w": w})
     assert fit.converged is False and fit.distance > fit.floor > 0
 
@@ -437,7 +437,7 @@ def test_the_distance_of_a_fit_is_that_of_the_generator_that_is_kept(monkeypatch
         monkeypatch.setattr("pyro_advbayes.infer.distill.stopping.sliced_wasserstein", lambda x, y, found=found: next(found))
         pyro.set_rng_seed(3)
         guide = AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(8,)))
-        with pytest.warns(UserWarning, match=f"in {num_steps} steps: two-sample distance 3, where two halves of the draws are 0.1 apart"):
+        with pytest.warns(UserWarning, match=f"by step {num_steps}: two-sample distance 3, where two halves of the draws are 0.1 apart"):
             fits.append(APD(guide, num_steps=num_steps, check_every=10, batch_size=40).fit({"w": w}))
         pyro.set_rng_seed(4)
         made.append(guide.sample(5)["w"])
@@ -449,7 +449,7 @@ def test_a_fit_too_short_for_a_look_claims_nothing_about_its_distance():
     w, _ = two_modes(300)
     guide = AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(8,)))
     with pytest.warns(
-        UserWarning, match="APD has not looked at what it makes in 60 steps: .*, or take more num_steps or a check_every below"
+        UserWarning, match="APD has not looked at what it makes by step 60: .*, or take more num_steps or a check_every below"
     ):
         fit = APD(guide, num_steps=60).fit({"w": w})
     assert fit == Fit(60, None, None, None)
@@ -547,7 +547,7 @@ def test_draws_grouped_by_chain_are_refused_where_the_model_declares_its_shapes(
     few = {"w": torch.randn(8, 100, 3)}
     with pytest.raises(ValueError, match=r"8 draws of site 'w', .*look grouped by chain: .*fit\(samples, x, y\)"):
         APD(members, batch_size=4, num_steps=1).fit(few)
-    with pytest.warns(UserWarning, match="APD has not looked at what it makes in 1 steps"):
+    with pytest.warns(UserWarning, match="APD has not looked at what it makes by step 1:"):
         assert APD(members, batch_size=4, num_steps=1).fit(few, torch.randn(5, 3)).steps == 1
     with pytest.raises(ValueError, match=r"8 draws are fewer than batch_size=256: .*without group_by_chain=True"):
         APD(AutoImplicit(vector(3), MLPGenerator(noise=3, hidden=(8,)))).fit({"w": torch.randn(8, 100, 3)})
