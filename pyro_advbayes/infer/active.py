@@ -57,7 +57,8 @@ def active_learning(
     :param int num_rounds: >= 0, after the first fit.
     :param int per_round: labels asked for in a round, >= 1.
     :param int per_class: labels of every class at the start, >= 1.
-    :param int candidates: how many inputs of the pool, drawn anew in every round, are looked at; None for all of them.
+    :param int candidates: how many inputs of the pool, drawn anew in every round, are looked at; None for all of them. The most
+        uncertain of thousands tend to be of one kind; about ten for each label that is asked for keep a round of them varied.
     :param int seed: of everything that is random, fits included.
     :param path: a file that keeps every finished round; where there is one, the run goes on from it, to the same end. Pool, test set and
         arguments must be the same, bit for bit, but for ``num_rounds``: more go on from those kept, fewer return the first of them.
