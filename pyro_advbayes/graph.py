@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -77,10 +78,19 @@ class Followed(TorchDispatchMode):
 
     def __init__(self, sources: Sequence[Tensor]) -> None:
         super().__init__()
-        self._tensors = {_memory(tensor): tensor for tensor in sources}  # kept, so that no other one gets their memory
+        self._memories: set[Any] = set()
+        self._kept: list[Tensor] = []
+        self._note(sources)
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return _memory(tensor) in self._tensors
+        return _memory(tensor) in self._memories
+
+    def _note(self, tensors: Iterable[Any]) -> None:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                self._memories.add(_memory(tensor))
+                if tensor.layout is not torch.strided:
+                    self._kept.append(tensor)  # so that no other one gets its id
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -96,16 +106,19 @@ class Followed(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         reads = not (name.startswith("new_") or name.endswith("_like"))  # more than shape and dtype
         if torch.Tag.nondeterministic_seeded in func.tags or (reads and self._reach((args, kwargs))):
-            self._tensors.update((_memory(value), value) for value in tree_leaves(result) if isinstance(value, Tensor))
+            self._note(tree_leaves(result))
         return result
 
     def _reach(self, arguments: Any) -> bool:
         return any(isinstance(value, Tensor) and value in self for value in tree_leaves(arguments))
 
 
-def _memory(tensor: Tensor) -> int:
-    """The same for all views of one tensor."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+def _memory(tensor: Tensor) -> Any:
+    """
+    The same for all views of one tensor, and of no other one as long as this is held; it does not hold the numbers, of which a trace makes
+    several times the size of a state.
+    """
+    return StorageWeakRef(tensor.untyped_storage()) if tensor.layout is torch.strided else id(tensor)
 
 
 def autocast_state() -> list[tuple[str, torch.dtype]]:
@@ -186,7 +199,7 @@ def _cut_seeds(module: fx.GraphModule, written: set[fx.Node]) -> None:
             _make_constant(module, node, torch.ones(value.shape, dtype=value.dtype, device=value.device))
 
 
-def _fold_constants(module: fx.GraphModule, written: set[fx.Node], changing: set[int]) -> None:
+def _fold_constants(module: fx.GraphModule, written: set[fx.Node], changing: set[Any]) -> None:
     """Computes the nodes that no input, random draw or in-place write reaches, once."""
     known: dict[fx.Node, Any] = {}
     for node in list(module.graph.nodes):
@@ -214,7 +227,7 @@ def _shrink(value: Tensor) -> Tensor:
     return value
 
 
-def _number(module: fx.GraphModule, arg: Any, changing: set[int]) -> float | None:
+def _number(module: fx.GraphModule, arg: Any, changing: set[Any]) -> float | None:
     """The one number that an argument holds, if it is a constant with one number."""
     if isinstance(arg, (int, float)) and not isinstance(arg, bool):
         return float(arg)
@@ -227,7 +240,7 @@ def _number(module: fx.GraphModule, arg: Any, changing: set[int]) -> float | Non
     return None
 
 
-def _drop_identities(module: fx.GraphModule, written: set[fx.Node], changing: set[int]) -> None:
+def _drop_identities(module: fx.GraphModule, written: set[fx.Node], changing: set[Any]) -> None:
     for node in list(module.graph.nodes):
         reads = {node, *node.all_input_nodes, *(arg for read in node.all_input_nodes for arg in read.all_input_nodes)}
         kept = None if reads & written else _identical(module, node, changing)
@@ -242,7 +255,7 @@ def _alike(one: fx.Node, other: fx.Node) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype
 
 
-def _identical(module: fx.GraphModule, node: fx.Node, changing: set[int]) -> fx.Node | None:
+def _identical(module: fx.GraphModule, node: fx.Node, changing: set[Any]) -> fx.Node | None:
     """A node with the same value to the bit, made from fewer operations; None if there is none."""
     if node.target is aten.t.default and node.args[0].target is aten.t.default:
         return node.args[0].args[0]  # the shape is that of the node, whichever it is

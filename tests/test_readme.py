@@ -237,7 +237,7 @@ def test_what_is_said_of_speed_beside_the_table_is_of_the_benchmark():
 
     pyros, ours = "Pyro's Predictive / Predictive", "TraceAdversarial_ELBO / {}".format
     for what, told in (
-        ("1000 inputs, obs", "{:.0f} to {:.0f} times as fast as Pyro's at 1000 inputs"),
+        ("1000 inputs, obs", "{:.1f} to {:.1f} times as fast as Pyro's at 1000 inputs"),
         ("32 inputs", "{:.0f} to {:.0f} times at 32"),
     ):
         speeds = of("predict_small", pyros, what)
