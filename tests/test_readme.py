@@ -242,6 +242,9 @@ def test_what_is_said_of_speed_beside_the_table_is_of_the_benchmark():
     ):
         speeds = of("predict_small", pyros, what)
         assert told.format(speeds[0], speeds[-1]) in TEXT
+    assert "{:.0f} times for the return value alone".format(of("predict_small", pyros, "1000 inputs, _RETURN")[0]) in TEXT
+    shares = [1 / speed for network in ("2-20-20-2", "784-400-400-10") for speed in of("guide_prediction", pyros, network)]
+    assert "from a guide {:.2f} of Pyro's on 2-20-20-2 and {:.2f} of it on 784-400-400-10".format(*shares) in TEXT
     assert "An iteration of BAL takes {:.2f} of the time".format(*of("bal_iteration", "graph / hand-written loop")) in TEXT
     losses = [
         *of("attack_large", "PGD, mean_loss / loop over draws, mean_loss"),

@@ -69,9 +69,6 @@ def active_learning(
     :raises FileNotFoundError: if the folder of ``path`` is missing.
     """
     x, y = pool
-    for name, (inputs, classes) in (("pool", pool), ("test", test)):
-        if len(inputs) != len(classes):
-            raise ValueError(f"{name}: {len(inputs)} inputs and {len(classes)} classes: one class an input")
     settings = {
         "acquisition": acquisition,
         "per_round": per_round,
@@ -79,7 +76,7 @@ def active_learning(
         "candidates": candidates,
         "seed": seed,
     }
-    _check({**settings, "num_rounds": num_rounds}, y)
+    _check({**settings, "num_rounds": num_rounds}, pool, test)
     if path is not None:
         path = Path(path)
         files.refuse_existing(path, overwrite=True)
@@ -106,13 +103,17 @@ def active_learning(
     return LearningCurve(num_labels, torch.tensor([accuracies], dtype=torch.float64))
 
 
-def _check(settings: Mapping[str, Any], y: Tensor) -> None:
+def _check(settings: Mapping[str, Any], pool: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> None:
+    for name, (inputs, classes) in (("pool", pool), ("test", test)):
+        if len(inputs) != len(classes):
+            raise ValueError(f"{name}: {len(inputs)} inputs and {len(classes)} classes: one class an input")
     if settings["acquisition"] not in ACQUISITIONS:
         raise ValueError(f"acquisition={settings['acquisition']!r}: choose one of {', '.join(map(repr, ACQUISITIONS))}")
     for name, least in (("num_rounds", 0), ("per_round", 1), ("per_class", 1)):
         value = settings[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r}: an int >= {least}")
+    y = pool[1]
     classes, counts = y.unique(return_counts=True)
     if int(counts.min()) < settings["per_class"]:
         raise ValueError(f"the pool has {int(counts.min())} inputs of class {int(classes[counts.argmin()])}, fewer than per_class")
