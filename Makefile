@@ -2,6 +2,7 @@
 #   make quickstart        a first posterior, on the digits that come with scikit-learn
 #   make test              lint, then every test
 #   make bench             the speed and memory tables
+#   make trust             first runs with the defaults on posteriors with known moments; takes hours
 #   make lint              ruff alone
 # PYTHON=python3.12 chooses the Python that .venv is made with.
 
@@ -13,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 # Tests that fork have a process to themselves.
 test: export OMP_NUM_THREADS = 1
 
-.PHONY: quickstart test bench lint
+.PHONY: quickstart test bench trust lint
 
 quickstart: $(INSTALLED)
 	$(VENV)/bin/python tutorials/quickstart.py
@@ -24,6 +25,9 @@ test: lint
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python tests/benchmarks/run.py
+
+trust: $(INSTALLED)
+	$(VENV)/bin/python tests/benchmarks/trust.py
 
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .

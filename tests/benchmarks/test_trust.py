@@ -1,0 +1,90 @@
+"""The instrument itself: its references, its verdicts, and a run from the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+from tests.benchmarks import trust
+from tests.benchmarks.trust_cases import CASES
+from tests.benchmarks.trust_references import Quadrature, gaussian_moments, log_grid
+from tests.benchmarks.trust_verdict import find, verdict
+
+MOMENTS = {
+    "a": gaussian_moments(torch.zeros(3).double(), torch.ones(3).double()),
+    "b": gaussian_moments(torch.tensor(5.0), torch.tensor(4.0)),
+}
+
+
+def exact_draws(chains=4, draws=1000):
+    return {"a": torch.randn(chains, draws, 3), "b": 5.0 + 2.0 * torch.randn(chains, draws)}
+
+
+def judged(samples, warned=False, lost=0):
+    return verdict(find(samples, MOMENTS, 4, lost), warned)
+
+
+def test_exact_draws_are_right_and_a_warning_about_them_is_a_false_alarm():
+    assert {judged(exact_draws()) for _ in range(20)} == {"right"}
+    assert judged(exact_draws(), warned=True) == "false alarm"
+
+
+@pytest.mark.parametrize("scale, shift", [(1.3, 0.0), (0.75, 0.0), (1.0, 0.3), (math.nan, 0.0)])
+def test_a_law_that_is_off_is_silent_without_a_warning(scale, shift):
+    samples = exact_draws()
+    samples["b"] = 5.0 + scale * (samples["b"] - 5.0) + 2.0 * shift
+    assert judged(samples) == "SILENT" and judged(samples, warned=True) == "warned"
+
+
+def test_lost_chains_and_chains_that_stand_still_have_to_be_told():
+    assert judged(exact_draws(), lost=1) == "SILENT"
+    assert judged({name: value[:3] for name, value in exact_draws().items()}) == "SILENT"
+    assert judged({name: value[:, :1].expand_as(value) for name, value in exact_draws().items()}) == "SILENT"
+
+
+def test_a_slow_chain_may_warn_and_need_not():
+    slow = torch.zeros(4, 1000)
+    for i in range(1, 1000):  # autocorrelation time 60: about 15 draws a chain
+        slow[:, i] = 0.967 * slow[:, i - 1] + (1.0 - 0.967**2) ** 0.5 * torch.randn(4)
+    samples = {**exact_draws(), "b": 5.0 + 2.0 * slow}
+    assert judged(samples) == "right" and judged(samples, warned=True) == "warned"
+
+
+def test_quadrature_agrees_with_a_grid_over_everything():
+    y, sigma = torch.tensor([0.3, 1.9, 1.1]).double(), log_grid(0.05, 60.0, 1500)
+    log_weight = dist.HalfNormal(2.0).log_prob(sigma) + sigma.log() - 3 * sigma.log()
+    ones = torch.ones(1, 3, 1, dtype=torch.float64) / sigma.reshape(-1, 1, 1)
+    known = Quadrature(ones, y / sigma.unsqueeze(-1), torch.tensor([0.25]).double(), log_weight)
+    z = torch.linspace(-12, 12, 2001).double()
+    log_joint = dist.Normal(0.0, 2.0).log_prob(z) + dist.Normal(z, sigma.reshape(-1, 1, 1)).log_prob(y.reshape(3, 1)).sum(-2)
+    joint = (log_joint + (dist.HalfNormal(2.0).log_prob(sigma) + sigma.log()).unsqueeze(-1)).flatten().softmax(0).reshape(1500, -1)
+    for moments, values, law in ((known.linear(torch.ones(1, 1, 1).double()), z, joint.sum(0)), (known.scale(sigma), sigma, joint.sum(1))):
+        mean = law @ values
+        variance = law @ (values - mean).square()
+        seen = torch.stack([part.squeeze() for part in moments[:3]])
+        assert torch.allclose(seen, torch.stack([mean, variance.sqrt(), law @ (values - mean).pow(4) / variance**2]), rtol=1e-4)
+
+
+def test_both_forms_of_the_eight_schools_have_one_posterior():
+    centred, other = (CASES[f"eight schools {form}"].make(0).moments for form in ("centred", "non-centred"))
+    assert torch.equal(centred["tau"].mean, other["tau"].mean)
+    assert float(centred["mu"].mean) == pytest.approx(4.4, abs=0.05)  # 4.4 and 3.6 in posteriordb
+    assert float(centred["tau"].mean) == pytest.approx(3.6, abs=0.05)
+    assert float(centred["theta"].mean.mean()) == pytest.approx(4.8, abs=0.1)
+
+
+def test_a_run_is_kept_judged_tabulated_and_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(trust, "NUM_SAMPLES", 40)
+    monkeypatch.setattr(trust, "WARMUP_STEPS", 40)
+    out = tmp_path / "trust.jsonl"
+    for _ in range(2):
+        trust.main(["--only", "200x3 N/B=4$", "around", "--kernels", "SGHMC", "--seeds", "1", "--out", str(out)])
+    header, *rows = map(json.loads, out.read_text().splitlines())
+    assert len(rows) == 2 and {row["case"] for row in rows} == {"linear 200x3 N/B=4", "input around 100"}
+    assert header["updates"] == 800 and all(row["verdict"] in ("right", "warned", "SILENT", "refused", "false alarm") for row in rows)
+    table = out.with_suffix(".md").read_text()
+    assert "### input around 100" in table and "| SGHMC |" in table
