@@ -12,7 +12,7 @@ import torch
 from tests.benchmarks import trust
 from tests.benchmarks.trust_cases import CASES
 from tests.benchmarks.trust_references import Quadrature, gaussian_moments, log_grid
-from tests.benchmarks.trust_verdict import find, verdict
+from tests.benchmarks.trust_verdict import VERDICTS, find, verdict
 
 MOMENTS = {
     "a": gaussian_moments(torch.zeros(3).double(), torch.ones(3).double()),
@@ -78,13 +78,13 @@ def test_both_forms_of_the_eight_schools_have_one_posterior():
 
 
 def test_a_run_is_kept_judged_tabulated_and_not_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr(trust, "NUM_SAMPLES", 40)
-    monkeypatch.setattr(trust, "WARMUP_STEPS", 40)
+    monkeypatch.setattr(trust, "NUM_SAMPLES", 20)
+    monkeypatch.setattr(trust, "WARMUP_STEPS", 20)
     out = tmp_path / "trust.jsonl"
     for _ in range(2):
-        trust.main(["--only", "200x3 N/B=4$", "around", "--kernels", "SGHMC", "--seeds", "1", "--out", str(out)])
+        trust.main(["--only", "around", "--kernels", "SGHMC", "--seeds", "1", "--out", str(out)])
     header, *rows = map(json.loads, out.read_text().splitlines())
-    assert len(rows) == 2 and {row["case"] for row in rows} == {"linear 200x3 N/B=4", "input around 100"}
-    assert header["updates"] == 800 and all(row["verdict"] in ("right", "warned", "SILENT", "refused", "false alarm") for row in rows)
+    assert [(row["case"], row["kernel"], row["seed"]) for row in rows] == [("input around 100", "SGHMC", 0)]
+    assert header["updates"] == 400 and rows[0]["verdict"] in VERDICTS
     table = out.with_suffix(".md").read_text()
     assert "### input around 100" in table and "| SGHMC |" in table
