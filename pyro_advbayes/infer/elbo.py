@@ -9,7 +9,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO, JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO, Trace_ELBO
 from pyro.infer.util import is_validation_enabled
@@ -17,10 +16,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
+from torch.distributions import Bernoulli, Categorical, Normal
 
 from pyro_advbayes.attacks.base import Attack
 from pyro_advbayes.batches import Arguments
+from pyro_advbayes.infer.likelihood import without_wrappers
 
 _JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 
@@ -169,10 +169,10 @@ def _row_losses(trace: Trace, draw: Trace, rows: int) -> Tensor:
 
 
 def _row_log_probs(name: str, site: Mapping[str, Any], rows: int) -> Tensor:
-    if not isinstance(_base(site["fn"]), (Bernoulli, Categorical, Normal)):
+    fn = without_wrappers(site["fn"])
+    if not isinstance(fn, (Bernoulli, Categorical, Normal)):
         raise ValueError(
-            f"observed site {name!r} is {type(_base(site['fn'])).__name__}: adversarial training is for Categorical, Bernoulli and Normal "
-            "observations"
+            f"observed site {name!r} is {type(fn).__name__}: adversarial training is for Categorical, Bernoulli and Normal observations"
         )
     frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized and frame.size == rows]
     if len(frames) != 1:
@@ -183,12 +183,6 @@ def _row_log_probs(name: str, site: Mapping[str, Any], rows: int) -> Tensor:
         )
     log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
     return log_prob.movedim(frames[0].dim, 0).reshape(rows, -1).sum(-1)
-
-
-def _base(fn: Distribution) -> Distribution:
-    while isinstance(fn, (Independent, MaskedDistribution, ExpandedDistribution)):
-        fn = fn.base_dist
-    return fn
 
 
 @contextlib.contextmanager

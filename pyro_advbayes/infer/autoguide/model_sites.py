@@ -65,7 +65,7 @@ def missing_sites(model: Callable, trace: Trace, own: set[str], args: Sequence[A
     nodes = {name: node for name, node in trace.nodes.items() if node["type"] == "sample" and not node["infer"].get("_deterministic")}
     others = [name for name, node in nodes.items() if name not in own and not site_is_subsample(node)]
     followers = {
-        name: _follower(model, nodes, name, others[place + 1 :], args, kwargs)
+        name: follower(model, nodes, name, others[place + 1 :], args, kwargs)
         for place, name in enumerate(others)
         if not nodes[name]["is_observed"]
     }
@@ -74,7 +74,7 @@ def missing_sites(model: Callable, trace: Trace, own: set[str], args: Sequence[A
     return {name: follower for name, follower in followers.items() if follower is not None and not plates[name] & of_outcomes}
 
 
-def _follower(
+def follower(
     model: Callable, nodes: Mapping[str, Any], name: str, after: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> str | None:
     """The first of the sites ``after`` this one whose log-density changes when this one alone is drawn again."""
