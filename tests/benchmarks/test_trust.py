@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import pyro.distributions as dist
 import pytest
 import torch
 
-from tests.benchmarks import trust
+from tests.benchmarks import temperature, trust
 from tests.benchmarks.trust_cases import CASES
 from tests.benchmarks.trust_references import Quadrature, gaussian_moments, log_grid
 from tests.benchmarks.trust_verdict import VERDICTS, find, verdict
@@ -78,13 +79,25 @@ def test_both_forms_of_the_eight_schools_have_one_posterior():
 
 
 def test_a_run_is_kept_judged_tabulated_and_not_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr(trust, "NUM_SAMPLES", 20)
-    monkeypatch.setattr(trust, "WARMUP_STEPS", 20)
+    monkeypatch.setattr(trust, "run_once", partial(trust.run_once, num_samples=20, warmup_steps=20))
     out = tmp_path / "trust.jsonl"
     for _ in range(2):
         trust.main(["--only", "around", "--kernels", "SGHMC", "--seeds", "1", "--out", str(out)])
     header, *rows = map(json.loads, out.read_text().splitlines())
     assert [(row["case"], row["kernel"], row["seed"]) for row in rows] == [("input around 100", "SGHMC", 0)]
-    assert header["updates"] == 400 and rows[0]["verdict"] in VERDICTS
+    assert header["updates"] == 20_000 and rows[0]["verdict"] in VERDICTS
     table = out.with_suffix(".md").read_text()
     assert "### input around 100" in table and "| SGHMC |" in table
+
+
+def test_temperature_is_compared_along_axes_with_its_prediction(tmp_path, monkeypatch):
+    for name, value in {"FACTORS": (1,), "WARMUP_STEPS": 5, "NUM_SAMPLES": 5, "CHAINS": 8}.items():
+        monkeypatch.setattr(temperature, name, value)
+    out = tmp_path / "temperature.json"
+    temperature.main(["--kernels", "SGLD", "--ratios", "2", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert len(row["measured"]) == len(row["predicted"]) == temperature.FEATURES + 1
+    # curvature and noise each take a share of 0.1 of the temperature; the softest axis is hardly moved by curvature
+    assert row["predicted"][0] == pytest.approx(row["T_eff"], rel=0.02) and row["predicted"] == sorted(row["predicted"])
+    assert row["predicted"][-1] <= 1.1 * row["T_eff"] + 1e-3
+    assert "| SGLD | 2 | auto |" in out.with_suffix(".md").read_text()

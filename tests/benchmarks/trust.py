@@ -16,7 +16,7 @@ Runs are appended to ``--out``, a line of JSON each, and are not repeated; the t
 - warned: wrong, or too short to tell (effective sample size under 25 a chain, R-hat above 1.05), and a Python warning said so;
 - refused: ended by an error;
 - false alarm: right, long enough, and yet warned;
-- SILENT: wrong, or not mixed at all (under 5 a chain, R-hat above 1.2, chains lost), without a warning.
+- SILENT: wrong, or not mixed at all (under 5 a chain, R-hat above 1.1, chains lost), without a warning.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import re
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `models` and `te
 
 import pyro_advbayes as ab
 from tests.benchmarks.measure import machine
-from tests.benchmarks.trust_cases import CASES, FIXED, Case
+from tests.benchmarks.trust_cases import CASES, FIXED, Case, Problem
 from tests.benchmarks.trust_references import run_nuts
 from tests.benchmarks.trust_table import write_table
 from tests.benchmarks.trust_verdict import Findings, find, verdict
@@ -58,15 +59,19 @@ NUM_SAMPLES, WARMUP_STEPS, UPDATES = 1000, 1000, 10  # 20 000 updates
 RESULTS = Path(__file__).parent / "results" / "trust.jsonl"
 
 
-def run_once(task: tuple[str, str, int]) -> dict[str, Any]:
-    """One run and its verdict, as plain values."""
+def run_once(task: tuple[str, str, int], num_samples: int = NUM_SAMPLES, warmup_steps: int = WARMUP_STEPS) -> dict[str, Any]:
+    """
+    One run and its verdict, as plain values.
+
+    :param task: names of a case and a kernel, and a seed.
+    """
     name, kernel_name, seed = task
-    torch.set_num_threads(1)
     case, start = CASES[name], time.perf_counter()
     row: dict[str, Any] = {"case": name, "kernel": kernel_name, "seed": seed}
-    findings, messages = None, []
+    findings, messages, problem = None, [], case.make(seed)
     try:
-        findings, diagnostics, messages = _run(case, KERNELS[kernel_name], seed)
+        own_seed = zlib.crc32(json.dumps(task).encode())  # with one seed for all, kernels would share their noise, and their luck
+        findings, diagnostics, messages = _run(case, KERNELS[kernel_name], problem, own_seed, num_samples, warmup_steps)
         heat = diagnostics["T_eff"]
         row |= {part: _rounded(value) for part, value in findings._asdict().items()}
         row["T_eff"] = None if heat is None else _rounded(max(heat.values()))
@@ -78,8 +83,9 @@ def run_once(task: tuple[str, str, int]) -> dict[str, Any]:
     return row
 
 
-def _run(case: Case, kernel_type: Callable[..., Any], seed: int) -> tuple[Findings, dict[str, Any], list[str]]:
-    problem = case.make(seed)
+def _run(
+    case: Case, kernel_type: Callable[..., Any], problem: Problem, seed: int, num_samples: int, warmup_steps: int
+) -> tuple[Findings, dict[str, Any], list[str]]:
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     batch_size = None if case.loader else case.batch_size
@@ -87,8 +93,8 @@ def _run(case: Case, kernel_type: Callable[..., Any], seed: int) -> tuple[Findin
         warnings.simplefilter("always")
         mcmc = ab.SGMCMC(
             kernel_type(problem.model, batch_size=batch_size, num_steps_per_sample=UPDATES),
-            NUM_SAMPLES,
-            WARMUP_STEPS,
+            num_samples,
+            warmup_steps,
             case.num_chains,
             disable_progbar=True,
         )
@@ -113,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     if options.references:
         for key, make in FIXED.items():
-            run_nuts(key, *make())
+            run_nuts(key, key.split()[0], *make()[1])
         return
     if not options.table:
         cases = [name for name in CASES if not options.only or any(re.search(pattern, name) for pattern in options.only)]
@@ -137,7 +143,9 @@ def _run_all(tasks: Sequence[tuple[str, str, int]], out: Path, processes: int) -
         file = stack.enter_context(out.open("a"))
         results = map(run_once, left)
         if processes > 1:
-            results = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes)).imap_unordered(run_once, left)
+            results = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,))).imap_unordered(
+                run_once, left
+            )
         for count, row in enumerate(results, 1):
             file.write(json.dumps(row) + "\n")
             file.flush()

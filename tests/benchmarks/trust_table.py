@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.trust_verdict import VERDICTS
+from tests.benchmarks.trust_verdict import VERDICTS, Findings, verdict
 
 Row = dict[str, Any]
 
@@ -22,7 +23,7 @@ def write_table(path: Path) -> str:
     :return: the part that a terminal should show: the counts, and every silent run.
     """
     first, *lines = path.read_text().splitlines()
-    header, rows = json.loads(first), [json.loads(line) for line in lines]
+    header, rows = json.loads(first), [_judged(json.loads(line)) for line in lines]
     if not rows:
         return "there are no runs yet"
     counts = _counts(rows)
@@ -31,6 +32,14 @@ def write_table(path: Path) -> str:
     parts = [_introduction(header, rows), counts, "## Silent runs\n\n" + silent, _details(rows), _messages(rows)]
     target.write_text("\n\n".join(parts) + "\n")
     return f"{counts}\n\n{silent}\n\nwritten to {target}"
+
+
+def _judged(row: Row) -> Row:
+    """With the verdict by the limits of today, which need no new run."""
+    if "refused" in row:
+        return row
+    findings = Findings(*(math.inf if row[part] is None else row[part] for part in Findings._fields))
+    return {**row, "verdict": verdict(findings, bool(row["warned"]))}
 
 
 def _introduction(header: Row, rows: Sequence[Row]) -> str:
@@ -51,7 +60,7 @@ def _counts(rows: Sequence[Row]) -> str:
     for (kernel, family), members in groups.items():
         lines.append((kernel, family, len(members), *_verdicts(members), _worst_mean(members), _worst_ratio(members)))
     total = ("all", "", len(rows), *_verdicts(rows), "", "")
-    return _markdown([*lines, total])
+    return markdown([*lines, total])
 
 
 def _silent(rows: Sequence[Row]) -> str:
@@ -68,7 +77,7 @@ def _silent(rows: Sequence[Row]) -> str:
             _most(members, "T_eff"),
         )
         lines.append((case, kernel, seeds, *numbers))
-    return _markdown(lines) if len(lines) > 1 else "None."
+    return markdown(lines) if len(lines) > 1 else "None."
 
 
 def _details(rows: Sequence[Row]) -> str:
@@ -90,7 +99,7 @@ def _details(rows: Sequence[Row]) -> str:
             numbers = [_worst_mean(members), _worst_ratio(members), _average(members, "sd_mean"), _least(members, "ess")]
             milliseconds = 1e3 * sum(row["seconds"] for row in members) / len(members) / 20_000
             lines.append((kernel, *_verdicts(members), *numbers, _most(members, "r_hat"), _most(members, "T_eff"), f"{milliseconds:.2f}"))
-        parts.append(f"### {case}\n\n{_markdown(lines)}")
+        parts.append(f"### {case}\n\n{markdown(lines)}")
     return "\n\n".join(parts)
 
 
@@ -103,7 +112,7 @@ def _messages(rows: Sequence[Row]) -> str:
     lines = [("runs", "of them right", "message, numbers left out")]
     for message, members in sorted(seen.items(), key=lambda item: -len(item[1])):
         lines.append((len(members), sum(row["verdict"] == "false alarm" for row in members), message))
-    return "## What was said\n\n" + (_markdown(lines) if seen else "Nothing.")
+    return "## What was said\n\n" + (markdown(lines) if seen else "Nothing.")
 
 
 # ------------------------------------------------------------------------------------------------------------------- numbers
@@ -135,12 +144,16 @@ def _finished(rows: Sequence[Row]) -> list[Row]:
 
 def _worst_mean(rows: Sequence[Row]) -> str:
     found = [row["mean"] for row in _finished(rows)]
-    return "" if not found else "not finite" if None in found else f"{max(found, key=abs):.2f}"
+    return "" if not found else "not finite" if None in found else _short(max(found, key=abs))
 
 
 def _worst_ratio(rows: Sequence[Row]) -> str:
     found = [row[part] for row in _finished(rows) for part in ("sd_low", "sd_high")]
-    return "" if not found else "not finite" if None in found else f"{min(found):.2f} to {max(found):.2f}"
+    return "" if not found else "not finite" if None in found else f"{_short(min(found))} to {_short(max(found))}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:.0e}"
 
 
 def _least(rows: Sequence[Row], name: str) -> str:
@@ -158,6 +171,7 @@ def _average(rows: Sequence[Row], name: str) -> str:
     return "" if not found else "not finite" if None in found else f"{sum(found) / len(found):.3f}"
 
 
-def _markdown(lines: Sequence[Sequence[Any]]) -> str:
+def markdown(lines: Sequence[Sequence[Any]]) -> str:
+    """A table; the first line is its head."""
     first, *rest = ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
     return "\n".join([first, "|" + " --- |" * len(lines[0]), *rest])
