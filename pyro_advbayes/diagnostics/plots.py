@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_advbayes.diagnostics.acquisition import LearningCurve
 from pyro_advbayes.diagnostics.calibration import Reliability
 from pyro_advbayes.diagnostics.draws import DrawQuality, RetainedAccuracy
+from pyro_advbayes.diagnostics.regression import IntervalCalibration
 from pyro_advbayes.diagnostics.robustness import AccuracyCurve, GradientNorms
 
 if TYPE_CHECKING:
@@ -35,6 +36,29 @@ def plot_reliability(bins: Reliability, label: str = "", *, ax: Axes | None = No
     (line,) = ax.plot(confidence, accuracy, linewidth=1, label=f"{label} (ECE {bins.ece:.3f})".lstrip())
     ax.scatter(confidence, accuracy, s=10 + 90 * count / count.sum(), color=line.get_color(), zorder=3)
     ax.legend()
+    return ax
+
+
+def plot_interval_calibration(calibrations: dict[str, IntervalCalibration], *, ax: Axes | None = None) -> Axes:
+    """Coverage of central intervals against their nominal level, with one standard error over rows as a band. A calibrated law lies on
+    the dashed diagonal, one that is too sure of itself below it.
+
+    :param calibrations: from the name of a predictive law to what :func:`~pyro_advbayes.diagnostics.interval_calibration` gave; the
+        legend adds its expected coverage error (ECPE), its CWCE and the mean width of its intervals (EPIW).
+    :raises ValueError: if there are none.
+    """
+    if not calibrations:
+        raise ValueError("calibrations must name at least one predictive law")
+    ax = ax if ax is not None else _axes()
+    ax.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
+    for name, found in calibrations.items():
+        levels, covered = found.levels.cpu(), found.coverage.cpu()
+        error = (covered * (1 - covered) / found.count).sqrt()
+        label = f"{name} (ECPE {found.ecpe:.3f}, CWCE {found.cwce:.2f} %, EPIW {found.epiw:.3g})"
+        (line,) = ax.plot(levels, covered, marker="o", markersize=3, linewidth=1, label=label)
+        ax.fill_between(levels, covered - error, covered + error, color=line.get_color(), alpha=0.2, linewidth=0)
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal level of the interval", ylabel="share of targets inside", aspect="equal")
+    ax.legend(loc="upper left")
     return ax
 
 

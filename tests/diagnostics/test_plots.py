@@ -12,12 +12,15 @@ import numpy as np
 from pyro_advbayes.diagnostics import (
     accuracy_curve,
     draw_quality,
+    gaussian_intervals,
     gradient_norms,
+    interval_calibration,
     plot_accuracy_curves,
     plot_accuracy_robustness,
     plot_draw_curves,
     plot_draw_quality,
     plot_gradient_norms,
+    plot_interval_calibration,
     plot_reliability,
     plot_retained_accuracy,
     plot_scores,
@@ -201,3 +204,20 @@ def test_scores_that_do_not_fill_a_map_are_refused():
     for scores in (torch.zeros(8), torch.zeros(3, 3), torch.full((9,), torch.nan)):
         with pytest.raises(ValueError, match=r"scores must be 9 finite numbers"):
             plot_uncertainty_map(scores, axis, axis)
+
+
+def test_an_interval_calibration_plot_shows_levels_coverages_and_their_errors():
+    y = torch.randn(400)
+    laws = {name: interval_calibration(gaussian_intervals(torch.zeros(400), scale), y) for name, scale in (("right", 1.0), ("sure", 0.5))}
+    ax = plot_interval_calibration(laws)
+    diagonal, *lines = ax.lines
+    assert np.allclose(diagonal.get_xdata(), diagonal.get_ydata()) and len(lines) == 2
+    for line, band, found in zip(lines, ax.collections, laws.values(), strict=True):
+        assert np.allclose(line.get_xdata(), found.levels) and np.allclose(line.get_ydata(), found.coverage)
+        error = (found.coverage * (1 - found.coverage) / 400).sqrt()
+        top = band.get_paths()[0].vertices[:, 1].max()
+        assert top == pytest.approx((found.coverage + error).max().item())
+    assert legend(ax) == [f"{n} (ECPE {c.ecpe:.3f}, CWCE {c.cwce:.2f} %, EPIW {c.epiw:.3g})" for n, c in laws.items()]
+    assert laws["sure"].ecpe > 0.1 > laws["right"].ecpe
+    with pytest.raises(ValueError, match="calibrations must name at least one predictive law"):
+        plot_interval_calibration({})
