@@ -49,7 +49,7 @@ def plot_interval_calibration(calibrations: dict[str, IntervalCalibration], *, a
     """
     if not calibrations:
         raise ValueError("calibrations must name at least one predictive law")
-    ax = ax if ax is not None else _axes()
+    ax = ax if ax is not None else _axes(layout="constrained")
     ax.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
     for name, found in calibrations.items():
         levels, covered = found.levels.cpu(), found.coverage.cpu()
@@ -58,7 +58,7 @@ def plot_interval_calibration(calibrations: dict[str, IntervalCalibration], *, a
         (line,) = ax.plot(levels, covered, marker="o", markersize=3, linewidth=1, label=label)
         ax.fill_between(levels, covered - error, covered + error, color=line.get_color(), alpha=0.2, linewidth=0)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal level of the interval", ylabel="share of targets inside", aspect="equal")
-    ax.legend(loc="upper left")
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1))  # curves may be anywhere in the axes
     return ax
 
 
@@ -272,7 +272,7 @@ def plot_uncertainty_map(
     return ax
 
 
-def _axes() -> Axes:
+def _axes(**figure: str) -> Axes:
     import matplotlib.pyplot as plt
 
-    return plt.subplots()[1]
+    return plt.subplots(**figure)[1]

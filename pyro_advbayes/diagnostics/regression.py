@@ -202,7 +202,8 @@ def gaussian_intervals(mean: Tensor, scale: Tensor | float, levels: Sequence[flo
         half = torch.special.ndtri((1 + nominal) / 2)[:, None] * scale
         lower, upper = mean - half, mean + half
     else:
-        lower, upper = (torch.stack([_mixture_quantile(mean, scale, float(p)) for p in (1 + side * nominal) / 2]) for side in (-1, 1))
+        p, places = torch.cat([(1 - nominal) / 2, (1 + nominal) / 2]).unique(return_inverse=True)
+        lower, upper = _mixture_quantiles(mean, scale, p)[places].chunk(2)
     return Intervals(*(like(value, given) for value in (nominal, lower, upper)))
 
 
@@ -374,22 +375,37 @@ def _mean_absolute(mean: Tensor, scale: Tensor) -> Tensor:
     return mean * torch.erf(z / math.sqrt(2)) + scale * math.sqrt(2 / math.pi) * (-0.5 * z.square()).exp()
 
 
-def _mixture_quantile(mean: Tensor, scale: Tensor, p: float) -> Tensor:
-    """Where the distribution function of each row's mixture is ``p``, ``[N]``: Newton's method, kept in a bracket that is halved
-    at every third step."""
-    ends = mean + scale * torch.special.ndtri(mean.new_tensor(p))
-    low, high = ends.amin(0), ends.amax(0)  # a mixture's quantile is between its components'
-    x = ends.mean(0)
-    for step in range(200):
-        z = (x - mean) / scale
-        excess = torch.special.ndtr(z).mean(0) - p
-        if bool((excess.abs() <= EXACT).all()):
-            break
-        low, high = torch.where(excess < 0, x, low), torch.where(excess > 0, x, high)
-        density = ((-0.5 * z.square()).exp() / scale).mean(0) / math.sqrt(2 * math.pi)
-        newton, middle = x - excess / density, (low + high) / 2
-        x = middle if step % 3 == 2 else torch.where((newton > low) & (newton < high), newton, middle)
-    return x
+def _mixture_quantiles(mean: Tensor, scale: Tensor, p: Tensor) -> Tensor:
+    """
+    Where the distribution functions of the rows' mixtures are ``p``, by Newton's method inside a bracket, which is halved wherever
+    Newton leaves it or does not halve its last step.
+
+    :param p: ``[P]``, increasing: each search starts where the one before ended.
+    :return: ``[P, N]``.
+    """
+    found, x = [], mean.mean(0)
+    for target in p:
+        ends = mean + scale * torch.special.ndtri(target)
+        low, high = ends.amin(0), ends.amax(0)  # a mixture's quantile is between its components'
+        x = torch.minimum(torch.maximum(x, low), high)
+        step, open_rows = high - low, torch.arange(len(x), device=x.device)
+        for _ in range(200):
+            z = (x[open_rows] - mean[:, open_rows]) / scale[:, open_rows]
+            excess = torch.special.ndtr(z).mean(0) - target
+            far = excess.abs() > EXACT
+            if not bool(far.any()):
+                break
+            open_rows, z, excess = open_rows[far], z[:, far], excess[far]
+            at = x[open_rows]
+            low[open_rows] = torch.where(excess < 0, at, low[open_rows])
+            high[open_rows] = torch.where(excess > 0, at, high[open_rows])
+            density = ((-0.5 * z.square()).exp() / scale[:, open_rows]).mean(0) / math.sqrt(2 * math.pi)
+            bottom, top, newton = low[open_rows], high[open_rows], at - excess / density
+            good = (newton > bottom) & (newton < top) & ((newton - at).abs() <= 0.5 * step[open_rows])
+            new = torch.where(good, newton, (bottom + top) / 2)
+            step[open_rows], x = (new - at).abs(), x.index_put((open_rows,), new)
+        found.append(x)
+    return torch.stack(found)
 
 
 def _inside(intervals: Intervals, y: Tensor) -> Tensor:
