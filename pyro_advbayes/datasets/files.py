@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -72,6 +73,23 @@ def read_npz(path: Path, num_dims: dict[str, int]) -> dict[str, Tensor]:
     except (EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as this set: {error}") from error
     return {name: torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False)) for name, array in arrays.items()}
+
+
+def read_table(path: Path) -> np.ndarray:
+    """
+    The numbers in a text file, float64 ``[rows, columns]``, separated by white space.
+
+    :raises ValueError: if the file is empty, ragged, or holds something else, NaN and infinity included.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of an empty file, which is refused below
+        try:
+            table = np.loadtxt(path, ndmin=2)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a table of numbers ({error}): fetch it again") from error
+    if table.size == 0 or not np.isfinite(table).all():
+        raise ValueError(f"{path} {'is empty' if table.size == 0 else 'has entries that are NaN or infinite'}: fetch it again")
+    return table
 
 
 def check_labels(path: Path, labels: Tensor, num_rows: int, num_classes: int | None) -> None:
