@@ -21,6 +21,7 @@ from pyro_advbayes.infer.mcmc.sgadald import SGAdaLD
 from pyro_advbayes.infer.mcmc.sghmc import SGHMC
 from pyro_advbayes.infer.mcmc.sgld import SGLD
 from pyro_advbayes.infer.predictive import Predictive
+from pyro_advbayes.infer.regressor import PosteriorRegressor
 from pyro_advbayes.initialization import init_to_fan_in
 from pyro_advbayes.potential import Potential
 
@@ -39,6 +40,7 @@ __all__ = [
     "Flow",
     "Generator",
     "PosteriorClassifier",
+    "PosteriorRegressor",
     "Potential",
     "Predictive",
     "SGAdaLD",
