@@ -3,6 +3,7 @@
 #   make test              lint, then every test
 #   make bench             the speed and memory tables
 #   make trust             first runs with the defaults on posteriors with known moments; takes hours
+#   make mutants           breaks the code in known ways, and looks whether the tests notice
 #   make lint              ruff alone
 # PYTHON=python3.12 chooses the Python that .venv is made with.
 
@@ -14,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 # Tests that fork have a process to themselves.
 test: export OMP_NUM_THREADS = 1
 
-.PHONY: quickstart test bench trust lint
+.PHONY: quickstart test bench trust mutants lint
 
 quickstart: $(INSTALLED)
 	$(VENV)/bin/python tutorials/quickstart.py
@@ -28,6 +29,9 @@ bench: $(INSTALLED)
 
 trust: $(INSTALLED)
 	$(VENV)/bin/python tests/benchmarks/trust.py
+
+mutants: $(INSTALLED)
+	$(VENV)/bin/python tests/mutations/run.py
 
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .

@@ -75,6 +75,52 @@ def test_on_a_posterior_the_mean_prediction_is_what_is_changed(objective):
     assert changed.double().mean() > 0.7
 
 
+def margins(net, x, y):
+    """The largest other logit less the label's."""
+    logits = net(x)
+    others = logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
+    return others - logits.gather(1, y.unsqueeze(1)).squeeze(1)
+
+
+def searched(net, x, y, steps, searches, step_size, first_c, confidence, order):
+    """The published search with PyTorch's Adam and autograd; of all successes the nearest in a norm."""
+    best, nearest = x.clone(), torch.full((len(x),), torch.inf, dtype=x.dtype)
+    low, high, c = torch.zeros_like(nearest), nearest.clone(), torch.full_like(nearest, first_c)
+    for _ in range(searches):
+        point = x.clone().requires_grad_()
+        adam, found = torch.optim.Adam([point], step_size), torch.zeros(len(x), dtype=torch.bool)
+        for step in range(steps + 1):
+            margin = margins(net, point, y)
+            with torch.no_grad():
+                distance = torch.linalg.vector_norm(point - x, order, dim=1)
+                success = (margin > 0) & (margin >= confidence)
+                nearer = success & (distance < nearest)
+                best[nearer], nearest[nearer] = point[nearer], distance[nearer]
+                found |= success
+            if step == steps:
+                break
+            adam.zero_grad()
+            ((point - x).square().sum(1) + c * (confidence - margin).clamp_min(0)).sum().backward()
+            adam.step()
+            with torch.no_grad():
+                point.clamp_(0, 1)
+        low, high = torch.where(found, low, c), torch.where(found, c, high)
+        c = torch.where(high.isfinite(), (low + high) / 2, 10 * c)
+    return best
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.4])
+def test_the_search_is_the_published_one_by_adam_and_autograd(confidence):
+    _, (net,) = posterior(1)
+    x, _ = examples(12)
+    x = 0.3 + 0.4 * x
+    y = net(x).argmax(-1)
+    settings = {"steps": 25, "searches": 6, "step_size": 0.04, "first_c": 0.003, "confidence": confidence}
+    expected = searched(net, x, y, **settings, order=2)
+    assert (expected != x).any(1).all() and not torch.equal(expected, searched(net, x, y, **settings, order=1))
+    torch.testing.assert_close(CarliniWagner(**settings)(net, x, y), expected, rtol=1e-6, atol=1e-7)
+
+
 def published(networks, x, y):
     """The step as it was published, network by network, by plain autograd."""
     gradients = []

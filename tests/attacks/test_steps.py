@@ -64,6 +64,21 @@ def test_mim_adds_up_gradients_of_size_1(case):
     torch.testing.assert_close(MIM(EPS, 5, decay=0.9)(network, x, y), point)
 
 
+def test_mim_forgets_earlier_gradients_at_its_decay(case):
+    """In the Euclidean norm, where what is left of them turns the step."""
+    network, x, y, slope = case
+    points = {}
+    for decay in (0.3, 1.0):
+        point, total = x, torch.zeros_like(x)
+        for _ in range(3):
+            gradient = slope(point)
+            total = decay * total + gradient / gradient.abs().sum(1, keepdim=True)
+            point = point + 0.02 * total / total.norm(dim=1, keepdim=True)  # three of these stay in the ball
+        torch.testing.assert_close(MIM(EPS, 3, 0.02, decay, norm="l2")(network, x, y), point)
+        points[decay] = point
+    assert float((points[0.3] - points[1.0]).abs().max()) > 1e-4
+
+
 class Turning(nn.Module):
     """Two classes whose margin is linear, with another slope from the second gradient on."""
 

@@ -225,6 +225,29 @@ def test_weights_of_any_distribution_and_tied_ones_are_drawn_for_every_row():
         SVI(Tied(), guide, Adam({"lr": 0.01}), TraceMeanField_ELBO()).step(x, y)
 
 
+@pytest.mark.parametrize("convolution", [False, True])
+def test_flipout_gives_every_row_signs_of_its_own_for_inputs_and_for_outputs(convolution):
+    """Rows that are alike become m x + r ∘ (W - m) (s ∘ x) for signs r and s: all of the eight that there are, and no other."""
+    loc, x = torch.tensor([[0.5, -1.0], [2.0, 0.25]]), torch.tensor([1.0, 3.0])
+    layer, shape = (F.conv1d, (2, 2, 1)) if convolution else (F.linear, (2, 2))
+    with Flipout():
+        w = pyro.sample("w", dist.Normal(loc.view(shape), 0.7).to_event(len(shape)))
+        out = layer(x.expand(300, 2).reshape(300, 2, *shape[2:]), w).flatten(1)
+    signs = [torch.tensor(s) for s in ((1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0))]
+    expected = torch.stack([loc @ x + r * ((w.view(2, 2) - loc) @ (s * x)) for r in signs for s in signs[:2]])
+    apart = torch.cdist(out, expected, compute_mode="donot_use_mm_for_euclid_dist")
+    assert float(apart.min(1).values.max()) < 1e-5
+    assert (apart.min(0).values < 1e-5).all()
+
+
+def test_flipout_gives_every_row_signs_of_its_own_for_a_bias():
+    loc, x = torch.tensor([0.5, -1.0]), torch.zeros(100, 3)
+    with Flipout():
+        b = pyro.sample("b", dist.Normal(loc, 0.7).to_event(1))
+        out = F.linear(x, torch.zeros(2, 3), b)
+    assert {tuple(row) for row in ((out - loc) / (b - loc)).round(decimals=3).tolist()} == {(a, c) for a in (1, -1) for c in (1, -1)}
+
+
 def test_sequences_share_a_row_s_weights_among_their_positions():
     _, guide, x, _ = problem(single)
     x = x.unsqueeze(1).expand(ROWS, 5, 3)
