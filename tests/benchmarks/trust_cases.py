@@ -84,9 +84,9 @@ def far_from_zero(seed: int) -> Problem:
 
 
 def collinear(seed: int) -> Problem:
-    """Five inputs that are one but for 3 %, vague priors, unknown noise."""
+    """Five inputs that are one but for 1 %, vague priors, unknown noise."""
     torch.manual_seed(1000 + seed)
-    x = torch.randn(100, 1) + 0.03 * torch.randn(100, 5)
+    x = torch.randn(100, 1) + 0.01 * torch.randn(100, 5)
     y = x.sum(-1) + 0.3 + 0.5 * torch.randn(100)
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
