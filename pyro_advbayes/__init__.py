@@ -14,6 +14,7 @@ from pyro_advbayes.infer.elbo import TraceRobust_ELBO
 from pyro_advbayes.infer.ensemble import deep_ensemble
 from pyro_advbayes.infer.mcmc import schedules
 from pyro_advbayes.infer.mcmc.adversary import L2, Box, Flow, Generator
+from pyro_advbayes.infer.mcmc.assessment import SamplingWarning
 from pyro_advbayes.infer.mcmc.bal import BAL
 from pyro_advbayes.infer.mcmc.draws import read_draws
 from pyro_advbayes.infer.mcmc.runner import SGMCMC
@@ -44,6 +45,7 @@ __all__ = [
     "Potential",
     "Predictive",
     "SGAdaLD",
+    "SamplingWarning",
     "TraceAdversarial_ELBO",
     "TraceRobust_ELBO",
     "UncertaintyRegularizer",

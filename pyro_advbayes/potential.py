@@ -195,6 +195,10 @@ class Potential:
             return batch
         return tuple(t.repeat_interleave(self.copies, dim=int(self.batches.per_chain)) for t in batch)
 
+    def first_rows(self, count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's ``(args, kwargs)`` with the first rows of the data; all of them where nothing is cut into minibatches."""
+        return self.arguments.replace(self._rows(count))
+
     def _rows(self, count: int) -> list[Tensor]:
         return [t[:count] if i in self.places else t for i, t in enumerate(self.arguments.tensors)]
 

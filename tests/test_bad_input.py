@@ -739,16 +739,18 @@ def test_a_lost_chain_stops_where_it_is_and_the_others_go_on(name, backend, chun
     kernel = LOSING[name](cliff(kind), backend=backend, chunk_size=chunk_size)
     start = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1e4, 0.0]])
     mcmc = ab.SGMCMC(kernel, 90, 5, 3, initial_params={"w": start}, disable_progbar=True)
-    mcmc.run()
-    draws, diverging = mcmc.get_samples(group_by_chain=True)["w"], mcmc.sample_stats()["diverging"]
+    with pytest.warns(ab.SamplingWarning, match="2 of 3 chains were lost"):
+        mcmc.run()
+    assert torch.equal(mcmc.get_samples(group_by_chain=True)["w"], mcmc.get_samples(group_by_chain=True, lost_chains=True)["w"][2:])
+    draws, diverging = mcmc.get_samples(group_by_chain=True, lost_chains=True)["w"], mcmc._draws.get()["sample_stats/diverging"]
     assert diverging.any(1).tolist() == [True, True, False] and draws.isfinite().all()
     for chain in range(3):
         first = int(diverging[chain].int().argmax()) if chain < 2 else 90
         assert bool((draws[chain, first:] == draws[chain, -1]).all()), "a lost chain moves on"
         assert len(torch.unique(draws[chain, :first], dim=0)) == first, "a living chain stands still"
-        assert mcmc.diagnostics()["divergences"][f"chain {chain}"] == list(range(first, 90))
+        assert {**mcmc.diagnostics()["lost"], **mcmc.diagnostics()["divergences"]}[f"chain {chain}"] == list(range(first, 90))
     assert mcmc.kernel.logging()["divergences"] == "2"
-    assert arviz_counts(mcmc) == int(diverging.sum())
+    assert arviz_counts(mcmc) == 0 and mcmc.num_chains == 1
 
 
 def arviz_counts(mcmc):

@@ -84,6 +84,8 @@ class BAL(SGMCMCKernel):
     Other arguments, and what is raised: :class:`~pyro_advbayes.infer.mcmc.kernel.SGMCMCKernel`.
     """
 
+    mixes = False  # learners at the paper's cold temperatures are members, each in its own mode
+
     def __init__(
         self,
         model: Callable,
@@ -172,7 +174,6 @@ class BAL(SGMCMCKernel):
         digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=4).digest()
         self._random = torch.Generator(theta.device).manual_seed(int.from_bytes(digest, "little"))
         self._lasting: Tensor | None = None
-        self._inputs_checked = False
         self._sizes: dict[str, float] = {}
 
     def _check_range(self, x: Tensor) -> None:
@@ -244,11 +245,8 @@ class BAL(SGMCMCKernel):
             gradient = adversary.gradient(z, clean, outward)
             if self.learners == "sum":
                 gradient = gradient.mul_(self.num_chains)
-            moved = rule.step(z, gradient, noise.normal_(generator=self._random), size, temperature, variables, True)
+            moved = rule.step(z, gradient, noise.normal_(generator=self._random), size, temperature, variables, "metric")
             noise, z = z, adversary.project(moved, onto)
-        if not self._inputs_checked:
-            rule.check(float(size), self.input_temperature, variables, [(self.perturb, slice(None))])
-            self._inputs_checked = True
         if adversary.lasting:
             self._lasting = z
         return onto(adversary.inputs(z, clean))
@@ -257,9 +255,9 @@ class BAL(SGMCMCKernel):
         """The gradient of the learners' mean loss; of each learner's own where they are independent."""
         mean = not self.potential.batches.per_chain
         if self.loss is None:
-            return self.potential.input_gradient(self._theta, batch, mean)
+            return self.potential.input_gradient(self.theta, batch, mean)
         pieces = []
-        for chain, theta in enumerate(self._theta):
+        for chain, theta in enumerate(self.theta):
             mine = tuple(t[chain] for t in batch) if not mean else batch
             unmoved = clean if mean else clean.view(self.num_chains, -1, *clean.shape[1:])[chain]
             pieces.append(self._own_loss_gradient(theta, mine, unmoved))

@@ -18,9 +18,11 @@ from pyro_advbayes.graph import autocast_state
 from pyro_advbayes.infer.mcmc.control_variate import ControlVariate
 from pyro_advbayes.infer.mcmc.files import random_state, set_random_state
 from pyro_advbayes.infer.mcmc.noise import NormalNoise
+from pyro_advbayes.infer.mcmc.noise_estimate import ESTIMATE_FROM, EVALUATIONS, FRESH_EVALUATIONS, NoiseEstimate
+from pyro_advbayes.infer.mcmc.restart import Restarts
 from pyro_advbayes.infer.mcmc.rule import Rule, Updates, site_means
 from pyro_advbayes.infer.mcmc.schedules import Constant, Cyclical, Polynomial, Schedule, as_schedule, check_value, keeps_sample
-from pyro_advbayes.infer.mcmc.step_size import AutoStepSize, NoiseEstimate
+from pyro_advbayes.infer.mcmc.step_size import AutoStepSize
 from pyro_advbayes.infer.mcmc.update import chunk_update, compile_update
 from pyro_advbayes.initialization import init_to_fan_in
 from pyro_advbayes.potential import Potential
@@ -35,9 +37,11 @@ class SGMCMCKernel(MCMCKernel):
     driver count samples, each of ``num_steps_per_sample`` updates.
 
     :param model: a Pyro model with continuous latent sites.
-    :param step_size: a number > 0, a function of the update's number, or ``"auto"``: bounded by the largest curvature, by power
-        iteration on Hessian-vector products, and by minibatch noise, so that each changes the temperature by at most
-        ``auto_share``; until the last 40 % of warm-up by curvature alone. What was found is in ``diagnostics()``.
+    :param step_size: a number > 0, a function of the update's number, or ``"auto"``: found in warm-up, so that discretisation and
+        minibatch noise each change the temperature by at most ``auto_share``. Curvature (by power iteration on Hessian-vector products),
+        the energy error of short trajectories and noise bound it; in the first 60 % of warm-up noise may double the temperature. A chain
+        that is lost or runs away in warm-up starts again from its last good state with half the step, up to 10 times. What was found is
+        in ``diagnostics()``.
     :param temperature: T, a number >= 0 or a function of the update's number; the law is :math:`p(\theta, D)^{1/T}`.
     :param int batch_size: rows of a minibatch, 1 to N; None for the full data, a plate that subsamples itself, or a loader.
     :param int num_steps_per_sample: updates between samples, >= 1.
@@ -55,6 +59,8 @@ class SGMCMCKernel(MCMCKernel):
 
     rule_type: type[Rule]
     update_rule: Rule
+    # Whether its chains are draws of one law, which must agree with each other in the end.
+    mixes = True
 
     def __init__(
         self,
@@ -119,18 +125,24 @@ class SGMCMCKernel(MCMCKernel):
         return 1
 
     @property
-    def wants_noise(self) -> bool:
-        """Whether the variance of the minibatch gradient is of any use."""
-        return self.update_rule.uses_noise_variance or isinstance(self.step_size, AutoStepSize)
+    def automatic(self) -> bool:
+        """Whether the step size is found from the model."""
+        return isinstance(self.step_size, AutoStepSize)
+
+    @property
+    def warmup_updates(self) -> int:
+        """Updates of the whole warm-up."""
+        return self._warmup_samples * self.updates_per_sample
 
     def _clear(self) -> None:
         """Forgets one run; settings and traced graphs stay."""
         self.potential: Potential | None = None
         self._functions: dict[Any, list[Callable]] = {}
         self._last: dict[str, Tensor] | None = None
-        self._steps = self._samples = self._warmup_samples = 0
+        self.steps = self._samples = self._warmup_samples = 0
         self._info: dict[str, Any] = {}
         self._effective: Tensor | None = None
+        self._hottest: float | None = None
 
     # ------------------------------------------------------------------------------------------------------ Pyro's protocol
 
@@ -188,17 +200,19 @@ class SGMCMCKernel(MCMCKernel):
         return {}
 
     def _start(self, theta: Tensor) -> None:
-        self._theta, self._noise = theta, torch.empty_like(theta)
+        self.theta, self._noise = theta, torch.empty_like(theta)
         self._normal = NormalNoise(theta)
-        self._variables = self.update_rule.variables(theta)
-        self._alive = torch.ones(self.num_chains, dtype=torch.bool)
+        self.variables = self.update_rule.variables(theta)
+        self.alive = torch.ones(self.num_chains, dtype=torch.bool)
         self._some_lost = False
         self._divergences: list[list[int]] = [[] for _ in range(self.num_chains)]
+        self._settled = False
+        self.restarts = Restarts(self.num_chains)
         self._anchor = None if self.control_variate is None else ControlVariate(self.potential, self.control_variate)
-        self._noise_estimate = NoiseEstimate(self, every_step="noise" in self._variables)
+        self.noise_estimate = NoiseEstimate(self, every_step="noise" in self.variables)
         self._scalars: dict[float, Tensor] = {}
         self._clamped_share = 0.0
-        if isinstance(self.step_size, AutoStepSize):
+        if self.automatic:
             self.step_size.reset()
 
     def cleanup(self) -> None:
@@ -232,7 +246,7 @@ class SGMCMCKernel(MCMCKernel):
             "step size": f"{self._info.get('step_size', math.nan):.2e}",
             "energy": f"{self._info.get('mean_energy', math.nan):.4e}",
         }
-        lost = self.num_chains - int(self._alive.sum())
+        lost = self.num_chains - int(self.alive.sum())
         if lost:
             shown["divergences"] = str(lost)
         return shown
@@ -240,24 +254,38 @@ class SGMCMCKernel(MCMCKernel):
     def diagnostics(self) -> dict[str, Any]:
         """
         :return: ``"divergences"``, the numbers of the samples at which the chain was lost (a list per chain in
-            :class:`~pyro_advbayes.SGMCMC`); ``"step size"``; ``"T_eff"``, the mean temperature per site that the minibatch noise was
-            predicted to lead to at the end of warm-up; ``"clamped"``, the share of coordinates where the rule was clamped.
+            :class:`~pyro_advbayes.SGMCMC`); ``"step size"``; ``"T_eff"``, the temperature per site that the minibatch noise was
+            predicted to lead to at the end of warm-up, mean over its coordinates, of the worst chain; ``"T_eff direction"``, that
+            temperature along the direction in which noise heats most (None on full data), of the worst of up to four chains;
+            ``"clamped"``, the share of coordinates where the rule was clamped; ``"restarts"``, how often each chain was started again
+            in warm-up; ``"step fell"``, by what factor ``"auto"`` made the step smaller when noise was held to its share.
         """
         divergences = self._divergences[0] if self._single else self._divergences
         return {
             "divergences": divergences,
             "step size": self._info.get("step_size"),
             "T_eff": self.effective_temperatures(),
+            "T_eff direction": self._hottest,
             "clamped": self._clamped_share,
+            "restarts": self.restarts.counts[0] if self._single else list(self.restarts.counts),
+            "step fell": self._step_fell(),
         }
+
+    def _step_fell(self) -> float | None:
+        auto = self.step_size
+        if not isinstance(auto, AutoStepSize) or auto.value is None or auto.warm_value is None:
+            return None
+        return auto.warm_value / auto.value
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         # transforms too: PyTorch's inverse transforms lose what they invert when they are pickled
-        gone = ("potential", "_theta", "_noise", "_normal", "_variables", "_anchor", "_noise_estimate", "_scalars", "_last")
+        gone = ("potential", "theta", "_noise", "_normal", "variables", "_anchor", "noise_estimate", "_scalars", "_last")
         for name in ("transforms", *gone):
             state[name] = None
         state["_graphs"], state["_functions"] = {}, {}
+        if "restarts" in state:
+            state["restarts"] = self.restarts.without_states()
         return state
 
     # ------------------------------------------------------------------------------------------------------------- sampling
@@ -266,6 +294,19 @@ class SGMCMCKernel(MCMCKernel):
     def adapting(self) -> bool:
         """Whether warm-up is going on."""
         return self._samples < self._warmup_samples
+
+    @property
+    def _learning(self) -> str | None:
+        """
+        What the rule learns from this update: its preconditioner in the first half of warm-up, and in the last 30 % the mean square of the
+        gradients, where the chain has come to rest.
+        """
+        due = None
+        if 2 * self._samples < self._warmup_samples:
+            due = "metric"
+        elif self.adapting and self.steps >= ESTIMATE_FROM * self.warmup_updates:
+            due = "moment"
+        return due if due in self.update_rule.learns else None
 
     @torch.no_grad()
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -277,19 +318,23 @@ class SGMCMCKernel(MCMCKernel):
         :raises RuntimeError: if every chain is lost.
         """
         if params is not self._last:
-            self._theta.copy_(self._joined(params))
+            self.theta.copy_(self._joined(params))
         if self._samples == self._warmup_samples:
             self._end_warmup()
+        elif not self._settled and 2 * self._samples >= self._warmup_samples:
+            self._settled = True
+            if "moment" in self.update_rule.learns:
+                self.update_rule.settle(self.variables, self.noise_estimate.fresh(self).second_moment, FRESH_EVALUATIONS)
         schedules = (self.step_size, self.temperature)
         for i in range(self.num_steps_per_sample):
             self._iterate("both" if i == self.num_steps_per_sample - 1 else "gradient")
-        while not (self.adapting or keeps_sample(schedules, self._steps - 1)):
+        while not (self.adapting or keeps_sample(schedules, self.steps - 1)):
             self._iterate("both")
         self._samples += 1
         kept = self._samples - self._warmup_samples - 1
-        for chain in (~self._alive).nonzero().flatten().tolist() if kept >= 0 else ():
+        for chain in (~self.alive).nonzero().flatten().tolist() if kept >= 0 else ():
             self._divergences[chain].append(kept)
-        self._last = self._split(self._theta.clone())
+        self._last = self._split(self.theta.clone())
         return self._last
 
     @property
@@ -298,7 +343,7 @@ class SGMCMCKernel(MCMCKernel):
         Of the last update: ``"energy"`` ``[chains]`` (the minibatch estimate of U, in nats, where the update started),
         ``"gradient_norm"`` and ``"diverging"`` ``[chains]``, ``"step_size"``, ``"temperature"``.
         """
-        return {**self._info, "diverging": ~self._alive}
+        return {**self._info, "diverging": ~self.alive}
 
     def extra_shapes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shapes, of one chain, and dtypes of :meth:`extras`."""
@@ -316,75 +361,90 @@ class SGMCMCKernel(MCMCKernel):
         return self.potential.batches.next()
 
     def _update(self, kind: str, batch: Batch) -> None:
-        step, potential = self._steps, self.potential
-        if isinstance(self.step_size, AutoStepSize):
+        step, potential = self.steps, self.potential
+        restartable = self.adapting and self.automatic
+        if self.automatic:
             self.step_size.adapt(self)
+        if restartable:
+            self.restarts.watch(self)
         step_size = check_value(self.step_size(step), "step_size", step)
         temperature = check_value(self.temperature(step), "temperature", step)
         if self.adapting:
-            self._noise_estimate.adapt(self)
+            self.noise_estimate.adapt(self)
+        elif self.restarts.theta is not None:
+            self.restarts.forget_states()
         self._normal.fill(self._noise)
         finite, reports = True, []
         chunks = potential.chunks(self.num_chains, batch)
         functions = self._resolve(kind, chunks)
         scalars = self._scalar(step_size), self._scalar(temperature)
         for (rows, tensors), function in zip(chunks, functions, strict=True):
-            variables = {name: value[rows] for name, value in self._variables.items()}
-            *report, total = function(self._theta[rows], self._noise[rows], *scalars, variables, *tensors)
+            variables = {name: value[rows] for name, value in self.variables.items()}
+            *report, total = function(self.theta[rows], self._noise[rows], *scalars, variables, *tensors)
             finite = finite and math.isfinite(total)
             reports.append(report)
         if not finite:
-            self._find_lost_chains(step_size, [report[0] for report in reports] if kind == "both" else [])
+            self._find_lost_chains(step_size, [report[0] for report in reports] if kind == "both" else [], restartable)
         if self._some_lost:
             self._hold_lost_chains()
-        self._theta, self._noise = self._noise, self._theta
-        self._steps += 1
+        self.theta, self._noise = self._noise, self.theta
+        self.steps += 1
         self._info.update(step_size=step_size, temperature=temperature)
         if kind == "both":
             energy, norm = (torch.cat([r[i].reshape(-1) for r in reports]) for i in (0, 1))
-            mean = float(energy[self._alive].mean()) if bool(self._alive.any()) else math.nan
+            mean = float(energy[self.alive].mean()) if bool(self.alive.any()) else math.nan
             self._info.update(energy=energy, gradient_norm=norm, mean_energy=mean)
 
-    def _find_lost_chains(self, step_size: float, energies: list[Tensor]) -> None:
+    def _find_lost_chains(self, step_size: float, energies: list[Tensor], restartable: bool) -> None:
         """:raises RuntimeError: if the new state, or the energy of the old one, is not finite in any chain."""
         finite = self._noise.isfinite().all(dim=-1)
         if energies:
             finite &= torch.cat([energy.reshape(-1) for energy in energies]).isfinite()
-        self._alive &= finite.to(self._alive.device)
-        self._some_lost = not bool(self._alive.all())
-        if not bool(self._alive.any()):
-            raise RuntimeError(
-                f"every chain is lost: energy or gradient is not finite at update {self._steps} (step_size={step_size:.3g}). Take a "
-                'smaller step_size, or "auto"; check the data for values that are far out, or start elsewhere (init_strategy)'
-            )
+        lost = self.alive & ~finite.to(self.alive.device)
+        if restartable:
+            lost &= ~self.restarts.restart(self, lost, self._noise)
+        self.alive &= ~lost
+        self._some_lost = not bool(self.alive.all())
+        if not bool(self.alive.any()):
+            raise RuntimeError(self._why_lost(step_size))
+
+    def _why_lost(self, step_size: float) -> str:
+        what = f"every chain is lost: energy or gradient is not finite at update {self.steps} (step_size={step_size:.3g})"
+        elsewhere = "check the data for values that are far out, or start elsewhere (init_strategy)"
+        if not self.automatic:
+            return f'{what}. Take a smaller step_size, or "auto"; {elsewhere}'
+        return (
+            f"{what}, after {sum(self.restarts.counts)} restarts, each with half the step. Give a smaller step_size, scale inputs and "
+            f"targets to about 1, {elsewhere}"
+        )
 
     def _hold_lost_chains(self) -> None:
         """Sets lost chains back to their last finite state, where they stay."""
-        lost = (~self._alive).to(self._noise.device)
-        self._noise[lost] = self._theta[lost]
-        for value in self._variables.values():
+        lost = (~self.alive).to(self._noise.device)
+        self._noise[lost] = self.theta[lost]
+        for value in self.variables.values():
             value[lost] = torch.nan_to_num(value[lost], 0.0, 0.0, 0.0)
-        if "momentum" in self._variables:
-            self._variables["momentum"][lost] = 0.0
+        if "momentum" in self.variables:
+            self.variables["momentum"][lost] = 0.0
 
     # ------------------------------------------------------------------------------------------- the update of one chunk
 
     def _resolve(self, kind: str, chunks: list[tuple[Any, tuple[Tensor, ...]]]) -> list[Callable]:
-        key = (kind, self.adapting, tuple(t.shape for t in chunks[0][1]), *autocast_state())
+        key = (kind, self._learning, tuple(t.shape for t in chunks[0][1]), *autocast_state())
         if key not in self._functions:
             self._functions[key] = [self._chunk_function(kind, rows, tensors) for rows, tensors in chunks]
         return self._functions[key]
 
     def _chunk_function(self, kind: str, rows: Any, tensors: tuple[Tensor, ...]) -> Callable:
-        theta = self._theta[rows]
+        theta = self.theta[rows]
         evaluate = self.potential.function(kind, theta, tensors)
         correction = None if self._anchor is None else self._anchor.correction(rows, tensors)
-        update = chunk_update(kind, evaluate, correction, self.update_rule, self.adapting)
+        update = chunk_update(kind, evaluate, correction, self.update_rule, self._learning)
         if self.potential.backend != "compile":
             return update
-        key = (self.update_rule, evaluate, self.adapting, theta.shape)
+        key = (self.update_rule, evaluate, self._learning, theta.shape)
         if correction is not None or key not in self._graphs:
-            variables = {name: value[rows].clone() for name, value in self._variables.items()}
+            variables = {name: value[rows].clone() for name, value in self.variables.items()}
             example = (theta.clone(), torch.zeros_like(theta), self._scalar(1e-6), self._scalar(1.0), variables, *tensors)
             compiled = compile_update(update, example)
             if compiled is None:
@@ -395,9 +455,9 @@ class SGMCMCKernel(MCMCKernel):
 
     def gradient(self) -> Tensor:
         """A fresh stochastic gradient where the chains are, ``[chains, size]``."""
-        batch, T = self._next_batch(), check_value(self.temperature(self._steps), "temperature", self._steps)
-        gradient = self.potential.gradient(self._theta, batch, T)
-        return gradient if self._anchor is None else gradient + self._anchor.evaluate(self._theta, batch)
+        batch, T = self._next_batch(), check_value(self.temperature(self.steps), "temperature", self.steps)
+        gradient, _ = self.potential.evaluate("both", self.theta, batch, T)  # the graph that every run has
+        return gradient if self._anchor is None else gradient + self._anchor.evaluate(self.theta, batch)
 
     def _scalar(self, value: float) -> Tensor:
         if value not in self._scalars:
@@ -409,20 +469,24 @@ class SGMCMCKernel(MCMCKernel):
     # ------------------------------------------------------------------------------------------------------ end of warm-up
 
     def _end_warmup(self) -> None:
-        self._noise_estimate.finish(self)
-        if isinstance(self.step_size, AutoStepSize):
+        noise, rule = self.noise_estimate, self.update_rule
+        noise.finish(self)
+        if self._warmup_samples == 0:
+            rule.settle(self.variables, noise.mean().second_moment, EVALUATIONS)
+        if self.automatic:
             self.step_size.finish(self)
-        T, step_size = self.temperature(self._steps), self.step_size(self._steps)
-        alive = {name: value[self._alive] for name, value in self._variables.items()}
-        self._clamped_share = self.update_rule.check(step_size, T, alive, self.names)
-        self._effective = self.update_rule.temperatures(self._noise_estimate.variance, step_size, T, alive, self.updates_per_batch)
+        T, step_size = self.temperature(self.steps), self.step_size(self.steps)
+        alive = {name: value[self.alive] for name, value in self.variables.items()}
+        self._clamped_share = rule.check(step_size, T, alive, self.names)
+        self._effective = rule.temperatures(noise.mean().variance, step_size, T, alive, self.updates_per_batch)
+        self._hottest = noise.hottest(self, step_size, T)
 
     def effective_temperatures(self) -> dict[str, float] | None:
-        """The predicted temperature per site, mean over its coordinates and chains; None before the end of warm-up."""
+        """The predicted temperature per site, mean over its coordinates, of the worst chain; None before the end of warm-up."""
         if self._effective is None:
             return None
         means = site_means(self._effective.expand(*self._effective.shape[:-1], self.potential.size).float(), self.names)
-        means = means.reshape(-1, len(self.names)).mean(0).tolist()
+        means = means.reshape(-1, len(self.names)).amax(0).tolist()
         return {name: mean for (name, _), mean in zip(self.names, means, strict=True)}
 
     # ------------------------------------------------------------------------------------------------- for a checkpoint
@@ -440,41 +504,46 @@ class SGMCMCKernel(MCMCKernel):
 
     def reference_energy(self) -> Tensor:
         """U on a fixed minibatch, ``[2]``: where chain 0 is and at 0, since two models may agree at one point; tells one from another."""
-        theta = self._theta[0]
+        theta = self.theta[0]
         return torch.stack([self.potential.reference_energy(row) for row in (theta, torch.zeros_like(theta))])
 
     def state(self) -> dict[str, Any]:
         """Everything that the next sample depends on, random generators included: tensors and plain values."""
-        auto = self.step_size if isinstance(self.step_size, AutoStepSize) else None
+        auto = self.step_size if self.automatic else None
         return {
-            "theta": self._theta,
-            "variables": self._variables,
-            "alive": self._alive,
+            "theta": self.theta,
+            "variables": self.variables,
+            "alive": self.alive,
             "divergences": self._divergences,
-            "counts": [self._steps, self._samples],
+            "counts": [self.steps, self._samples],
             "info": self._info,
-            "noise": [self._noise_estimate.count, self._noise_estimate.variance],
-            "auto": None if auto is None else [auto.value, auto.curvature, auto.measured],
+            "noise": self.noise_estimate.state(),
+            "auto": None if auto is None else auto.state(),
+            "restarts": self.restarts.state(),
+            "settled": self._settled,
+            "hottest": self._hottest,
             "clamped": self._clamped_share,
             "effective": self._effective,
             "anchor": None if self._anchor is None else [self._anchor.anchor, self._anchor.full],
             "batches": self.potential.batches.state(),
             "probes": self.potential.probe_batches,
             "normal": self._normal.state(),
-            "random": random_state(self._theta.device),
+            "random": random_state(self.theta.device),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from a :meth:`state`, after :meth:`setup_chains` with the same settings and data."""
-        self._theta.copy_(state["theta"])
-        self._variables = dict(state["variables"])
-        self._alive, self._divergences = state["alive"], state["divergences"]
-        self._some_lost = not bool(self._alive.all())
-        self._steps, self._samples = state["counts"]
+        self.theta.copy_(state["theta"])
+        self.variables = dict(state["variables"])
+        self.alive, self._divergences = state["alive"], state["divergences"]
+        self._some_lost = not bool(self.alive.all())
+        self.steps, self._samples = state["counts"]
         self._info = dict(state["info"])
-        self._noise_estimate.count, self._noise_estimate.variance = state["noise"]
+        self.noise_estimate.load(state["noise"])
         if state["auto"] is not None:
-            self.step_size.value, self.step_size.curvature, self.step_size.measured = state["auto"]
+            self.step_size.load(state["auto"])
+        self.restarts.load(state["restarts"])
+        self._settled, self._hottest = state["settled"], state["hottest"]
         self._clamped_share = state["clamped"]
         self._effective = state["effective"]
         if self._anchor is not None:
@@ -484,9 +553,9 @@ class SGMCMCKernel(MCMCKernel):
             self._anchor.full = full
         self.potential.probe_batches = tuple(state["probes"])
         self.potential.batches.load(state["batches"])
-        self._initial_params = self._split(self._theta.clone())
+        self._initial_params = self._split(self.theta.clone())
         self._normal.load(state["normal"])
-        set_random_state(state["random"], self._theta.device)
+        set_random_state(state["random"], self.theta.device)
 
     # ----------------------------------------------------------------------------------------------------- rows and sites
 

@@ -21,13 +21,11 @@ class Rule(ABC):
     and travel in checkpoints. All settings are plain numbers.
     """
 
-    @property
-    def uses_noise_variance(self) -> bool:
-        """Whether :meth:`temperatures` looks at the variance of the minibatch gradient."""
-        return True
+    learns: frozenset[str] = frozenset()
+    """What :meth:`step` can learn from the gradients: ``"metric"``, a preconditioner, and ``"moment"``, their mean square at rest."""
 
     def variables(self, theta: Tensor) -> Variables:
-        """What the rule keeps beside theta, at the start."""
+        """What the rule keeps beside theta, at the start. Nothing in it is in units of the step size, which may change at any update."""
         return {}
 
     @abstractmethod
@@ -39,7 +37,7 @@ class Rule(ABC):
         step_size: Tensor,
         temperature: Tensor,
         variables: Variables,
-        adapting: bool,
+        learning: str | None,
     ) -> Tensor:
         """
         One update.
@@ -51,11 +49,24 @@ class Rule(ABC):
         :param step_size: a number in a tensor, > 0.
         :param temperature: a number in a tensor, >= 0.
         :param variables: the rule's own, updated in place.
-        :param adapting: whether warm-up is going on.
+        :param learning: what the rule is to learn from this gradient: ``"metric"`` in the first half of warm-up, after which the chain
+            must relax, since a preconditioner that follows theta leads to another law; ``"moment"`` in the last 30 %; else None.
         :return: the new theta, in the memory of ``noise``.
         """
 
     @abstractmethod
+    def injected_temperature(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> Tensor:
+        """
+        The temperature of each coordinate without the noise of minibatch gradients: T, less what the rule takes off for that noise.
+
+        :param noise_variance: variance of the minibatch gradient at one theta, per coordinate ``[size]``; 0 on full data.
+        :return: broadcasts to ``[chains, size]``.
+        """
+
+    @abstractmethod
+    def heating(self, step_size: float, variables: Variables) -> Tensor | float:
+        """By how much each unit of a minibatch gradient's variance raises a coordinate's temperature; broadcasts to ``[chains, size]``."""
+
     def temperatures(
         self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables, updates_per_batch: int = 1
     ) -> Tensor:
@@ -67,19 +78,41 @@ class Rule(ABC):
             times what as many minibatches would. That is exact for small steps, and an upper bound where M of them go far.
         :return: ``[size]`` or ``[chains, size]``.
         """
+        heating = updates_per_batch * self.heating(step_size, variables)
+        return self.injected_temperature(noise_variance, step_size, temperature, variables) + heating * noise_variance
 
-    @abstractmethod
     def largest_step(self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables) -> float:
         """
-        The largest step size at which discretisation and minibatch noise each change the temperature by at most ``share``.
+        The largest step size at which discretisation and minibatch noise each change the temperature by at most ``share``. A rule
+        without it runs with step sizes that are given.
 
         :param curvature: largest eigenvalue of the Hessian of U, after :meth:`metric`.
-        :param noise_variance: ``[sites]``, mean variance of the minibatch gradient per site.
+        :param noise_variance: ``[sites]``, mean variance of the minibatch gradient per site, after :meth:`metric`; 0 where noise does
+            not count.
+        :raises ValueError: if the rule has no such bound.
         """
+        raise ValueError(f'step_size="auto": {type(self).__name__} has no largest_step. Give a step size')
+
+    def leapfrog_step(self, step_size: float) -> float:
+        """The step of Hamiltonian dynamics, in the coordinates of :meth:`metric`, whose discretisation an update shares."""
+        return (2.0 * step_size) ** 0.5
 
     def metric(self, variables: Variables) -> Tensor | None:
-        """The square root of the preconditioner, ``[chains, size]``, in which curvature is measured; None for none."""
+        """The square root of the preconditioner, ``[chains, size]``, in which curvature and noise are measured; None for none."""
         return None
+
+    def start_metric(self, variables: Variables, second_moment: float) -> None:
+        """Starts the preconditioner, where there is one, from a guess of the gradient's mean square."""
+        return
+
+    def settle(self, variables: Variables, second_moment: Tensor, evaluations: int) -> None:
+        """
+        Called once the preconditioner is frozen, with a first estimate of what ``"moment"`` is to be; without a warm-up, at the start.
+
+        :param second_moment: the mean square of the minibatch gradient where the chains are, ``[size]``.
+        :param evaluations: of how many gradients it is the mean.
+        """
+        return
 
     def check(self, step_size: float, temperature: float, variables: Variables, names: list[tuple[str, slice]]) -> float:
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_advbayes.batches import is_loader
 from pyro_advbayes.infer.mcmc import files, summary
+from pyro_advbayes.infer.mcmc.assessment import Assessment, SamplingWarning, assess
 from pyro_advbayes.infer.mcmc.draws import Field, FileDraws, MemoryDraws
 from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, data_digests, fingerprint, load_kernel, schedule_values
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
@@ -79,6 +81,7 @@ class SGMCMC(AbstractMCMC):
             raise ValueError(f"kernel={type(kernel).__name__}: SGLD, SGAdaLD, SGHMC or BAL; for Pyro's own kernels use pyro.infer.MCMC")
         if draws_dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"draws_dtype={draws_dtype}: a floating-point dtype")
+        self._left_out: list[int] = []
         super().__init__(kernel, num_chains, transforms=None)
         self.num_samples, self.warmup_steps = num_samples, warmup_steps
         self.hook_fn, self.disable_progbar = hook_fn, disable_progbar
@@ -92,18 +95,29 @@ class SGMCMC(AbstractMCMC):
             raise ValueError(f"draws={str(draws)!r} is the path of the checkpoint too: they are two files")
         self._initial = initial_params
         self._draws: MemoryDraws | FileDraws | None = None
+        self._assessment = Assessment()
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
+
+    @property
+    def num_chains(self) -> int:
+        """How many chains run; after a run, how many are left: those that were lost are in no result."""
+        return self._asked_chains - len(self._left_out)
+
+    @num_chains.setter
+    def num_chains(self, value: int) -> None:
+        self._asked_chains = value
 
     # ------------------------------------------------------------------------------------------------------------- running
 
     def run(self, *args: Any, **kwargs: Any) -> None:
         """
-        Runs warm-up and sampling.
+        Runs warm-up and sampling. Warns when it ends (:class:`SamplingWarning`) if the draws are not yet what they should be.
 
         :param args: the model's arguments, or one loader of them.
         :param kwargs: the model's keyword arguments.
         """
+        self._left_out = []
         if self.checkpoint is not None:
             files.refuse_existing(self.checkpoint, self.overwrite)
         if self.draws_path is not None:
@@ -115,6 +129,7 @@ class SGMCMC(AbstractMCMC):
                 self.checkpoint.unlink(missing_ok=True)
             self._draws = self._new_draws()
             self._loop(self.kernel.initial_params, 0)
+        self._warn()
 
     @classmethod
     def resume(
@@ -151,6 +166,7 @@ class SGMCMC(AbstractMCMC):
         )
         with poutine.block(), pyro.validation_enabled(False):
             mcmc._resume_from(content, args, kwargs)
+        mcmc._warn()
         return mcmc
 
     def _resume_from(self, content: dict[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -168,7 +184,7 @@ class SGMCMC(AbstractMCMC):
         self.kernel.initial_params = None if self._initial is None else dict(self._initial)
         self._scheduled = schedule_values(self.kernel, self.warmup_steps + self.num_samples)
         args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
-        self.kernel.setup_chains(self.num_chains, self.warmup_steps, args, kwargs, find_start)
+        self.kernel.setup_chains(self._asked_chains, self.warmup_steps, args, kwargs, find_start)
         # ArviZ runs the model on these: of a loader, its first batch
         loader = is_loader(args, dict(kwargs))
         self._args, self._kwargs = (self.kernel.potential.batches.example if loader else args), dict(kwargs)
@@ -182,8 +198,8 @@ class SGMCMC(AbstractMCMC):
         for name, (shape, dtype) in self.kernel.extra_shapes().items():
             fields[_EXTRA + name] = Field(shape, dtype)
         if self.draws_path is None:
-            return MemoryDraws(fields, self.num_chains, self.num_samples)
-        return FileDraws(self.draws_path, fields, self.num_chains, self.num_samples, self.overwrite, resume)
+            return MemoryDraws(fields, self._asked_chains, self.num_samples)
+        return FileDraws(self.draws_path, fields, self._asked_chains, self.num_samples, self.overwrite, resume)
 
     def _loop(self, params: dict[str, Tensor], done: int) -> None:
         total, kernel = self.warmup_steps + self.num_samples, self.kernel
@@ -208,8 +224,15 @@ class SGMCMC(AbstractMCMC):
         finally:  # what an interrupted run has is there to be looked at
             self._draws.flush()
             self._diagnostics = kernel.diagnostics()
+            self._left_out = (~kernel.alive).nonzero().flatten().tolist() if bool(kernel.alive.any()) else []
             self.transforms = kernel.transforms
             kernel.cleanup()
+
+    def _warn(self) -> None:
+        """Looks at what came out, and says in one warning what is wrong with it."""
+        self._assessment = assess(self)
+        if self._assessment.findings:
+            warnings.warn(SamplingWarning(self._assessment.text()), stacklevel=3)
 
     def _show(self, bar: tqdm, stage: str) -> None:
         bar.set_description(stage, refresh=False)
@@ -219,11 +242,11 @@ class SGMCMC(AbstractMCMC):
 
     def _keep(self) -> None:
         kernel = self.kernel
-        values = kernel.potential.constrain(kernel._theta)
+        values = kernel.potential.constrain(kernel.theta)
         for name in STATISTICS:
             value = kernel.info[name]
             value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-            values[_PREFIX + name] = value.expand(self.num_chains) if value.dim() == 0 else value
+            values[_PREFIX + name] = value.expand(self._asked_chains) if value.dim() == 0 else value
         values |= {_EXTRA + name: value for name, value in kernel.extras().items()}
         self._draws.append(values)
 
@@ -236,7 +259,7 @@ class SGMCMC(AbstractMCMC):
             "runner": {
                 "num_samples": self.num_samples,
                 "warmup_steps": self.warmup_steps,
-                "num_chains": self.num_chains,
+                "num_chains": self._asked_chains,
                 "checkpoint_every": self.checkpoint_every,
                 "draws": str(draws.relative_to(folder) if draws.is_relative_to(folder) else draws),
                 "draws_dtype": None if self.draws_dtype is None else str(self.draws_dtype).removeprefix("torch."),
@@ -252,14 +275,16 @@ class SGMCMC(AbstractMCMC):
 
     # ------------------------------------------------------------------------------------------------------- what came out
 
-    def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
+    def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False, *, lost_chains: bool = False) -> dict[str, Tensor]:
         """
-        Samples by site, in the model's own space and dtypes.
+        Samples by site, in the model's own space and dtypes. Chains that were lost are left out, here and in all that is made of the
+        run; the others keep their order.
 
         :param num_samples: as in Pyro, draw this many with replacement; None takes them all.
         :param group_by_chain: shape ``[chains, draws, *shape]`` instead of ``[chains * draws, *shape]``.
+        :param lost_chains: whether lost chains are there too; they stand where they were last finite.
         """
-        samples = {name: value for name, value in self._kept().items() if not name.startswith((_PREFIX, _EXTRA))}
+        samples = {name: value for name, value in self._kept(lost_chains).items() if not name.startswith((_PREFIX, _EXTRA))}
         if self.draws_dtype is not None:
             samples = {site.name: samples[site.name].to(site.dtype) for site in self._sites}
         return select_samples(samples, num_samples, group_by_chain)
@@ -281,26 +306,51 @@ class SGMCMC(AbstractMCMC):
         extras = {name.removeprefix(_EXTRA): value for name, value in self._kept().items() if name.startswith(_EXTRA)}
         return select_samples(extras, None, group_by_chain)
 
-    def _kept(self) -> dict[str, Tensor]:
+    def _kept(self, lost_chains: bool = False) -> dict[str, Tensor]:
         if self._draws is None:
             raise RuntimeError("there are no samples yet: call run(...) first")
-        return self._draws.get()
+        draws = self._draws.get()
+        if lost_chains or not self._left_out:
+            return draws
+        good = [chain for chain in range(self._asked_chains) if chain not in self._left_out]
+        return {name: value[good] for name, value in draws.items()}
 
     @property
     def _sites(self) -> Sequence[Any]:
         return self.kernel.potential.sites
 
-    def diagnostics(self, max_elements: int = 100) -> dict[str, Any]:
+    def diagnostics(self, *args: Any, max_elements: int = 100, **kwargs: Any) -> dict[str, Any]:
         """
-        ``n_eff`` and ``r_hat`` by site, and the kernel's own diagnostics: ``"divergences"``, a dict of chain to the numbers of the
-        samples at which it was lost, ``"T_eff"``, ``"step size"``, ``"clamped"``.
+        What can be said of the run and of its draws:
 
-        :param max_elements: of a larger site, this many evenly spaced elements are looked at.
+        - ``"sites"``: ``{site: {"n_eff", "r_hat"}}``, with rank-normalised split R-hat, NaN where nothing moved. ``diagnostics()[site]``
+          is the same, as in Pyro.
+        - ``"predictions"``: the same of the model's return values at the given inputs, if there are any.
+        - ``"drift"``: whether the kept energies are stationary: ``"shift"``, how far the first of them lie above the last half, in
+          standard deviations, ``"z"``, the same in standard errors, and the means ``"first"`` and ``"last"``; None for fewer than 20
+          draws and for schedules.
+        - ``"divergences"``: ``{chain: numbers of the samples at which it was lost}``, of the chains that are left, as ArviZ reads it;
+          ``"lost"``: the same of the chains that are left out.
+        - what the kernel's ``diagnostics`` know: ``"T_eff"``, ``"T_eff direction"``, ``"step size"``, ``"step fell"``, ``"restarts"``,
+          ``"clamped"``.
+        - ``"warnings"``: what the run warned of, a list of sentences.
+
+        :param args: inputs, as the model takes them.
+        :param kwargs: inputs by name.
+        :param max_elements: of a larger site or output, this many evenly spaced elements are looked at.
         """
-        result: dict[str, Any] = summary.by_site(self.get_samples(group_by_chain=True), max_elements)
-        width = len(str(self.num_chains - 1))  # ArviZ sorts these labels as strings
-        lost = self._diagnostics["divergences"]
-        return {**result, **self._diagnostics, "divergences": {f"chain {c:0{width}d}": rows for c, rows in enumerate(lost)}}
+        samples = self.get_samples(group_by_chain=True)
+        result: dict[str, Any] = Diagnostics(sites=summary.by_site(samples, max_elements))
+        if args or kwargs:
+            values = summary.function_values(self.kernel.model, self.get_samples(), self.num_chains, args, kwargs)
+            result["predictions"] = summary.by_site({"f": values}, max_elements)["f"]
+        width = len(str(self._asked_chains - 1))  # ArviZ sorts these labels as strings
+        chains = {f"chain {c:0{width}d}": rows for c, rows in enumerate(self._diagnostics["divergences"])}
+        lost = {f"chain {c:0{width}d}" for c in self._left_out}
+        result |= {**self._diagnostics, "drift": self._assessment.drift, "warnings": list(self._assessment.findings)}
+        result["divergences"] = {name: rows for name, rows in chains.items() if name not in lost}
+        result["lost"] = {name: rows for name, rows in chains.items() if name in lost}
+        return result
 
     def summary(self, *args: Any, sites: Sequence[str] | None = None, prob: float = 0.9, max_elements: int = 8, **kwargs: Any) -> None:
         """
@@ -321,5 +371,16 @@ class SGMCMC(AbstractMCMC):
                 raise ValueError(f"sites: {unknown[0]!r} is none of {sorted(samples)}")
             samples = {name: samples[name] for name in sites}
         print(summary.table(samples, prob, max_elements))
-        lost = sum(bool(rows) for rows in self._diagnostics["divergences"])
-        print(f"\nchains lost: {lost} of {self.num_chains}")
+        drift = self._assessment.drift
+        if drift is not None:
+            print(f"\nenergy: first draws {drift['first']:.4g}, last half {drift['last']:.4g}, drift z {drift['z']:.1f}")
+        print(f"\nchains lost: {len(self._left_out)} of {self._asked_chains}")
+        for finding in self._assessment.findings:
+            print(f"warning: {finding}")
+
+
+class Diagnostics(dict):
+    """A dict in which a site's name stands for ``["sites"][name]``, as in the diagnostics of Pyro's ``MCMC``."""
+
+    def __missing__(self, name: str) -> Any:
+        return self["sites"][name]

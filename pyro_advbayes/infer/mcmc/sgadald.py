@@ -12,38 +12,34 @@ from torch import Tensor
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.rule import Rule, Variables
 from pyro_advbayes.infer.mcmc.schedules import Schedule
+from pyro_advbayes.infer.mcmc.sgld import SGLDRule
 
 
 def adapt_second_moment(variables: Variables, gradient: Tensor, window: float | None) -> None:
     r"""
-    Updates :math:`V`, the running mean of the squared gradient. With a window it is an average over about that many steps; without,
-    the window :math:`\tau` adapts itself (Springenberg et al., 2016, section 3.3), with :math:`r = 1/(\tau + 1)`:
+    Takes the n-th gradient since the start of the run into :math:`V`, the running mean of its square,
 
-    .. math:: \tau \leftarrow \tau + 1 - \tau \bar g^2 / V, \quad \bar g \leftarrow \bar g + r (g - \bar g), \quad
-        V \leftarrow V + r (g^2 - V),
+    .. math:: n \leftarrow n + 1, \qquad V \leftarrow V + r\, (g^2 - V), \qquad r = \max(4 / (n + 4),\; 1 / w).
 
-    all on old values. (With :math:`r = 1/\tau`, as printed in some accounts, :math:`V` collapses onto the last gradient.)
+    Without a window :math:`w` the k-th gradient has a weight of about :math:`k^3`, so that the start, where gradients are large,
+    fades. Springenberg et al. (2016, section 3.3) adapt a window to each weight. That window closes to one step wherever gradients
+    are autocorrelated, :math:`V` then follows :math:`\theta`, and the chain samples :math:`p(\theta) \prod_i \sqrt{V_i(\theta)}`. (Left out
+    here for this reason.)
 
-    :param variables: ``"V"``, ``"tau"`` and, without a window, ``"mean"``; updated in place.
-    :param gradient: a stochastic gradient of the same shape.
+    :param variables: ``"V"`` ``[chains, size]`` and ``"count"`` ``[chains, 1]``; updated in place.
+    :param gradient: a stochastic gradient ``[chains, size]``.
     :param window: number of steps, >= 1, or None.
     """
-    V, tau = variables["V"], variables["tau"]
-    rate = 1.0 / (tau + 1.0)
-    if window is None:
-        mean = variables["mean"]
-        new_tau = tau + 1.0 - tau * mean * mean / V
-        mean.add_(rate * (gradient - mean))
-    else:
-        new_tau = (tau + 1.0).clamp_max(window)
+    V, count = variables["V"], variables["count"]
+    rate = 4.0 / (count.add_(1.0) + 4.0)
+    if window is not None:
+        rate = rate.clamp_min(1.0 / window)
     V.add_(rate * (gradient * gradient - V))
-    tau.copy_(new_tau)
 
 
-def second_moment_variables(theta: Tensor, window: float | None) -> Variables:
-    """The variables of :func:`adapt_second_moment` before the first step; all start at 1."""
-    names = ("V", "tau") if window is not None else ("V", "tau", "mean")
-    return {name: torch.ones_like(theta) for name in names}
+def second_moment_variables(theta: Tensor) -> Variables:
+    """The variables of :func:`adapt_second_moment` before the first step."""
+    return {"V": torch.ones_like(theta), "count": torch.zeros_like(theta[..., :1])}
 
 
 @dataclass(frozen=True)
@@ -61,11 +57,14 @@ class SGAdaLDRule(Rule):
         check_window(self.averaging_window)
 
     @property
-    def uses_noise_variance(self) -> bool:
-        return not self.noise_correction
+    def learns(self) -> frozenset[str]:
+        return frozenset({"metric", "moment"} if self.noise_correction else {"metric"})
 
     def variables(self, theta: Tensor) -> Variables:
-        return second_moment_variables(theta, self.averaging_window)
+        variables = second_moment_variables(theta)
+        if self.noise_correction:
+            variables["moment"] = torch.zeros_like(theta)
+        return variables
 
     def step(
         self,
@@ -75,53 +74,71 @@ class SGAdaLDRule(Rule):
         step_size: Tensor,
         temperature: Tensor,
         variables: Variables,
-        adapting: bool,
+        learning: str | None,
     ) -> Tensor:
-        if adapting:
+        if learning == "metric":
             adapt_second_moment(variables, gradient, self.averaging_window)
+        elif learning == "moment" and self.noise_correction:
+            moment, count = variables["moment"], variables["count"]
+            moment.add_((gradient * gradient - moment) / count.add_(1.0))
         rate = step_size * step_size * variables["V"].rsqrt()
-        variance = self._noise_variance(rate, step_size, temperature, variables["V"])
+        variance = self._noise_variance(rate, step_size, temperature, variables)
         return noise.mul_(variance.clamp_min(0.0).sqrt()).sub_(gradient.mul_(rate)).add_(theta)
 
-    def _noise_variance(self, rate: Tensor, step_size: Any, temperature: Any, V: Tensor) -> Tensor:
+    def _noise_variance(self, rate: Tensor, step_size: Any, temperature: Any, variables: Variables) -> Tensor:
         if self.friction is None:
             injected = 2.0 * temperature * rate
         else:
-            injected = (2.0 * temperature * self.friction) * step_size**3 / V
-        return injected - step_size**4 if self.noise_correction else injected
+            injected = (2.0 * temperature * self.friction) * step_size**3 / variables["V"]
+        return injected - rate * rate * variables["moment"] if self.noise_correction else injected
 
-    def temperatures(
-        self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables, updates_per_batch: int = 1
-    ) -> Tensor:
-        V = variables["V"]
-        rate = step_size**2 * V.rsqrt()
-        injected = self._noise_variance(rate, step_size, temperature, V).clamp_min(0.0)
-        if self.noise_correction:  # what was taken away is there in the gradient: V is signal and noise together
-            return (injected + updates_per_batch * step_size**4) / (2.0 * rate)
-        return injected / (2.0 * rate) + 0.5 * updates_per_batch * rate * noise_variance
+    def injected_temperature(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> Tensor:
+        rate = step_size**2 * variables["V"].rsqrt()
+        injected = self._noise_variance(rate, step_size, temperature, variables).clamp_min(0.0) / (2.0 * rate)
+        if not self.noise_correction:
+            return injected
+        # the signal in the mean square is what discretisation adds, which is taken off too
+        return injected + 0.5 * rate * (variables["moment"] - noise_variance)
+
+    def heating(self, step_size: float, variables: Variables) -> Tensor:
+        return 0.5 * step_size**2 * variables["V"].rsqrt()
 
     def largest_step(self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables) -> float:
-        # e^2 sqrt(V) <= share T keeps the whole effect of the noise under share / 2, either way
-        squared = 2.0 * share / (1.0 + share) / curvature
-        if bool((noise_variance > 0).any()):
-            squared = min(squared, float(share * temperature / noise_variance.max().sqrt()))
-            squared = min(squared, float(temperature / variables["V"].max().sqrt()))  # twice inside the valid region, everywhere
+        squared = SGLDRule().largest_step(curvature, noise_variance, temperature, share, variables)
+        if self.noise_correction and temperature > 0.0:
+            taken = (variables["moment"] * variables["V"].rsqrt()).max()  # twice inside the valid region, everywhere
+            squared = min(squared, float(temperature / taken)) if bool(taken > 0) else squared
         return squared**0.5
+
+    def leapfrog_step(self, step_size: float) -> float:
+        return 2.0**0.5 * step_size
 
     def metric(self, variables: Variables) -> Tensor:
         return variables["V"].pow(-0.25)
 
+    def start_metric(self, variables: Variables, second_moment: float) -> None:
+        variables["V"].fill_(second_moment)
+
+    def settle(self, variables: Variables, second_moment: Tensor, evaluations: int) -> None:
+        if self.noise_correction:
+            variables["moment"].copy_(second_moment.expand_as(variables["moment"]))
+            variables["count"].fill_(evaluations)
+
     def check(self, step_size: float, temperature: float, variables: Variables, names: list[tuple[str, slice]]) -> float:
-        V = variables["V"]
-        outside = self._noise_variance(step_size**2 * V.rsqrt(), step_size, temperature, V) <= 0.0
-        share = float(outside.float().mean())
+        rate = step_size**2 * variables["V"].rsqrt()
+        left = self._noise_variance(rate, step_size, temperature, variables)
+        share = float((left <= 0.0).float().mean())
         if share > 0.0 and not self.clamp and temperature > 0.0:
+            # M is an estimate: a coordinate that comes out a little hotter than T is clamped
+            outside = left < -0.1 * (left + rate * rate * variables["moment"])
+            if not bool(outside.any()):
+                return share
             worst = max(names, key=lambda item: float(outside[..., item[1]].float().mean()))[0]
             raise ValueError(
-                f"SGAdaLD: in {share:.1%} of the coordinates (most of them in site {worst!r}) step_size={step_size:.3g} makes the "
-                f"minibatch noise hotter than temperature={temperature:.3g}: e^2 sqrt(V) must stay below 2 T. Take a smaller step_size "
-                '("auto" does), a larger batch_size or temperature, or clamp=True to sample at the noise\'s temperature, which '
-                "diagnostics() reports as T_eff"
+                f"SGAdaLD: in {float(outside.float().mean()):.1%} of the coordinates (most of them in site {worst!r}) "
+                f"step_size={step_size:.3g} brings more gradient noise than temperature={temperature:.3g} has room for: "
+                'e^2 E[g^2] / sqrt(V) must stay below 2 T. Take a smaller step_size or "auto", noise_correction=False to sample hotter, '
+                "or clamp=True to sample at the noise's temperature, which diagnostics() reports as T_eff"
             )
         return share
 
@@ -131,22 +148,25 @@ class SGAdaLD(SGMCMCKernel):
     Scale-adapted Langevin dynamics, the sampler of weights in Bayesian Adversarial Learning (Ye and Zhu, 2018, Eq. 10): scale-adapted
     SGHMC (Springenberg et al., 2016) that forgets its momentum at every step. Elementwise, with :math:`h = e^2 V^{-1/2}`,
 
-    .. math:: \theta \leftarrow \theta - h\, g + \mathrm{Normal}(0,\; 2 T h - e^4),
+    .. math:: \theta \leftarrow \theta - h\, g + \mathrm{Normal}(0,\; 2 T h - h^2 M),
 
-    where :math:`e` = ``step_size``, :math:`T` = ``temperature``, :math:`g = \nabla \hat U(\theta)` and :math:`V` is the running mean of
-    :math:`g^2`, adapted in warm-up and frozen after it; the second argument is a variance. :math:`e^4 = h^2 V` is what the gradient
-    itself brings. With it taken off, the variance of an axis-aligned Gaussian is exact at any stable step, valid where
-    :math:`e^2 \sqrt V < 2 T`; without (``noise_correction=False``) it is :math:`(T/\lambda)/(1 - h \lambda / 2)`.
+    where :math:`e` = ``step_size``, :math:`T` = ``temperature``, :math:`g = \nabla \hat U(\theta)`; the second argument is a variance.
+    :math:`V` is the mean of :math:`g^2` over the first half of warm-up, in which later gradients weigh more. It is frozen then, and the
+    chain comes to rest. :math:`M` is the mean of :math:`g^2` where the chain rests, so that :math:`h^2 M` is what the gradient itself
+    brings; it is 0 in the first half of warm-up, and measured in the second. (The paper takes :math:`V` for :math:`M`, which gives
+    :math:`e^4`. That is too much where :math:`V` remembers the large gradients of the start.) With it taken off, the variance of an
+    axis-aligned Gaussian is exact at any stable step, valid where :math:`h M < 2 T`; without (``noise_correction=False``) it is
+    :math:`(T/\lambda)/(1 - h \lambda / 2)`.
 
-    Gradient noise that is correlated between weights, as a network's is, is taken off along the axes only. Where
-    :math:`e^2\sqrt V \le 0.1\, T` the whole matter stays below 5 %: ``step_size="auto"`` keeps to that.
+    Gradient noise that is correlated between weights, as a network's is, is taken off along the axes only: stiff directions stay too
+    hot and soft ones come out too cold. ``step_size="auto"`` keeps the whole effect of the noise below ``auto_share``.
 
     :param friction: None takes the friction at which every weight has the temperature T, :math:`C = \sqrt V / e`; a number is the
-        paper's constant :math:`C`: the variance is then :math:`2 T e^3 C / V - e^4`, and weight i has temperature
+        paper's constant :math:`C`: the variance is then :math:`2 T e^3 C / V - h^2 M`, and weight i has temperature
         :math:`T C e / \sqrt{V_i}`.
-    :param averaging_window: steps over which :math:`V` averages; None adapts the window per weight.
-    :param noise_correction: whether :math:`e^4` is taken off.
-    :param clamp: outside the valid region, clamp the variance at 0, where the chain runs at :math:`T_\mathrm{eff} = e^2 \sqrt V / 2`,
+    :param averaging_window: steps, >= 1, over which :math:`V` averages; None for all since the start.
+    :param noise_correction: whether :math:`h^2 M` is taken off.
+    :param clamp: outside the valid region, clamp the variance at 0, where the chain runs at :math:`T_\mathrm{eff} = h M / 2`,
         reported by ``diagnostics``, instead of raising an error at the end of warm-up.
 
     Other arguments: :class:`~pyro_advbayes.infer.mcmc.kernel.SGMCMCKernel`.
@@ -175,4 +195,4 @@ class SGAdaLD(SGMCMCKernel):
 def check_window(averaging_window: float | None) -> None:
     """:raises ValueError: if it is no number of steps."""
     if averaging_window is not None and not averaging_window >= 1:
-        raise ValueError(f"averaging_window={averaging_window!r}: a number of steps >= 1, or None to adapt it")
+        raise ValueError(f"averaging_window={averaging_window!r}: a number of steps >= 1, or None for all since the start")

@@ -29,10 +29,14 @@ class SGHMCRule(Rule):
             raise ValueError(f"friction={self.friction!r}: the share of momentum lost per step, in (0, 1]")
         check_window(self.averaging_window)
 
+    @property
+    def learns(self) -> frozenset[str]:
+        return frozenset({"metric"} if self.adaptive else ())
+
     def variables(self, theta: Tensor) -> Variables:
         variables = {"momentum": torch.zeros_like(theta)}
         if self.adaptive:
-            variables.update(second_moment_variables(theta, self.averaging_window))
+            variables.update(second_moment_variables(theta))
         if self.noise_correction:
             variables["noise"] = torch.zeros_like(theta)
         return variables
@@ -48,40 +52,43 @@ class SGHMCRule(Rule):
         step_size: Tensor,
         temperature: Tensor,
         variables: Variables,
-        adapting: bool,
+        learning: str | None,
     ) -> Tensor:
-        if self.adaptive and adapting:
+        if self.adaptive and learning == "metric":
             adapt_second_moment(variables, gradient, self.averaging_window)
         rate = self._rate(step_size, variables)
-        variance = 2.0 * self.friction * temperature * rate
+        root = rate.sqrt()
+        variance = 2.0 * self.friction * temperature
         if self.noise_correction:
-            variance = (variance - rate * rate * variables["noise"]).clamp_min(0.0)
+            variance = (variance - rate * variables["noise"]).clamp_min(0.0)
         momentum = variables["momentum"]
-        momentum.mul_(1.0 - self.friction).sub_(gradient.mul_(rate)).add_(noise.mul_(variance.sqrt()))
-        return torch.add(theta, momentum, out=noise)
+        momentum.mul_(1.0 - self.friction).sub_(gradient.mul_(root)).add_(noise.mul_(variance.sqrt()))
+        return torch.addcmul(theta, momentum, root, out=noise)
 
-    def temperatures(
-        self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables, updates_per_batch: int = 1
-    ) -> Tensor:
-        rate = self._rate(step_size, variables)
-        brought = updates_per_batch * rate * noise_variance / (2.0 * self.friction)
+    def injected_temperature(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> Tensor:
         if not self.noise_correction:
-            return temperature + brought
-        taken = rate * variables["noise"] / (2.0 * self.friction)
-        return (temperature - taken).clamp_min(0.0) + brought
+            return torch.full_like(noise_variance, temperature)
+        return (temperature - self.heating(step_size, variables) * variables["noise"]).clamp_min(0.0)
+
+    def heating(self, step_size: float, variables: Variables) -> Tensor | float:
+        return self._rate(step_size, variables) / (2.0 * self.friction)
 
     def largest_step(self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables) -> float:
         # stationary variance T / lambda / (1 - h lambda / (2 (2 - a))), and temperature T + h noise / (2 a)
         rate = 2.0 * (2.0 - self.friction) * share / (1.0 + share) / curvature
         if bool((noise_variance > 0).any()):
-            rate = min(rate, float(2.0 * self.friction * share * temperature / self._noise_bound(noise_variance)))
+            rate = min(rate, float(2.0 * self.friction * share * temperature / noise_variance.max()))
         return rate**0.5 if self.adaptive else rate
 
-    def _noise_bound(self, noise_variance: Tensor) -> Tensor:
-        return noise_variance.max().sqrt() if self.adaptive else noise_variance.max()
+    def leapfrog_step(self, step_size: float) -> float:
+        return step_size if self.adaptive else step_size**0.5
 
     def metric(self, variables: Variables) -> Tensor | None:
         return variables["V"].pow(-0.25) if self.adaptive else None
+
+    def start_metric(self, variables: Variables, second_moment: float) -> None:
+        if self.adaptive:
+            variables["V"].fill_(second_moment)
 
     def check(self, step_size: float, temperature: float, variables: Variables, names: list[tuple[str, slice]]) -> float:
         if not self.noise_correction:
@@ -94,17 +101,20 @@ class SGHMC(SGMCMCKernel):
     r"""
     Stochastic-gradient Hamiltonian Monte Carlo (Chen et al., 2014) in its momentum form,
 
-    .. math:: v \leftarrow (1 - a)\, v - h\, \nabla \hat U(\theta) + \mathrm{Normal}(0,\; 2 a T h - h^2 \hat B), \qquad
-        \theta \leftarrow \theta + v,
+    .. math:: v \leftarrow (1 - a)\, v - \sqrt h\, \nabla \hat U(\theta) + \mathrm{Normal}(0,\; 2 a T - h \hat B), \qquad
+        \theta \leftarrow \theta + \sqrt h\, v,
 
     with :math:`a` = ``friction``, the share of momentum lost per step, :math:`T` = ``temperature`` and :math:`h` = ``step_size``; or, with
     ``adaptive=True``, scale-adapted (Springenberg et al., 2016): :math:`h = e^2 V^{-1/2}`, :math:`e` = ``step_size``, where :math:`V` is
-    the running mean of the squared gradient, adapted in warm-up and frozen after it. The second argument of Normal is a variance.
+    the running mean of the squared gradient, adapted in the first half of warm-up and frozen after it. The second argument of Normal is a
+    variance. The momentum :math:`v` has variance :math:`T` whatever the step, which may change at any update. (The usual form keeps
+    :math:`\sqrt h\, v`, of variance :math:`T h`. A chain whose step falls then coasts on.)
 
     :math:`\hat B` is an estimate of the variance of the minibatch gradient at one :math:`\theta`. The published :math:`e^4` in its place is
     right only where momentum is forgotten at every step: with momentum it takes off the signal too. So :math:`\hat B = 0` unless
-    ``noise_correction=True``, which estimates it in the second half of warm-up from half the squared difference of two minibatch
-    gradients, at the cost of two more gradients a step.
+    ``noise_correction=True``, which estimates it in the last 30 % of warm-up from half the squared difference of two minibatch
+    gradients, at the cost of two more gradients a step. It is taken off along the axes only: where noise is correlated between weights,
+    stiff directions stay too hot and soft ones come out too cold, and ``T_eff`` does not show it; ``"T_eff direction"`` does.
 
     On a Gaussian of precision :math:`\lambda` and full data the variance is :math:`(T/\lambda) / (1 - h\lambda / (2 (2 - a)))`; a minibatch
     gradient of variance :math:`\sigma^2` heats it to :math:`T_\mathrm{eff} = T + h \sigma^2 / (2 a)`.

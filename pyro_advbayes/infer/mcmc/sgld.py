@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
@@ -22,14 +23,15 @@ class SGLDRule(Rule):
         step_size: Tensor,
         temperature: Tensor,
         variables: Variables,
-        adapting: bool,
+        learning: str | None,
     ) -> Tensor:
         return noise.mul_((2.0 * step_size * temperature).sqrt()).sub_(gradient.mul_(step_size)).add_(theta)
 
-    def temperatures(
-        self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables, updates_per_batch: int = 1
-    ) -> Tensor:
-        return temperature + 0.5 * updates_per_batch * step_size * noise_variance
+    def injected_temperature(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> Tensor:
+        return torch.full_like(noise_variance, temperature)
+
+    def heating(self, step_size: float, variables: Variables) -> float:
+        return 0.5 * step_size
 
     def largest_step(self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables) -> float:
         # stationary variance T / lambda / (1 - step lambda / 2), and temperature T + step noise / 2

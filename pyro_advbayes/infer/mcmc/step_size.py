@@ -1,4 +1,4 @@
-"""Step sizes found from the model: curvature and minibatch noise."""
+"""Step sizes found from the model: curvature, energy error and minibatch noise."""
 
 from __future__ import annotations
 
@@ -11,70 +11,30 @@ from pyro_advbayes.infer.mcmc.rule import site_means
 
 if TYPE_CHECKING:
     from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
+    from pyro_advbayes.infer.mcmc.noise_estimate import GradientNoise
 
-# At these shares of warm-up the curvature is measured again: a chain starts where it is much larger than where it ends.
-MEASURE_AT = (0.0, 0.1, 0.3, 0.6)
-# Until then the chain moves as fast as curvature allows; after it, it comes to rest at the temperature of the run.
-NOISE_COUNTS_FROM = 0.6
-FIRST_SCALED_STEP = 0.03  # for scaled rules before V has seen gradients: weights move by about e^2 = 0.001 a step
+# At these shares of warm-up the step is found again: a chain starts where curvature and noise are much larger than where it ends, and
+# a preconditioner that is frozen at one half needs a step of its own.
+MEASURE_AT = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.6)
+# Until then minibatch noise may double the temperature, which is soon forgotten; after it, noise keeps to its share.
+REST_FROM = 0.6
+EARLY_SHARE = 1.0
+GROWTH = 4.0  # by which the rate h may grow from one measurement to the next: where U is flat, curvature knows no bound
 POWER_ITERATIONS = 12
-NOISE_EVALUATIONS = 32
-
-
-class NoiseEstimate:
-    r"""
-    The variance of the minibatch gradient at one :math:`\theta`, per coordinate: the mean over the second half of warm-up of
-
-    .. math:: \tfrac{1}{2} (g_1 - g_2)^2 (1 - B/N),
-
-    with the gradients of two minibatches; the last factor because batches of one epoch do not overlap.
-
-    :param every_step: estimate at every update, and hand the estimate to the rule's variable ``"noise"``; otherwise at 32 of them.
-    """
-
-    def __init__(self, kernel: SGMCMCKernel, every_step: bool) -> None:
-        self.every_step, self.count = every_step, 0
-        self.variance = torch.zeros(kernel.potential.size, dtype=kernel.potential.dtype, device=kernel.potential.device)
-
-    def adapt(self, kernel: SGMCMCKernel) -> None:
-        """Called before every update in warm-up."""
-        if not kernel.wants_noise:
-            return
-        updates = kernel._warmup_samples * kernel.updates_per_sample
-        every = 1 if self.every_step else max(1, updates // (2 * NOISE_EVALUATIONS))
-        if 2 * kernel._steps >= updates and kernel._steps % every == 0:
-            self.measure(kernel)
-
-    def finish(self, kernel: SGMCMCKernel) -> None:
-        """Called at the end of warm-up; without a warm-up, measures where the chains start."""
-        if self.count == 0 and kernel.wants_noise:
-            for _ in range(NOISE_EVALUATIONS):
-                self.measure(kernel)
-
-    def measure(self, kernel: SGMCMCKernel) -> None:
-        """Takes two more gradients into the mean."""
-        batches = kernel.potential.batches
-        if batches.num_data is None:
-            return
-        first, second = kernel.gradient(), kernel.gradient()
-        share = batches.batch_size / batches.num_data
-        latest = 0.5 * (1.0 - share) * (first - second).square()
-        # not of chains that are lost, or about to be
-        latest = latest[kernel._alive.to(latest.device) & latest.isfinite().all(dim=-1)]
-        if len(latest) == 0:
-            return
-        latest = latest.mean(0)
-        self.count += 1
-        self.variance += (latest - self.variance) / self.count
-        if self.every_step:
-            kernel._variables["noise"].copy_(self.variance.expand_as(kernel._theta))
+MORE_ITERATIONS = 4  # where the iteration goes on from the direction that the measurement before ended with
+LEAPFROG_STEPS = 10
+HALVINGS = 12
 
 
 class AutoStepSize:
     """
     The step size that ``step_size="auto"`` stands for: the largest at which discretisation and minibatch noise each change the
-    temperature by at most a share; before the last 40 % of warm-up by discretisation alone. Curvature is that of points, and says
-    nothing of a density of straight pieces (a Laplace likelihood): that takes a step size of the user's.
+    temperature by at most a share. It is bounded by curvature, by the energy error of short trajectories, by noise (which may
+    double the temperature in the first 60 % of warm-up), and by four times the rate of the measurement before. A chain that is lost in
+    warm-up starts again from its last good state with half the step.
+
+    Curvature and energy error are those of points, and say nothing of a density of straight pieces (a Laplace likelihood): that
+    takes a step size of the user's.
 
     :param float share: of the temperature, in (0, 1).
     """
@@ -88,6 +48,9 @@ class AutoStepSize:
         self.value: float | None = None
         self.curvature: float | None = None
         self.measured = 0
+        self.ceiling: float | None = None  # half of the step at which a chain was lost
+        self.warm_value: float | None = None  # the step before noise was held to its share
+        self.directions: dict[str, Tensor] = {}  # of the largest curvature, by chain and minibatch
 
     def __call__(self, step: int) -> float:
         return self.value
@@ -95,63 +58,106 @@ class AutoStepSize:
     def __repr__(self) -> str:
         return f"AutoStepSize(share={self.share})"
 
+    def state(self) -> list:
+        """What :meth:`load` needs, as tensors and plain values."""
+        return [self.value, self.curvature, self.measured, self.ceiling, self.warm_value, self.directions]
+
+    def load(self, state: list) -> None:
+        """Goes on from a :meth:`state`."""
+        self.value, self.curvature, self.measured, self.ceiling, self.warm_value, directions = state
+        self.directions = dict(directions)
+
     def adapt(self, kernel: SGMCMCKernel) -> None:
         """Called before every update: measures where it is time."""
-        updates = kernel._warmup_samples * kernel.updates_per_sample
+        updates = kernel.warmup_updates
         if updates == 0:
             if self.value is None:
-                kernel._noise_estimate.finish(kernel)
-                self._measure(kernel, with_noise=True)
-        elif self.measured < len(MEASURE_AT) and kernel._steps >= MEASURE_AT[self.measured] * updates:
-            due = MEASURE_AT[self.measured]
-            self.measured += 1
-            self._measure(kernel, with_noise=due >= NOISE_COUNTS_FROM)
+                kernel.noise_estimate.finish(kernel)
+                self._measure(kernel, rest=True)
+        elif self.measured < len(MEASURE_AT) and kernel.steps >= MEASURE_AT[self.measured] * updates:
+            while self.measured < len(MEASURE_AT) and kernel.steps >= MEASURE_AT[self.measured] * updates:
+                due = MEASURE_AT[self.measured]
+                self.measured += 1
+            self._measure(kernel, rest=due >= REST_FROM)
 
     def finish(self, kernel: SGMCMCKernel) -> None:
         """Called at the end of warm-up, after which the step stays as it is; what was estimated since may make it smaller."""
         if self.value is None:
             self.adapt(kernel)
-        elif self.curvature is None:
-            self._measure(kernel, with_noise=True)
         else:
-            self.value = min(self.value, self._bound(kernel, with_noise=True))
+            self.value = min(self.value, self._bound(kernel, kernel.noise_estimate.mean(), rest=True))
+        self.directions = {}
 
-    def _measure(self, kernel: SGMCMCKernel, with_noise: bool) -> None:
-        if kernel._steps == 0 and kernel._warmup_samples and kernel.update_rule.metric(kernel._variables) is not None:
-            self.value = FIRST_SCALED_STEP
-            return
-        self.curvature = largest_curvature(kernel)
-        self.value = self._bound(kernel, with_noise)
+    def lower(self) -> None:
+        """Halves the step, for good."""
+        self.value = self.ceiling = 0.5 * self.value
 
-    def _bound(self, kernel: SGMCMCKernel, with_noise: bool) -> float:
-        alive = {name: value[kernel._alive] for name, value in kernel._variables.items()}
-        noise, temperature = kernel._noise_estimate.variance, kernel.temperature(kernel._steps)
-        with_noise = with_noise and temperature > 0.0  # a chain without a temperature has none that could be kept to
-        noise = site_means(noise, kernel.names) if with_noise else torch.zeros(len(kernel.names), device=noise.device)
-        return kernel.update_rule.largest_step(self.curvature, noise, temperature, self.share, alive)
+    def _measure(self, kernel: SGMCMCKernel, rest: bool) -> None:
+        rule, T = kernel.update_rule, kernel.temperature(kernel.steps)
+        scaled = rule.metric(kernel.variables) is not None
+        if kernel.steps == 0 and scaled:
+            # what g² is in the stiffest direction: the first moves are then those of an unscaled rule
+            rule.start_metric(kernel.variables, 1.0)
+            rule.start_metric(kernel.variables, max(T, 1e-3) * largest_curvature(kernel, self.directions))
+        self.curvature = largest_curvature(kernel, self.directions)
+        before = self.value
+        noise = kernel.noise_estimate.mean() if kernel.warmup_updates == 0 else kernel.noise_estimate.fresh(kernel)
+        self.value = self._bound(kernel, noise, rest)
+        half = 0.5**0.5 if scaled else 0.5
+        if before is not None:
+            self.value = min(self.value, before / half ** (GROWTH / 2.0))
+        for _ in range(HALVINGS):
+            if not energy_rises(kernel, self.value):
+                break
+            self.value *= half
+        if self.ceiling is not None:
+            self.value = min(self.value, self.ceiling)
+        if rest and self.warm_value is None:
+            self.warm_value = before
+
+    def _bound(self, kernel: SGMCMCKernel, noise: GradientNoise, rest: bool) -> float:
+        rule, T = kernel.update_rule, kernel.temperature(kernel.steps)
+        alive = {name: value[kernel.alive] for name, value in kernel.variables.items()}
+        metric = rule.metric(alive)
+        square = torch.ones_like(noise.variance) if metric is None else metric.square()
+        heat = site_means(square * noise.variance, kernel.names).reshape(-1, len(kernel.names)).amax(0)  # of the worst chain
+        if T == 0.0:  # a chain without a temperature has none that could be kept to
+            heat = torch.zeros_like(heat)
+        elif not rest:
+            # far from where it will rest, a chain has more energy to lose than noise brings: |g|² / (2 λ) at the least
+            excess = float((square * noise.signal).mean().clamp_min(0.0)) / (2.0 * self.curvature)
+            heat = heat * (self.share * T / (EARLY_SHARE * T + excess))
+        return rule.largest_step(self.curvature, heat, T, self.share, alive)
 
 
-def largest_curvature(kernel: SGMCMCKernel) -> float:
+def largest_curvature(kernel: SGMCMCKernel, directions: dict[str, Tensor] | None = None) -> float:
     """
     The largest eigenvalue of the Hessian of U by power iteration, in the rule's metric, the largest over up to four chains and two
     minibatches.
 
+    :param directions: of an earlier call, from which the iteration goes on; those of this call are left in it.
     :raises ValueError: if there is none.
     """
     potential, rule = kernel.potential, kernel.update_rule
-    metric = rule.metric(kernel._variables)
+    metric = rule.metric(kernel.variables)
     generator = torch.Generator().manual_seed(0)  # the start of the iteration matters little; the run's own numbers are left alone
     largest = 0.0
-    for chain in kernel._alive.nonzero().flatten().tolist()[:4]:
-        theta = kernel._theta[chain]
+    for chain in kernel.alive.nonzero().flatten().tolist()[:4]:
+        theta = kernel.theta[chain]
         scale: Tensor | float = 1.0 if metric is None else metric[chain]
-        for batch in potential.probes(chain):
+        for number, batch in enumerate(potential.probes(chain)):
+            key = f"{chain}, {number}"
             direction = torch.randn(potential.size, generator=generator, device="cpu").to(theta)
-            for _ in range(POWER_ITERATIONS):
+            known = None if directions is None else directions.get(key)
+            if known is not None:
+                direction = known + 0.01 * direction / potential.size**0.5  # a little of all directions, lest it miss a new one
+            for _ in range(POWER_ITERATIONS if known is None else MORE_ITERATIONS):
                 direction = direction / torch.linalg.vector_norm(direction)
-                product = scale * potential.hessian_product(theta, scale * direction, batch, kernel.temperature(kernel._steps))
+                product = scale * potential.hessian_product(theta, scale * direction, batch, kernel.temperature(kernel.steps))
                 value = abs(float(direction @ product))
                 direction = product
+            if directions is not None and bool(direction.isfinite().all()) and bool((direction != 0.0).any()):
+                directions[key] = direction / torch.linalg.vector_norm(direction)
             largest = max(largest, value) if value == value else largest
     if largest == 0.0:
         raise ValueError(
@@ -159,3 +165,32 @@ def largest_curvature(kernel: SGMCMCKernel) -> float:
             "pieces (Laplace) is. Give a step_size"
         )
     return largest
+
+
+def energy_rises(kernel: SGMCMCKernel, step_size: float) -> bool:
+    r"""
+    Whether a short trajectory of Hamiltonian dynamics, which has the discretisation error of the rule's updates, gains more energy at
+    this step size than a stable one would: :math:`\Delta H > T (1 + 0.3 \sqrt d)` in any chain. Curvature where a chain is does not tell
+    what it is a few steps on (an exponential link, a scale near 0).
+
+    At the largest step that curvature allows, a Gaussian of :math:`d` equal precisions has a standard deviation of
+    :math:`0.09\, T \sqrt d`. Losses of energy do not count: the start of a chain is far out, or off the mode of the minibatch.
+    """
+    potential, T = kernel.potential, kernel.temperature(kernel.steps)
+    batch, theta = potential.probe_batches[0], kernel.theta
+    metric = kernel.update_rule.metric(kernel.variables)
+    step = kernel.update_rule.leapfrog_step(step_size) * (1.0 if metric is None else metric)
+    generator = torch.Generator().manual_seed(kernel.steps)
+    momentum = T**0.5 * torch.randn(theta.shape, generator=generator, dtype=theta.dtype).to(theta.device)
+    gradient, energy = potential.evaluate("both", theta, batch, T)
+    start = energy + 0.5 * momentum.square().sum(-1)
+    allowed = T * (1.0 + 0.3 * potential.size**0.5) + 1e-5 * start.abs()
+    for _ in range(LEAPFROG_STEPS):
+        momentum = momentum - 0.5 * step * gradient
+        theta = theta + step * momentum
+        gradient, energy = potential.evaluate("both", theta, batch, T)
+        momentum = momentum - 0.5 * step * gradient
+        rise = energy + 0.5 * momentum.square().sum(-1) - start
+        if bool((~(rise <= allowed))[kernel.alive.to(rise.device)].any()):  # NaN too
+            return True
+    return False

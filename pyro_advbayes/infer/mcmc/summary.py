@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from scipy.stats import rankdata
 from torch import Tensor
 
 
@@ -33,10 +34,32 @@ def effective_size(values: Tensor) -> Tensor:
 
 
 def shrink_factor(values: Tensor) -> Tensor:
-    """Split R-hat ``[k]`` of ``[chains, draws, k]``; NaN for fewer than 4 draws."""
+    r"""
+    Rank-normalised split R-hat (Vehtari et al., 2021, section 4): the larger one of the draws and of their distances from the median,
+    after the r-th of S draws is replaced by :math:`\Phi^{-1}((r - 3/8) / (S + 1/4))`. Chains of different spread show in it, and
+    draws without a finite variance do not hide what they hold.
+
+    :param values: ``[chains, draws, k]``.
+    :return: ``[k]``; NaN for fewer than 4 draws, and for values that never change.
+    """
     if values.shape[1] < 4:
         return torch.full(values.shape[2:], math.nan)
-    return split_gelman_rubin(values, chain_dim=0, sample_dim=1)
+    folded = (values - values.flatten(0, 1).median(0).values).abs()
+    both = torch.stack([split_gelman_rubin(_normal_scores(each), chain_dim=0, sample_dim=1) for each in (values, folded)])
+    return torch.where(both.isnan().any(0), both[0], both.amax(0))  # two values alone are equally far from their median
+
+
+def _normal_scores(values: Tensor) -> Tensor:
+    flat = values.flatten(0, 1)
+    ranks = torch.from_numpy(rankdata(flat.double().numpy(), axis=0)).reshape(values.shape)
+    return torch.special.ndtri((ranks - 0.375) / (len(flat) + 0.25))
+
+
+def stands_still(values: Tensor) -> Tensor:
+    """Whether some chain never moved, ``[k]``, in draws ``[chains, draws, k]``; False for a single draw."""
+    if values.shape[1] < 2:
+        return torch.zeros(values.shape[2:], dtype=torch.bool)
+    return (values == values[:, :1]).all(1).any(0)
 
 
 def by_site(samples: Mapping[str, Tensor], max_elements: int) -> dict[str, dict[str, Tensor]]:
@@ -69,9 +92,13 @@ def table(samples: Mapping[str, Tensor], prob: float, max_elements: int) -> str:
         flat = picked.reshape(-1, picked.shape[-1])
         quantiles = torch.quantile(flat, torch.tensor([0.5, low, high], dtype=flat.dtype), dim=0)
         columns = [flat.mean(0), flat.std(0), *quantiles, effective_size(picked), shrink_factor(picked)]
+        still = stands_still(picked)
         for i, place in enumerate(where):
             label = name + (str(list(place)).replace(" ", "") if place else "")
-            rows.append((label, *(f"{float(column[i]):.2f}" for column in columns)))
+            cells = [f"{float(column[i]):.2f}" for column in columns]
+            if still[i]:  # R-hat of a constant is no sign of convergence
+                cells[-1] = "still"
+            rows.append((label, *cells))
         hidden = values.shape[2:].numel() - len(where)
         if hidden:
             rows.append((f"  ({hidden} more)", *[""] * (len(names) - 1)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_advbayes.infer.mcmc.rule import Rule, Variables
 
 
-def chunk_update(kind: str, evaluate: Callable, correction: Callable | None, rule: Rule, adapting: bool) -> Callable[..., Any]:
+def chunk_update(kind: str, evaluate: Callable, correction: Callable | None, rule: Rule, learning: str | None) -> Callable[..., Any]:
     """
     A function of ``(theta, noise, step_size, temperature, variables, *tensors)`` that leaves the new theta in ``noise``, and returns
     one number that is finite if all of it is; before it, for the kind ``"both"``, energy and norm of the gradient.
@@ -30,7 +30,7 @@ def chunk_update(kind: str, evaluate: Callable, correction: Callable | None, rul
             gradient = evaluate(theta, temperature, *tensors)
         if correction is not None:
             gradient = gradient + correction(*tensors)
-        new = rule.step(theta, gradient, noise, step_size, temperature, variables, adapting)
+        new = rule.step(theta, gradient, noise, step_size, temperature, variables, learning)
         return *report, new.sum() + report[0].sum() if report else new.sum()
 
     return update

@@ -48,6 +48,11 @@ class Case(NamedTuple):
             return torch.full_like(state["theta"], step_size).double()
         return step_size**2 * state["variables"]["V"].double().rsqrt()
 
+    def taken(self, kernel: Any, rates: Tensor) -> Tensor:
+        """h² M, the variance of the gradient that a kernel takes off what it injects, ``[chains, size]``."""
+        moment = kernel.state()["variables"].get("moment")
+        return torch.zeros_like(rates) if moment is None else rates**2 * moment.double()
+
 
 CASES = {
     "SGLD": Case(ab.SGLD),
@@ -163,21 +168,22 @@ def run(kernel: Any, *args: Any, warmup: int, samples: int, every: int = 1, chai
 # ------------------------------------------------------------------------------------------------ the laws that chains should have
 
 
-def closed_form(case: Case, precision: Tensor, rates: Tensor, temperature: float, step_size: float) -> Tensor:
+def closed_form(case: Case, precision: Tensor, rates: Tensor, temperature: float, taken: Tensor) -> Tensor:
     r"""
     The covariance ``[..., dim, dim]`` of a chain on a Gaussian of precision :math:`\Lambda` that sees all data at every step:
 
     .. math:: T\, \bigl(\Lambda - \Lambda H \Lambda / (2 (2 - a))\bigr)^{-1}, \qquad H = \mathrm{diag}(h),
 
-    which in one dimension is (T/λ) / (1 − hλ / (2 (2 − a))); less what the correction :math:`e^4 I` takes off, where there is one.
+    which in one dimension is (T/λ) / (1 − hλ / (2 (2 − a))); less what a correction takes off.
 
     :param rates: h, ``[..., dim]``.
+    :param taken: the variance that the correction takes off at every step, ``[..., dim]``.
     """
     bend = precision @ torch.diag_embed(rates) @ precision
     covariance = temperature * torch.linalg.inv(precision - bend / (2.0 * (2.0 - case.friction)))
     if case.corrected:
         identity = torch.eye(len(precision), dtype=torch.float64)
-        covariance = covariance - step_size**4 * lyapunov(identity - torch.diag_embed(rates) @ precision, identity)
+        covariance = covariance - lyapunov(identity - torch.diag_embed(rates) @ precision, torch.diag_embed(taken))
     return covariance
 
 
@@ -225,7 +231,7 @@ def injected_variance(case: Case, kernel: Any, rates: Tensor, temperature: float
     variables = kernel.state()["variables"]
     injected = 2.0 * case.friction * temperature * rates
     if case.corrected:
-        injected = injected - rates**2 * variables["V"]
+        injected = injected - rates**2 * variables["moment"]
     if "noise" in variables:
         injected = injected - rates**2 * variables["noise"]
     return injected.clamp_min(0.0)

@@ -34,7 +34,7 @@ def kernel_on(data, num_chains=4, start=None, loader=False, **options):
     args = (DataLoader(TensorDataset(*data), B, shuffle=True),) if loader else data
     kernel.setup_chains(num_chains, 0, args, {})
     if start is not None:
-        kernel._theta.copy_(start)
+        kernel.theta.copy_(start)
     return kernel
 
 
@@ -50,7 +50,7 @@ def test_the_full_gradient_counts_every_row_once(data, loader):
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_at_the_anchor_every_minibatch_gives_the_full_gradient(data, backend, chunk_size):
     kernel = kernel_on(data, backend=backend, chunk_size=chunk_size)
-    kernel._theta.copy_(kernel._anchor.anchor.expand_as(kernel._theta))
+    kernel.theta.copy_(kernel._anchor.anchor.expand_as(kernel.theta))
     for _ in range(3):
         assert torch.allclose(kernel.gradient(), kernel._anchor.full.expand(4, -1), rtol=1e-8, atol=1e-8)
 
@@ -58,7 +58,7 @@ def test_at_the_anchor_every_minibatch_gives_the_full_gradient(data, backend, ch
 def test_near_the_anchor_it_is_unbiased_and_has_less_noise(data):
     kernel = kernel_on(data, num_chains=2)
     near = kernel._anchor.anchor + 0.05 * torch.randn(2, kernel.potential.size, dtype=torch.float64)
-    kernel._theta.copy_(near)
+    kernel.theta.copy_(near)
     draws = torch.stack([kernel.gradient() for _ in range(600)])
     plain = torch.stack([kernel.potential.gradient(near) for _ in range(600)])
     exact = ab.Potential(model, data, num_chains=2).gradient(near)
@@ -71,15 +71,15 @@ def test_near_the_anchor_it_is_unbiased_and_has_less_noise(data):
 def test_at_the_anchor_an_update_follows_the_full_gradient_of_its_temperature(data, temperature):
     """Whatever the minibatch; the temperature weighs the Jacobian of a constrained site, in the minibatch and in the full gradient."""
     kernel = kernel_on(data, temperature=temperature)
-    kernel._theta.copy_(kernel._anchor.anchor.expand_as(kernel._theta))
-    start = kernel._theta.clone()
+    kernel.theta.copy_(kernel._anchor.anchor.expand_as(kernel.theta))
+    start = kernel.theta.clone()
     exact = ab.Potential(model, data).gradient(start[:1], temperature=temperature)
     assert torch.allclose(kernel.gradient(), exact.expand(4, -1), rtol=1e-9)
     torch.manual_seed(3)
     kernel._iterate("gradient")
     torch.manual_seed(3)
     noise = (2.0 * 1e-4 * temperature) ** 0.5 * torch.randn_like(start)
-    assert torch.allclose(kernel._theta, start - 1e-4 * exact + noise, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(kernel.theta, start - 1e-4 * exact + noise, rtol=1e-9, atol=1e-12)
 
 
 def test_an_anchor_without_a_site_is_refused_by_name(data):

@@ -167,7 +167,8 @@ def test_logging_is_json_at_every_step():
 def test_diagnostics_name_sites_and_what_the_kernel_knows(driver, capsys):
     mcmc = run(driver, KERNELS["SGAdaLD"](logistic, batch_size=10, backend="handlers"))
     diagnostics = mcmc.diagnostics()
-    assert set(diagnostics) == {"w", "b", "divergences", "step size", "T_eff", "clamped"}
+    known = {"divergences", "step size", "step fell", "T_eff", "T_eff direction", "restarts", "clamped"}
+    assert set(diagnostics) == known | ({"w", "b"} if driver is MCMC else {"sites", "drift", "warnings", "lost"})
     assert set(diagnostics["w"]) == {"n_eff", "r_hat"} and diagnostics["w"]["n_eff"].shape == (3,)
     assert list(diagnostics["divergences"].values()) == [[]]
     mcmc.summary()
@@ -214,7 +215,7 @@ def test_a_hook_that_writes_into_its_params_changes_no_sample(driver):
     mcmc = run(driver, sgld(), hook_fn=hook)
     if driver is ab.SGMCMC:  # Pyro's driver saves what the hook leaves
         assert torch.equal(mcmc.get_samples()["w"], plain)
-    assert mcmc.kernel._theta.abs().sum() > 0
+    assert mcmc.kernel.theta.abs().sum() > 0
 
 
 def test_cleanup_may_be_called_twice_and_forgets_the_start():
@@ -370,7 +371,10 @@ def test_arviz_reads_what_a_driver_leaves(monkeypatch, case):
 
 
 def test_arviz_sees_which_of_twelve_chains_were_lost():
-    """Labels of chains are sorted as strings: without zeros before them chain 10 would come after chain 1."""
+    """
+    Labels of chains are sorted as strings: without zeros before them chain 10 would come after chain 1. A chain that was lost is left
+    out, and the others keep their order.
+    """
 
     def cliff():
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
@@ -378,8 +382,13 @@ def test_arviz_sees_which_of_twelve_chains_were_lost():
 
     mcmc = ab.SGMCMC(ab.SGLD(cliff, 1e-6, backend="handlers"), 3, 0, 12, initial_params={"w": torch.arange(12.0).clamp_max(10.4)})
     mcmc.kernel.temperature = lambda step: 1e-6
-    mcmc.hook_fn = lambda kernel, params, stage, i: kernel._theta[2].fill_(11.0) if i == 1 else None
-    mcmc.run()
-    diverging = arviz.from_pyro(mcmc, log_likelihood=False).sample_stats["diverging"].values
-    np.testing.assert_array_equal(diverging, mcmc.sample_stats()["diverging"])
-    assert diverging[2].tolist() == [False, False, True] and diverging.sum() == 1
+    mcmc.hook_fn = lambda kernel, params, stage, i: kernel.theta[2].fill_(11.0) if i == 1 else None
+    with pytest.warns(ab.SamplingWarning, match=r"1 of 12 chains were lost \(1 from sample 2 on\)"):
+        mcmc.run()
+    inference_data = arviz.from_pyro(mcmc, log_likelihood=False)
+    assert inference_data.sample_stats["diverging"].shape == (11, 3) and not inference_data.sample_stats["diverging"].any()
+    np.testing.assert_array_equal(inference_data.posterior["w"], mcmc.get_samples(group_by_chain=True)["w"])
+    kept = mcmc.get_samples(group_by_chain=True)["w"][:, 0]
+    assert kept.round().tolist() == [0.0, 1.0, *map(float, range(3, 11)), 10.0]
+    assert mcmc.get_samples(group_by_chain=True, lost_chains=True)["w"].shape == (12, 3)
+    assert mcmc.diagnostics()["lost"] == {"chain 02": [2]} and "chain 02" not in mcmc.diagnostics()["divergences"]

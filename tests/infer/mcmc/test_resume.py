@@ -156,7 +156,7 @@ def test_a_lost_chain_stays_lost(tmp_path):
     start = {"w": torch.tensor([[0.9, 0.0], [-1e4, 0.0]])}
     make = lambda: ab.SGLD(cliff, 0.05, backend="handlers")  # noqa: E731
     mcmc = check(tmp_path, make, lambda: (), IN_SAMPLING, initial_params=start)
-    assert mcmc.diagnostics()["divergences"]["chain 0"] and not mcmc.diagnostics()["divergences"]["chain 1"]
+    assert mcmc.diagnostics()["lost"]["chain 0"] and mcmc.diagnostics()["divergences"] == {"chain 1": []}
 
 
 class Called:

@@ -33,8 +33,8 @@ def scalar(value):
     return torch.tensor(value, dtype=torch.float64)
 
 
-def take(rule, theta, gradient, noise, variables, step_size=STEP, temperature=T, adapting=False):
-    return rule.step(theta, gradient.clone(), noise.clone(), scalar(step_size), scalar(temperature), variables, adapting)
+def take(rule, theta, gradient, noise, variables, step_size=STEP, temperature=T, learning=None):
+    return rule.step(theta, gradient.clone(), noise.clone(), scalar(step_size), scalar(temperature), variables, learning)
 
 
 def varied(rule, theta):
@@ -51,15 +51,15 @@ def by_hand(name, theta, g, n, variables):
     if name.startswith("SGAdaLD"):
         V = variables["V"]
         h = STEP**2 / V.sqrt()
-        variance = {"SGAdaLD uncorrected": 2 * T * h, "SGAdaLD friction": 2 * T * STEP**3 * 40.0 / V - STEP**4}.get(
-            name, 2 * T * h - STEP**4
-        )
+        variance = 2 * T * STEP**3 * 40.0 / V if name == "SGAdaLD friction" else 2 * T * h
+        if name != "SGAdaLD uncorrected":
+            variance = variance - h**2 * variables["moment"]
         assert (variance > 0).all()
         return theta - h * g + variance.sqrt() * n
     a, v = 0.1, variables["momentum"]
     h = STEP**2 / variables["V"].sqrt() if name == "SGHMC adaptive" else torch.full_like(theta, STEP)
-    variance = 2 * a * T * h - (h**2 * variables["noise"] if name == "SGHMC corrected" else 0.0)
-    return theta + (1 - a) * v - h * g + variance.clamp_min(0.0).sqrt() * n
+    variance = 2 * a * T - (h * variables["noise"] if name == "SGHMC corrected" else torch.zeros_like(h))
+    return theta + h.sqrt() * ((1 - a) * v - h.sqrt() * g + variance.clamp_min(0.0).sqrt() * n)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -76,14 +76,14 @@ def test_a_step_is_the_documented_equation(name, inputs):
 def test_nothing_moves_without_gradient_and_temperature(name, inputs):
     rule, theta = RULES[name], inputs[0]
     variables = rule.variables(theta)
-    new = rule.step(theta, torch.zeros_like(theta), inputs[2], scalar(STEP), scalar(0.0), variables, False)
+    new = rule.step(theta, torch.zeros_like(theta), inputs[2], scalar(STEP), scalar(0.0), variables, None)
     assert torch.equal(new, theta)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_positive_gradient_moves_down(name, inputs):
     rule, theta = RULES[name], inputs[0]
-    new = rule.step(theta, torch.ones_like(theta), inputs[2], scalar(STEP), scalar(0.0), rule.variables(theta), False)
+    new = rule.step(theta, torch.ones_like(theta), inputs[2], scalar(STEP), scalar(0.0), rule.variables(theta), None)
     assert (new < theta).all()
 
 
@@ -91,7 +91,7 @@ def test_a_positive_gradient_moves_down(name, inputs):
 def test_theta_is_left_as_it_was_and_the_new_one_is_in_the_memory_of_the_noise(name, inputs):
     theta, gradient, noise = inputs
     before = theta.clone()
-    new = RULES[name].step(theta, gradient, noise, scalar(STEP), scalar(T), RULES[name].variables(theta), True)
+    new = RULES[name].step(theta, gradient, noise, scalar(STEP), scalar(T), RULES[name].variables(theta), "metric")
     assert torch.equal(theta, before) and new.data_ptr() == noise.data_ptr()
 
 
@@ -100,33 +100,55 @@ def test_the_second_moment_moves_in_warm_up_only(name, inputs):
     rule = RULES[name]
     variables = varied(rule, inputs[0])
     before = variables["V"].clone()
-    take(rule, *inputs, variables, adapting=False)
+    take(rule, *inputs, variables, learning=None)
     assert torch.equal(variables["V"], before)
-    take(rule, *inputs, variables, adapting=True)
+    take(rule, *inputs, variables, learning="metric")
     assert not torch.equal(variables["V"], before)
 
 
-def test_the_adaptive_window_follows_springenberg_on_old_values():
+def test_the_second_moment_weighs_gradients_by_the_cube_of_their_number():
     gradients = torch.randn(50, CHAINS, SIZE, dtype=torch.float64)
-    variables = second_moment_variables(gradients[0], None)
-    tau, mean, V = (torch.ones_like(gradients[0]) for _ in range(3))
+    variables = second_moment_variables(gradients[0])
     for g in gradients:
         adapt_second_moment(variables, g, None)
-        r = 1 / (tau + 1)
-        tau, mean, V = tau + 1 - tau * mean**2 / V, mean + r * (g - mean), V + r * (g**2 - V)
-    for name, expected in (("tau", tau), ("mean", mean), ("V", V)):
-        assert torch.allclose(variables[name], expected, rtol=1e-12)
+    n = torch.arange(51.0, dtype=torch.float64)
+    weights = (n + 1) * (n + 2) * (n + 3)  # that of number 0 is the start's, V = 1
+    squares = torch.cat([torch.ones_like(gradients[:1]), gradients.square()])
+    assert torch.allclose(variables["V"], torch.tensordot(weights / weights.sum(), squares, 1), rtol=1e-12)
 
 
-def test_a_fixed_window_averages_the_start_and_all_gradients_until_it_is_full():
-    gradients = torch.randn(9, CHAINS, SIZE, dtype=torch.float64)
-    variables = second_moment_variables(gradients[0], 8)
-    for g in gradients[:8]:
+def test_a_window_bounds_the_weight_of_the_past():
+    gradients = torch.randn(30, CHAINS, SIZE, dtype=torch.float64)
+    variables, V = second_moment_variables(gradients[0]), torch.ones_like(gradients[0])
+    for n, g in enumerate(gradients, 1):
         adapt_second_moment(variables, g, 8)
-    mean = (1.0 + gradients[:8].square().sum(0)) / 9.0
-    assert torch.allclose(variables["V"], mean, rtol=1e-12)
-    adapt_second_moment(variables, gradients[8], 8)
-    assert torch.allclose(variables["V"], mean + (gradients[8].square() - mean) / 9.0, rtol=1e-12)
+        V = V + max(4 / (n + 4), 1 / 8) * (g**2 - V)
+    assert torch.allclose(variables["V"], V, rtol=1e-12)
+
+
+def test_sgadald_takes_off_the_mean_square_of_the_gradients_at_rest(inputs):
+    rule, (theta, gradient, noise) = RULES["SGAdaLD"], inputs
+    variables = rule.variables(theta)
+    rule.settle(variables, torch.full((SIZE,), 0.3, dtype=torch.float64), 8)
+    V = variables["V"].clone()
+    take(rule, theta, gradient, noise, variables, learning="moment")
+    take(rule, theta, 2.0 * gradient, noise, variables, learning="moment")
+    assert torch.allclose(variables["moment"], (8 * 0.3 + 5.0 * gradient**2) / 10.0) and torch.equal(variables["V"], V)
+    before = variables["moment"].clone()
+    take(rule, theta, gradient, noise, variables)
+    assert torch.equal(variables["moment"], before)
+
+
+def test_momentum_is_not_in_units_of_the_step():
+    """A chain at rest keeps its kinetic energy when the step falls by 10^4: it moves a hundredth as far, and does not coast."""
+    rule, chains, a = SGHMCRule(friction=0.05), 20_000, 0.05
+    theta = torch.zeros(chains, 1, dtype=torch.float64)
+    variables = rule.variables(theta)
+    variables["momentum"].normal_()
+    for step in (1e-2, 1e-6):
+        new = take(rule, theta, torch.zeros_like(theta), torch.randn_like(theta), variables, step_size=step, temperature=1.0)
+        moved = (new - theta).square().mean() / step
+        assert abs(float(moved) - ((1 - a) ** 2 + 2 * a)) < 5 * (2 / chains) ** 0.5, step
 
 
 def test_temperatures_add_what_minibatch_noise_brings():
@@ -140,9 +162,13 @@ def test_temperatures_add_what_minibatch_noise_brings():
     # up to 2 a T / h = 5 of noise variance can be taken off; what is beyond stays
     assert torch.allclose(corrected.temperatures(noise, 0.1, 1.0, variables), torch.tensor([1.0, 1.0, 1.6], dtype=torch.float64))
     ada = SGAdaLDRule(clamp=True)
-    V = torch.tensor([[1.0, 4e4, 16e4]], dtype=torch.float64)
-    # e^2 sqrt(V) / 2 = .005, 1, 2: the correction is exact until it would have to take off more than there is
-    assert torch.allclose(ada.temperatures(noise, 0.1, 1.0, {"V": V}), torch.tensor([[1.0, 1.0, 2.0]], dtype=torch.float64))
+    variables = {"V": torch.full((1, 3), 16.0, dtype=torch.float64), "moment": torch.tensor([[5.0, 800.0, 1600.0]], dtype=torch.float64)}
+    # h = .0025: h M / 2 = .006, 1, 2. What is taken off is exact until it would have to be more than there is
+    seen = ada.temperatures(torch.tensor([0.0, 800.0, 1600.0], dtype=torch.float64), 0.1, 1.0, variables)
+    assert torch.allclose(seen, torch.tensor([[1.0, 1.0, 2.0]], dtype=torch.float64))
+    # eight updates see each minibatch: 7 h σ² / 2 more than was taken off
+    seen = ada.temperatures(torch.tensor([0.0, 400.0, 1600.0], dtype=torch.float64), 0.1, 1.0, variables, 8)
+    assert torch.allclose(seen, torch.tensor([[1.0, 4.5, 16.0]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("updates_per_batch", [1, 8])
@@ -161,7 +187,7 @@ def test_temperatures_are_those_of_chains_whose_minibatches_last_for_several_upd
     """A Gaussian of precision 1, gradients with noise of variance 100 that stays the same for so many updates."""
     chains, noise = 4000, torch.full((1,), 100.0, dtype=torch.float64)
     variables = rule.variables(torch.zeros(chains, 1, dtype=torch.float64))
-    for known in {"V", "noise"} & set(variables):
+    for known in {"V", "noise", "moment"} & set(variables):
         variables[known].fill_(100.0)
     expected = float(rule.temperatures(noise, step, 1.0, variables, updates_per_batch).mean())
     assert updates_per_batch == 1 or expected > 1.5
@@ -170,7 +196,7 @@ def test_temperatures_are_those_of_chains_whose_minibatches_last_for_several_upd
     for i in range(3000):
         if i % updates_per_batch == 0:
             off = 10.0 * torch.randn_like(x)
-        x = rule.step(x, x + off, torch.randn_like(x), size, one, variables, False)
+        x = rule.step(x, x + off, torch.randn_like(x), size, one, variables, None)
     assert abs(float(x.var()) / expected - 1.0) < 4.0 * (2.0 / chains) ** 0.5 + 0.02
 
 
@@ -183,7 +209,10 @@ def test_the_largest_step_keeps_the_temperature_within_its_share(name, noise):
     if "V" in variables:
         variables["V"].fill_(noise + 1.0)  # what the gradient would be at stationarity: its noise and its signal
     variance = torch.tensor([noise, 0.5 * noise], dtype=torch.float64)
-    step = rule.largest_step(4.0, variance, T, share, variables)
+    if "moment" in variables:
+        rule.settle(variables, variance + 1.0, 8)
+    metric = rule.metric(variables)
+    step = rule.largest_step(4.0, variance if metric is None else metric[0] ** 2 * variance, T, share, variables)
     assert step > 0
     heat = rule.temperatures(variance, step, T, variables)
     assert (heat <= (1 + share) * T + 1e-9).all()
@@ -194,7 +223,7 @@ def test_the_largest_step_keeps_the_temperature_within_its_share(name, noise):
 
 def test_sgadald_refuses_where_the_noise_is_hotter_than_the_temperature():
     rule, names = SGAdaLDRule(), [("a", slice(0, 2)), ("b", slice(2, 4))]
-    variables = {"V": torch.tensor([[1.0, 1.0, 1.0, 1e8]])}
+    variables = {"V": torch.tensor([[1.0, 1.0, 1.0, 1e8]]), "moment": torch.tensor([[1.0, 1.0, 1.0, 1e8]])}
     with pytest.raises(ValueError, match=r"25.0% of the coordinates \(most of them in site 'b'\).*smaller step_size"):
         rule.check(0.1, 0.1, variables, names)
     assert SGAdaLDRule(clamp=True).check(0.1, 0.1, variables, names) == 0.25

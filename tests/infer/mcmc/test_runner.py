@@ -66,7 +66,7 @@ def test_data_comes_in_every_way(source):
 
 def test_each_sample_is_so_many_updates_and_warmup_counts_samples_too():
     seen = []
-    mcmc = run(sgld(num_steps_per_sample=5), hook_fn=lambda kernel, params, stage, i: seen.append((stage, i, kernel._steps)))
+    mcmc = run(sgld(num_steps_per_sample=5), hook_fn=lambda kernel, params, stage, i: seen.append((stage, i, kernel.steps)))
     assert seen == [("Warmup", i, 5 * (i + 1)) for i in range(3)] + [("Sample", i, 5 * (i + 4)) for i in range(6)]
     assert mcmc.num_samples == 6 and mcmc.warmup_steps == 3 and mcmc.num_chains == 3
 
@@ -98,7 +98,21 @@ def test_statistics_of_every_draw_are_those_of_its_last_update():
 
 def test_diagnostics_hold_every_site_and_what_the_kernel_found():
     diagnostics = run(ab.SGAdaLD(logistic, batch_size=10, backend="handlers"), samples=8, warmup=20).diagnostics()
-    assert set(diagnostics) == {"w", "b", "divergences", "step size", "T_eff", "clamped"}
+    run_level = {
+        "sites",
+        "drift",
+        "warnings",
+        "lost",
+        "divergences",
+        "step size",
+        "step fell",
+        "T_eff",
+        "T_eff direction",
+        "restarts",
+        "clamped",
+    }
+    assert set(diagnostics) == run_level and set(diagnostics["sites"]) == {"w", "b"}
+    assert diagnostics["w"] is diagnostics["sites"]["w"]
     assert diagnostics["w"]["n_eff"].shape == (3,) and diagnostics["w"]["r_hat"].shape == (3,)
     assert diagnostics["divergences"] == {"chain 0": [], "chain 1": [], "chain 2": []}
     assert set(diagnostics["T_eff"]) == {"w", "b"} and diagnostics["step size"] > 0

@@ -87,14 +87,14 @@ def test_a_cyclical_run_takes_its_samples_in_the_cold_part_only():
     mcmc.run()
     cold = torch.tensor([schedule(step) for step in range(6, 10)], dtype=torch.float64)
     torch.testing.assert_close(mcmc.sample_stats()["step_size"][0], cold.repeat(3))
-    assert mcmc.kernel._steps == 30
+    assert mcmc.kernel.steps == 30
 
 
 def test_warmup_takes_every_update_of_a_cycle():
     seen = []
     schedule = Cyclical(0.1, 10, 0.6)
     mcmc = ab.SGMCMC(
-        ab.SGLD(flat, schedule, backend="handlers"), 4, 10, hook_fn=lambda kernel, *_: seen.append(kernel._steps), disable_progbar=True
+        ab.SGLD(flat, schedule, backend="handlers"), 4, 10, hook_fn=lambda kernel, *_: seen.append(kernel.steps), disable_progbar=True
     )
     mcmc.run()
     assert seen == [*range(1, 11), 17, 18, 19, 20]

@@ -40,7 +40,7 @@ def test_curvature_is_the_largest_eigenvalue_on_a_gaussian():
 def test_curvature_is_measured_in_the_metric_of_a_scaled_rule():
     kernel = ab.SGAdaLD(gaussian)
     kernel.setup_chains(2, 10, (), {})
-    kernel._variables["V"].copy_(PRECISION.square().expand(2, -1))  # V^-1/4 H V^-1/4 is then the identity
+    kernel.variables["V"].copy_(PRECISION.square().expand(2, -1))  # V^-1/4 H V^-1/4 is then the identity
     assert largest_curvature(kernel) == pytest.approx(1.0, rel=1e-3)
 
 
@@ -59,7 +59,7 @@ def test_noise_is_estimated_and_bounds_the_step(temperature):
     kernel = ab.SGLD(means, batch_size=B, temperature=temperature)
     run(kernel, y, warmup=400, chains=1000)
     variance = N**2 / B * y.var(0) * (1 - B / N)
-    seen = kernel._noise_estimate.variance
+    seen = kernel.noise_estimate.mean().variance
     # 32 differences in 1000 chains: a variance estimate's standard error is sqrt(2 / 32000)
     assert ((seen / variance - 1).abs() < 4.5 * (2 / 32_000) ** 0.5).all()
     assert kernel.step_size.value == pytest.approx(2 * 0.1 * temperature / float(seen.mean()), rel=0.05)
@@ -110,7 +110,7 @@ def test_the_next_run_finds_its_own_step():
 def test_without_a_temperature_curvature_alone_bounds_the_step(make):
     kernel, y = make(means, batch_size=20, temperature=0.0), torch.randn(200, 2)
     run(kernel, y, warmup=60, samples=2)
-    alive = {name: value[kernel._alive] for name, value in kernel._variables.items()}
+    alive = {name: value[kernel.alive] for name, value in kernel.variables.items()}
     bound = kernel.update_rule.largest_step(kernel.step_size.curvature, torch.zeros(1), 0.0, 0.1, alive)
     assert 0.0 < kernel.step_size.value <= bound
 

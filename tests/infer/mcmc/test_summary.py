@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 
+import arviz
 import pytest
 import torch
-from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from pyro.ops.stats import effective_sample_size
 
 import pyro_advbayes as ab
 from models.mlp import mlp
-from pyro_advbayes.infer.mcmc.summary import by_site, function_values, spaced, table
+from pyro_advbayes.infer.mcmc.summary import by_site, function_values, shrink_factor, spaced, table
 from tests.small_models import data, regression
 
 
@@ -22,13 +23,32 @@ def chains(*shape, draws=40):
     return values
 
 
-def test_small_sites_are_looked_at_whole_and_the_numbers_are_pyros():
+def test_r_hat_sees_chains_of_different_spread_and_of_heavy_tails():
+    """Cauchy draws have no variance, and chains at one place of unequal width have equal means: the classical R-hat is 1 for both."""
+    cauchy = torch.distributions.Cauchy(0.0, 1.0).sample((4, 500, 1))
+    shifted = cauchy + 3.0 * torch.arange(4.0).reshape(4, 1, 1)
+    wide = torch.randn(4, 500, 1) * torch.tensor([1.0, 1.0, 1.0, 5.0]).reshape(4, 1, 1)
+    assert shrink_factor(cauchy) < 1.02 and shrink_factor(shifted) > 1.2 and shrink_factor(wide) > 1.1
+
+
+def test_a_constant_has_no_r_hat_and_the_table_says_that_it_stands_still():
+    values = torch.randn(3, 40, 2)
+    values[..., 1] = -1e5
+    assert by_site({"tau": values}, 10)["tau"]["r_hat"].isnan().tolist() == [False, True]
+    values[1:, :, 1] = torch.randn(2, 40)
+    assert by_site({"tau": values}, 10)["tau"]["r_hat"][1] > 1.5
+    assert [line.split()[-1] for line in table({"tau": values}, 0.9, 10).splitlines()][2] == "still"
+
+
+def test_small_sites_are_looked_at_whole_and_the_numbers_are_pyros_and_arvizs():
     samples = {"matrix": chains(2, 3), "number": chains()}
     result = by_site(samples, 100)
     for name, value in samples.items():
         assert result[name]["n_eff"].shape == value.shape[2:]
         torch.testing.assert_close(result[name]["n_eff"], effective_sample_size(value.double(), chain_dim=0, sample_dim=1))
-        torch.testing.assert_close(result[name]["r_hat"], split_gelman_rubin(value.double(), chain_dim=0, sample_dim=1))
+        flat = value.double().reshape(3, 40, -1)
+        rank = [float(arviz.rhat(flat[..., i].numpy(), method="rank")) for i in range(flat.shape[-1])]
+        torch.testing.assert_close(result[name]["r_hat"].flatten(), torch.tensor(rank, dtype=torch.float64))
     assert (result["matrix"]["r_hat"] > 1.02).all()
 
 

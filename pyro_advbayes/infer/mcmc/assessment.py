@@ -1,0 +1,217 @@
+"""Whether a run's draws are what they should be: stationary, mixed, at the temperature that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_advbayes.infer.mcmc.summary import effective_size, function_values, shrink_factor, spaced, stands_still
+
+if TYPE_CHECKING:
+    from pyro_advbayes.infer.mcmc.runner import SGMCMC
+
+LEAST_DRAWS = 20  # of a chain; fewer tell nothing
+LARGEST_Z, LARGEST_SHIFT = 5.0, 0.5
+LEAST_ENERGIES = 5.0  # effective draws of a chain
+LARGEST_R_HAT = 1.1
+LARGEST_HEAT = 1.12  # mean over a site; "auto" keeps to 1.1
+LARGEST_DIRECTION = 3.0  # along the direction in which noise heats most
+LARGEST_FALL = 100.0
+FIRST_PARTS = (0.1, 0.2, 0.33)
+# Predictions are looked at on so many rows and draws, and for at most this share of the work that the run itself was.
+ROWS, DRAWS, SHARE = 50, 250, 0.05
+
+
+class SamplingWarning(UserWarning):
+    """A run's draws are not, or not yet, draws from the posterior; says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What :func:`assess` found: sentences, empty for a good run, and the drift of the energies."""
+
+    findings: list[str] = field(default_factory=list)
+    drift: dict[str, float] | None = None
+
+    def text(self) -> str:
+        """All findings, as one message."""
+        return "; ".join(self.findings) + " (mcmc.diagnostics() and mcmc.summary() have the numbers)"
+
+
+def assess(mcmc: SGMCMC) -> Assessment:
+    """
+    Looks at a finished run.
+
+    :param mcmc: the runner.
+    """
+    kernel, about = mcmc.kernel, mcmc._diagnostics
+    findings = _lost(mcmc)
+    stats = mcmc.sample_stats()
+    temperature = float(stats["temperature"][0, -1])
+    found: dict[str, float] | None = None
+    constant = all(bool((stats[name] == stats[name][0, 0]).all()) for name in ("step_size", "temperature"))
+    if mcmc.num_samples >= LEAST_DRAWS and temperature > 0.0:
+        if constant:
+            found = drift(stats["energy"])
+            findings += _drifting(found)
+        findings += _mixing(mcmc, stats["energy"], constant)
+    if temperature > 0.0 and about["clamped"] == 0.0:
+        findings += _heat(kernel, about, temperature)
+    fell = about["step fell"]
+    if fell is not None and fell > LARGEST_FALL:
+        findings.append(
+            f"the step fell by a factor of {fell:.0f} when minibatch noise was held to its share, so that what was left of warm-up may "
+            "not have brought the chains back: take a larger batch_size, more warmup_steps, or control_variate="
+        )
+    return Assessment(findings, found)
+
+
+def drift(energy: Tensor) -> dict[str, float]:
+    r"""
+    Whether energies are stationary: the first tenth, fifth and third of the draws against the last half,
+
+    .. math:: \text{shift} = (\bar e_\text{first} - \bar e_\text{last}) / s, \qquad z = \text{shift} / \sqrt{\tau/n_\text{first} +
+        \tau/n_\text{last}},
+
+    with the standard deviation :math:`s` within chains and the autocorrelation time :math:`\tau` of the last half alone, since a trend
+    must not be measured by its own size. Chains of a network sit in modes of different energy, so that only means are compared. It
+    cannot see chains that are wrong all along.
+
+    :param energy: ``[chains, draws]``, of at least 20 draws.
+    :return: of the part with the largest :math:`|z|`: ``"z"``, ``"shift"``, and the means ``"first"`` and ``"last"``.
+    """
+    energy = energy.double()
+    draws = energy.shape[1]
+    last = energy[:, draws // 2 :]
+    sd = float(last.var(1).mean().sqrt().clamp_min(1e-300))
+    tau = max(1.0, last.numel() / max(1.0, float(effective_size(last.unsqueeze(-1)).nan_to_num(1.0))))
+    worst: dict[str, float] = {}
+    for part in FIRST_PARTS:
+        first = energy[:, : max(1, int(part * draws))]
+        shift = float(first.mean() - last.mean()) / sd
+        z = shift / (tau / first.numel() + tau / last.numel()) ** 0.5
+        if not worst or abs(z) > abs(worst["z"]):
+            worst = {"z": z, "shift": shift, "first": float(first.mean()), "last": float(last.mean())}
+    return worst
+
+
+def _drifting(found: dict[str, float]) -> list[str]:
+    if abs(found["z"]) <= LARGEST_Z or abs(found["shift"]) <= LARGEST_SHIFT:
+        return []
+    return [
+        f"the kept energies are not stationary: {found['first']:.4g} in the first draws, {found['last']:.4g} in the last half (drift "
+        f"z {found['z']:.1f}): take more warmup_steps"
+    ]
+
+
+def _lost(mcmc: SGMCMC) -> list[str]:
+    if not mcmc._left_out:
+        return []
+    when = [mcmc._diagnostics["divergences"][chain] for chain in mcmc._left_out]
+    early = sum(rows[:1] == [0] for rows in when)
+    late = sorted(rows[0] for rows in when if rows[:1] != [0])
+    times = [f"{early} in warm-up"] if early else []
+    times += [f"{len(late)} from sample {late[0]} on"] if late else []
+    return [
+        f"{len(mcmc._left_out)} of {mcmc._asked_chains} chains were lost ({', '.join(times)}) and are left out of all results: the step "
+        "size is too large for where they went. Take a smaller step_size, scale inputs and targets to about 1, or a smaller auto_share"
+    ]
+
+
+def _heat(kernel: Any, about: dict[str, Any], temperature: float) -> list[str]:
+    remedy = "a larger batch_size" if kernel.automatic else 'a smaller step_size ("auto" keeps to 1.1), or a larger batch_size'
+    site, hottest = max(about["T_eff"].items(), key=lambda item: item[1])
+    if hottest > LARGEST_HEAT * temperature:
+        return [f"minibatch noise heats site {site!r} to T_eff {hottest:.3g} where {temperature:.3g} was asked for: take {remedy}"]
+    along = about["T_eff direction"]
+    if along is not None and along > LARGEST_DIRECTION * temperature:
+        return [
+            f"minibatch noise is correlated between weights, and heats the direction in which it is largest to T_eff {along:.3g} where "
+            f"{temperature:.3g} was asked for: draws are too wide there. Take {remedy}, or a smaller auto_share"
+        ]
+    return []
+
+
+def _mixing(mcmc: SGMCMC, energy: Tensor, constant: bool) -> list[str]:
+    findings = []
+    samples = mcmc.get_samples(group_by_chain=True)
+    for name, values in samples.items():
+        picked, where = spaced(values, 100)
+        still = stands_still(picked)
+        if bool(still.any()):
+            place = list(where[int(still.nonzero()[0])])
+            findings.append(
+                f"site {name!r} does not move (element {place}): no R-hat tells of it. The chain went where U is flat or its numbers "
+                "are used up: start elsewhere (init_strategy), or write the site in another form (non-centred, another scale)"
+            )
+            break
+    if not mcmc.kernel.mixes:
+        return findings
+    slow = "take more samples, or more num_steps_per_sample"
+    effective = float(effective_size(energy.double().unsqueeze(-1))) / len(energy)
+    if constant and effective < LEAST_ENERGIES:
+        findings.append(f"the kept energies hardly move: {effective:.1f} effective draws a chain: {slow}")
+    looked: dict[str, Tensor] = {f"site {name!r}": value for name, value in samples.items() if value.shape[2:].numel() == 1}
+    predictions = fitted_values(mcmc)
+    if predictions is None:
+        looked |= {f"site {name!r}": value for name, value in samples.items()}
+    else:
+        looked["the predicted means of the data"] = predictions
+    worst, where_worst = 0.0, ""
+    for name, values in looked.items():
+        r_hat = shrink_factor(spaced(values, ROWS)[0])
+        largest = float(r_hat.nan_to_num(0.0).max())
+        if largest > worst:
+            worst, where_worst = largest, name
+    if worst > LARGEST_R_HAT:
+        findings.append(f"the chains have not mixed: R-hat of {where_worst} is {worst:.2f}: {slow}")
+    return findings
+
+
+def fitted_values(mcmc: SGMCMC) -> Tensor | None:
+    """
+    The means of the model's observed sites at the first rows of its data, ``[chains, draws, k]``, in which chains of a network can be
+    compared. None where they cannot be had: a model that draws its own rows, laws without a finite mean, or a run so short that
+    this would take a large part of its time.
+    """
+    kernel = mcmc.kernel
+    potential = kernel.potential
+    if potential.structure.scaling == "indices":
+        return None
+    rows = potential.structure.plate_batch or ROWS
+    work = SHARE * mcmc._asked_chains * (mcmc.num_samples + mcmc.warmup_steps) * kernel.updates_per_sample * rows
+    rows = min(ROWS, rows)
+    draws = min(DRAWS, mcmc.num_samples, int(work / (rows * mcmc.num_chains)))
+    if draws < LEAST_DRAWS:
+        return None
+    args, kwargs = potential.first_rows(rows)
+    kept = torch.linspace(0, mcmc.num_samples - 1, draws).round().long()
+    samples = {name: value[:, kept].flatten(0, 1) for name, value in mcmc.get_samples(group_by_chain=True).items()}
+    values = function_values(_means(kernel.model), samples, mcmc.num_chains, args, kwargs)
+    finite = values.isfinite().flatten(0, 1).all(0)
+    return values[..., finite] if bool(finite.any()) else None
+
+
+def _means(model: Callable) -> Callable[..., Tensor]:
+    """A model that returns the means of what is observed, of classes their probabilities, in one row ``[k]``."""
+
+    def means(*args: Any, **kwargs: Any) -> Tensor:
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+        parts = []
+        for name in trace.observation_nodes:
+            law = trace.nodes[name]["fn"]
+            probs = getattr(law, "probs", None)
+            if probs is None:
+                probs = getattr(getattr(law, "base_dist", None), "probs", None)
+            try:
+                parts.append(law.mean.flatten() if probs is None else probs.flatten())
+            except NotImplementedError:
+                continue
+        return torch.cat(parts) if parts else torch.full((1,), torch.nan)
+
+    return means
