@@ -175,6 +175,22 @@ MUTATIONS = [
         ("a target that is reached is no success", "return right if self.targeted else ~right", "return ~right"),
     ),
     *of(
+        f"{A}/problem.py",
+        f"{PROBLEM}::test_gradients_of_a_posterior_are_those_of_a_loop_over_its_draws",
+        ("an examined loss: its sign", "return loss * self._sign, self.succeeds(log_probs)", "return loss, self.succeeds(log_probs)"),
+        ("an examined loss: the sum over draws", "loss = total / count if self._mean_loss", "loss = total if self._mean_loss"),
+    ),
+    *of(
+        f"{A}/base.py",
+        f"{T}/test_attacks.py::test_a_success_is_better_than_a_higher_loss",
+        ("the best forgets its success", "self._success | success", "self._success & success"),
+    ),
+    *of(
+        f"{A}/carlini_wagner.py",
+        SEARCH,
+        ("Carlini-Wagner: Adam's decay", "DECAYS = 0.9, 0.999", "DECAYS = 0.9, 0.99"),
+    ),
+    *of(
         f"{A}/feature.py",
         f"{T}/test_feature.py::test_one_step_follows_the_gradient_of_the_mean_distance_over_draws",
         ("features: towards where they are", "1.0 if self.towards is None else -1.0", "-1.0 if self.towards is None else 1.0"),

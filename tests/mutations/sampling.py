@@ -110,6 +110,23 @@ MUTATIONS = [
         ("Box: twice its radius", "clean + self.radius)", "clean + 2 * self.radius)"),
     ),
     *of(
+        f"{M}/bal.py",
+        f"{ADVERSARY}::test_what_is_not_given_is_in_the_units_of_the_range",
+        ("BAL: default steps are lengths", "step_size=extent**2", "step_size=extent"),
+        ("BAL: the default box is half the range", "Box(0.1 * extent)", "Box(0.5 * extent)"),
+    ),
+    *of(
+        f"{M}/bal.py",
+        f"{ADVERSARY}::test_how_far_inputs_were_moved_is_told_in_both_norms_as_the_mean_over_rows",
+        ("BAL: the largest of all rows is told", "distance.amax(1).mean()", "distance.amax(1).max()"),
+        ("BAL: the length in another norm", "torch.linalg.vector_norm(distance, dim=1)", "torch.linalg.vector_norm(distance, 1, dim=1)"),
+    ),
+    *of(
+        f"{M}/bal.py",
+        f"{T}/test_bal.py::test_the_temperature_that_is_reported_counts_all_updates_on_a_minibatch",
+        ("BAL: every update has a minibatch of its own", "return self.weights.num_steps\n", "return 1\n"),
+    ),
+    *of(
         f"{M}/schedules.py",
         f"{T}/test_schedules.py",
         ("polynomial: it rises", "** -self.power", "** self.power"),
@@ -229,6 +246,11 @@ MUTATIONS = [
         RULES,
         ("SGLD: half the noise's variance", "(2.0 * step_size * temperature).sqrt()", "(step_size * temperature).sqrt()"),
         ("SGLD: upwards", ".sub_(gradient.mul_(step_size))", ".add_(gradient.mul_(step_size))"),
+    ),
+    *of(
+        f"{M}/sgld.py",
+        f"{T}/test_rules.py::test_temperatures_add_what_minibatch_noise_brings",
+        ("SGLD: all of the noise heats", "0.5 * updates_per_batch * step_size", "updates_per_batch * step_size"),
     ),
     *of(
         f"{M}/sgadald.py",

@@ -282,6 +282,17 @@ def test_sign_steps_follow_their_equation():
     assert torch.equal(noises[0], torch.tensor([0.2, 0.1])) and ended.shifts is None
 
 
+def test_steps_that_are_not_given():
+    """Of noise a fiftieth of a standard deviation; in a ball so long that all of them could cross it and a quarter of it again."""
+    one = [torch.ones(1)]
+    ended = NoiseAscent(num_steps=3).run(one, one, one, lambda values: one)
+    torch.testing.assert_close(ended.noises, [torch.tensor([1.0 + 3 * 0.02])])
+    ended = NoiseAscent(num_steps=10, radius=0.4).run(one, one, one, lambda values: [torch.sign(1.95 + 0.4 - values[0])])
+    torch.testing.assert_close(ended.shifts, [torch.tensor([0.4])])
+    ended = NoiseAscent(num_steps=3, radius=0.4).run(one, one, one, lambda values: [torch.sign(2.1 - values[0])])
+    torch.testing.assert_close(ended.shifts, [torch.tensor([0.4 * 2.5 / 3])])
+
+
 def test_steps_in_a_ball_take_all_sites_together_and_end_where_the_loss_is_largest():
     locs, scales, noises = ([torch.tensor([v, 0.0]), torch.tensor(v)] for v in (3.0, 0.5, 0.0))
     scales[0][1] = 1.0

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_advbayes import Predictive
 from pyro_advbayes.infer.autoguide.generators import NetworkGenerator
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.rows import sites_of
@@ -88,6 +89,28 @@ def test_the_numbers_of_function_space_are_those_of_their_definitions():
     assert found.functions.kl == pytest.approx((float(kl[0] + kl[1]) / 2, float(kl[2])), rel=1e-4)
     tv = [(a - b).abs().sum(-1).mean() / 2 for a, b in ((p, m), (q, m), (p, q))]
     assert found.functions.total_variation == pytest.approx((float(tv[0] + tv[1]) / 2, float(tv[2])), rel=1e-4)
+
+
+def test_mutual_information_is_compared_input_by_input():
+    samples, other = draws(6), guide(widen=1.5)
+    torch.manual_seed(4)
+    found = compare(samples, other, X, num_samples=3, num_permutations=1)
+    torch.manual_seed(4)
+    other.sample(1)
+    made = other.constrain(other.network.sample(3))
+
+    def information(values):
+        p = Predictive(model, values, return_sites=["_RETURN"])(X)["_RETURN"].double().softmax(-1)
+        mean = p.mean(0)
+        return (p * p.log()).sum(-1).mean(0) - (mean * mean.log()).sum(-1)
+
+    p, q, m = (information(v) for v in (*({k: v[3 * i : 3 * i + 3] for k, v in samples.items()} for i in range(2)), made))
+    pairs = ((p, m), (q, m), (p, q))
+    off = [float((a - b).abs().mean()) for a, b in pairs]
+    assert any(size > abs(float((a - b).mean())) + 1e-4 for size, (a, b) in zip(off, pairs, strict=True))
+    assert found.functions.mutual_information == pytest.approx(((off[0] + off[1]) / 2, off[2]), rel=1e-4)
+    turned = [float(((a - a.mean()) * (b - b.mean())).sum() / (a.std() * b.std() * 24)) for a, b in pairs]
+    assert found.functions.mutual_information_correlation == pytest.approx(((turned[0] + turned[1]) / 2, turned[2]), rel=1e-4)
 
 
 def test_without_inputs_only_the_weights_are_compared_and_the_table_has_every_number():

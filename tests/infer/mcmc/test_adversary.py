@@ -87,6 +87,24 @@ def test_the_clean_share_is_the_share_of_rows_that_stay(share):
     assert abs(stays - share) <= 4.0 * (share * (1.0 - share) / 2000) ** 0.5
 
 
+@pytest.mark.parametrize("clip", [(0.0, 1.0), (-1.0, 3.0)])
+def test_what_is_not_given_is_in_the_units_of_the_range(clip):
+    """Steps are those of a squared length, a box is a tenth of the range; a flow and a generator have energies of their own."""
+    kernel, extent = ab.BAL(coin, "x", 4, clip=clip), clip[1] - clip[0]
+    assert [kernel.inputs.step_size(i) for i in range(15)] == [extent**2] * 15 and kernel.inputs.num_steps == 15
+    assert kernel.cost == ab.Box(0.1 * extent)
+    assert ab.BAL(coin, "x", 4, clip=clip, adversary=ab.Flow()).cost == ab.L2(0.0)
+
+
+def test_how_far_inputs_were_moved_is_told_in_both_norms_as_the_mean_over_rows():
+    x = inputs()
+    kernel = kernel_of(x, inputs=ab.SGLD.rule(step_size=0.1, num_steps=3), loss=lambda m, c, a, k: (a[0] @ SLOPE) * a[1])
+    moved, row = kernel._next_batch()
+    torch.testing.assert_close(moved - x[row.long()], 0.3 * row[:, None] * SLOPE)
+    found = kernel.diagnostics()["perturbation"]
+    assert found["linf"] == pytest.approx(0.3 * 2.5 * 2.0) and found["l2"] == pytest.approx(0.3 * 2.5 * 5.25**0.5)
+
+
 def test_a_generator_s_parameters_have_a_standard_normal_prior():
     """Its energy is half their squared length; a step of η without a loss shrinks them by 1 - η."""
     torch.manual_seed(0)
