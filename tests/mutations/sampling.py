@@ -236,10 +236,10 @@ MUTATIONS = [
         ("batches: rows of two tensors come apart", "t.index_select(0, flat)", "t.index_select(0, flat.roll(t.dim()))"),
     ),
     *of(
-        f"{M}/step_size.py",
+        f"{M}/noise_estimate.py",
         f"{T}/test_noise.py::test_noise_estimate_takes_shuffled_epochs_into_account",
-        ("noise estimate: both gradients' variance", "0.5 * (1.0 - share)", "(1.0 - share)"),
-        ("noise estimate: as if epochs did not matter", "0.5 * (1.0 - share)", "0.5"),
+        ("noise estimate: both gradients' variance", "(0.5 * (1.0 - share)) ** 0.5", "(1.0 - share) ** 0.5"),
+        ("noise estimate: as if epochs did not matter", "(0.5 * (1.0 - share)) ** 0.5", "0.5**0.5"),
     ),
     *of(
         f"{M}/sgld.py",
@@ -250,22 +250,19 @@ MUTATIONS = [
     *of(
         f"{M}/sgld.py",
         f"{T}/test_rules.py::test_temperatures_add_what_minibatch_noise_brings",
-        ("SGLD: all of the noise heats", "0.5 * updates_per_batch * step_size", "updates_per_batch * step_size"),
+        ("SGLD: all of the noise heats", "return 0.5 * step_size", "return step_size"),
     ),
     *of(
         f"{M}/sgadald.py",
         RULES,
         ("SGAdaLD: half the noise's variance", "injected = 2.0 * temperature * rate", "injected = temperature * rate"),
-        ("SGAdaLD: the correction's sign", "injected - step_size**4", "injected + step_size**4"),
+        ("SGAdaLD: the correction's sign", 'injected - rate * rate * variables["moment"]', 'injected + rate * rate * variables["moment"]'),
     ),
     *of(
         f"{M}/sghmc.py",
         RULES,
-        (
-            "SGHMC: half the noise's variance",
-            "variance = 2.0 * self.friction * temperature * rate",
-            "variance = self.friction * temperature * rate",
-        ),
+        ("SGHMC: half the noise's variance", "variance = 2.0 * self.friction * temperature\n", "variance = self.friction * temperature\n"),
         ("SGHMC: no friction", "mul_(1.0 - self.friction)", "mul_(1.0)"),
+        ("SGHMC: momentum in units of the step", "torch.addcmul(theta, momentum, root", "torch.addcmul(theta, momentum, rate"),
     ),
 ]
