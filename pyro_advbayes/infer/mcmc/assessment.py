@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_advbayes.infer.mcmc.step_size import hottest_allowed
 from pyro_advbayes.infer.mcmc.summary import effective_size, function_values, shrink_factor, spaced, stands_still
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ LARGEST_Z, LARGEST_SHIFT = 5.0, 0.5
 LEAST_ENERGIES = 5.0  # effective draws of a chain
 LARGEST_R_HAT = 1.1
 LARGEST_HEAT = 1.12  # mean over a site; "auto" keeps to 1.1
-LARGEST_DIRECTION = 3.0  # along the direction in which noise heats most
+DIRECTION_SHARE = 0.125  # along the direction in which noise heats most; "auto" keeps to 0.1 of it
 LARGEST_FALL = 100.0
 FIRST_PARTS = (0.1, 0.2, 0.33)
 # Predictions are looked at on so many rows and draws, and for at most this share of the work that the run itself was.
@@ -129,7 +130,7 @@ def _heat(kernel: Any, about: dict[str, Any], temperature: float) -> list[str]:
     if hottest > LARGEST_HEAT * temperature:
         return [f"minibatch noise heats site {site!r} to T_eff {hottest:.3g} where {temperature:.3g} was asked for: take {remedy}"]
     along = about["T_eff direction"]
-    if along is not None and along > LARGEST_DIRECTION * temperature:
+    if along is not None and along > (1.0 + hottest_allowed(DIRECTION_SHARE, kernel.potential.size)) * temperature:
         return [
             f"minibatch noise is correlated between weights, and heats the direction in which it is largest to T_eff {along:.3g} where "
             f"{temperature:.3g} was asked for: draws are too wide there. Take {remedy}, or a smaller auto_share"
@@ -192,18 +193,20 @@ def fitted_values(mcmc: SGMCMC) -> Tensor | None:
     args, kwargs = potential.first_rows(rows)
     kept = torch.linspace(0, mcmc.num_samples - 1, draws).round().long()
     samples = {name: value[:, kept].flatten(0, 1) for name, value in mcmc.get_samples(group_by_chain=True).items()}
-    values = function_values(_means(kernel.model), samples, mcmc.num_chains, args, kwargs)
+    values = function_values(_means(kernel.model, set(samples)), samples, mcmc.num_chains, args, kwargs)
     finite = values.isfinite().flatten(0, 1).all(0)
     return values[..., finite] if bool(finite.any()) else None
 
 
-def _means(model: Callable) -> Callable[..., Tensor]:
-    """A model that returns the means of what is observed, of classes their probabilities, in one row ``[k]``."""
+def _means(model: Callable, latent: set[str]) -> Callable[..., Tensor]:
+    """A model that returns the means of what is observed beside its latent sites, of classes their probabilities, in one row ``[k]``."""
 
     def means(*args: Any, **kwargs: Any) -> Tensor:
         trace = poutine.trace(model).get_trace(*args, **kwargs)
         parts = []
         for name in trace.observation_nodes:
+            if name in latent:  # conditioned on a draw
+                continue
             law = trace.nodes[name]["fn"]
             probs = getattr(law, "probs", None)
             if probs is None:

@@ -19,13 +19,13 @@ MOST_NUMBERS = 2**25
 
 class GradientNoise(NamedTuple):
     """
-    Of the minibatch gradient at one theta, per coordinate ``[size]``, means over the chains: its variance, the square of its mean, and
-    its mean square.
+    Of the minibatch gradient at one theta: its variance and its mean square per coordinate ``[size]``, means over the chains; and what
+    the square of its mean is at least, in the rule's metric, mean over coordinates and chains.
     """
 
     variance: Tensor
-    signal: Tensor
     second_moment: Tensor
+    slope: float = 0.0
 
 
 class NoiseEstimate:
@@ -42,7 +42,7 @@ class NoiseEstimate:
     def __init__(self, kernel: SGMCMCKernel, every_step: bool) -> None:
         self.every_step, self.count = every_step, 0
         zero = torch.zeros(kernel.potential.size, dtype=kernel.potential.dtype, device=kernel.potential.device)
-        self._mean = GradientNoise(zero, zero.clone(), zero.clone())
+        self._mean = GradientNoise(zero, zero.clone())
         self._followed = min(4, kernel.num_chains, MOST_NUMBERS // (EVALUATIONS * kernel.potential.size))
         self._differences: list[Tensor] = []
 
@@ -65,26 +65,37 @@ class NoiseEstimate:
 
     def fresh(self, kernel: SGMCMCKernel) -> GradientNoise:
         """An estimate from where the chains are now alone."""
-        taken = [each for each in (self._pair(kernel, FRESH_EVALUATIONS) for _ in range(FRESH_EVALUATIONS)) if each is not None]
-        if not taken:
+        pairs = [pair for pair in (self._pair(kernel) for _ in range(FRESH_EVALUATIONS)) if pair is not None]
+        self._differences = []
+        if not pairs:
             return self._mean
-        return GradientNoise(*(torch.stack(parts).mean(0) for parts in zip(*(noise for noise, _ in taken), strict=True)))
+        for _, difference in pairs:
+            self._follow(kernel, difference)
+        variance, second_moment = (torch.stack([getattr(noise, name) for noise, _ in pairs]).mean(0) for name in GradientNoise._fields[:2])
+        slopes = torch.tensor([noise.slope for noise, _ in pairs], dtype=torch.float64)
+        error = float(slopes.std()) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0
+        return GradientNoise(variance, second_moment, max(0.0, float(slopes.mean()) - 2.0 * error))
 
     def measure(self, kernel: SGMCMCKernel) -> None:
         """Takes two more gradients into the mean."""
-        pair = self._pair(kernel, EVALUATIONS)
+        pair = self._pair(kernel)
         if pair is None:
             return
         latest, difference = pair
+        if self.count == 0:
+            self._differences = []
         self.count += 1
-        for mean, new in zip(self._mean, latest, strict=True):
+        for mean, new in zip(self._mean[:2], latest[:2], strict=True):
             mean += (new - mean) / self.count
-        if self._followed and len(self._differences) < EVALUATIONS and kernel.potential.batches.num_data is not None:
-            self._differences.append(difference[: self._followed].clone())
+        self._follow(kernel, difference)
         if self.every_step:
             kernel.variables["noise"].copy_(self._mean.variance.expand_as(kernel.theta))
 
-    def _pair(self, kernel: SGMCMCKernel, evaluations: int) -> tuple[GradientNoise, Tensor] | None:
+    def _follow(self, kernel: SGMCMCKernel, difference: Tensor) -> None:
+        if self._followed and len(self._differences) < EVALUATIONS and kernel.potential.batches.num_data is not None:
+            self._differences.append(difference[: self._followed].clone())
+
+    def _pair(self, kernel: SGMCMCKernel) -> tuple[GradientNoise, Tensor] | None:
         """
         From two gradients, of full data from one: means over the chains, and the scaled differences ``[chains, size]``. None where
         no chain has finite gradients.
@@ -101,8 +112,10 @@ class NoiseEstimate:
         if not bool(good.any()):
             return None
         one, two = first[good], second[good]
-        noise = GradientNoise(difference[good].square().mean(0), (one * two).mean(0), 0.5 * (one.square() + two.square()).mean(0))
-        return noise, difference
+        metric = kernel.update_rule.metric(kernel.variables)
+        square = 1.0 if metric is None else metric[good].square()
+        second_moment = 0.5 * (one.square() + two.square()).mean(0)
+        return GradientNoise(difference[good].square().mean(0), second_moment, float((square * one * two).mean())), difference
 
     def hottest(self, kernel: SGMCMCKernel, step_size: float, temperature: float) -> float | None:
         r"""
@@ -140,7 +153,7 @@ class NoiseEstimate:
 
     def state(self) -> list[Any]:
         """What :meth:`load` needs, as tensors and plain values."""
-        return [self.count, *self._mean, torch.stack(self._differences) if self._differences else None]
+        return [self.count, *self._mean[:2], torch.stack(self._differences) if self._differences else None]
 
     def load(self, state: list[Any]) -> None:
         """Goes on from a :meth:`state`."""

@@ -29,8 +29,9 @@ HALVINGS = 12
 class AutoStepSize:
     """
     The step size that ``step_size="auto"`` stands for: the largest at which discretisation and minibatch noise each change the
-    temperature by at most a share. It is bounded by curvature, by the energy error of short trajectories, by noise (which may
-    double the temperature in the first 60 % of warm-up), and by four times the rate of the measurement before. A chain that is lost in
+    temperature by at most a share. It is bounded by curvature, by the energy error of short trajectories, by noise (in the mean over
+    each site, and along the direction in which it is largest; in the first 60 % of warm-up it may double the temperature), and by four
+    times the rate of the measurement before. A chain that is lost in
     warm-up starts again from its last good state with half the step.
 
     Curvature and energy error are those of points, and say nothing of a density of straight pieces (a Laplace likelihood): that
@@ -125,9 +126,23 @@ class AutoStepSize:
             heat = torch.zeros_like(heat)
         elif not rest:
             # far from where it will rest, a chain has more energy to lose than noise brings: |g|² / (2 λ) at the least
-            excess = float((square * noise.signal).mean().clamp_min(0.0)) / (2.0 * self.curvature)
+            excess = noise.slope / (2.0 * self.curvature)
             heat = heat * (self.share * T / (EARLY_SHARE * T + excess))
-        return rule.largest_step(self.curvature, heat, T, self.share, alive)
+        value = rule.largest_step(self.curvature, heat, T, self.share, alive)
+        along = kernel.noise_estimate.hottest(kernel, value, T) if rest and T > 0.0 else None
+        allowed = hottest_allowed(self.share, kernel.potential.size) * T
+        if along is not None and along - T > allowed:
+            value *= (allowed / (along - T)) ** (1.0 if metric is None else 0.5)
+        return value
+
+
+def hottest_allowed(share: float, size: int) -> float:
+    """
+    By what part of T noise may heat the direction in which it is largest, in a model of ``size`` weights. That direction's part in the
+    variance of a single weight is about ``1 / size``: among a few weights twice the share changes a standard deviation by as much as the
+    share, and in a network a hot direction hardly shows.
+    """
+    return 2.0 * share * max(1.0, size / 10.0)
 
 
 def largest_curvature(kernel: SGMCMCKernel, directions: dict[str, Tensor] | None = None) -> float:

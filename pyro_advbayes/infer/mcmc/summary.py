@@ -44,7 +44,7 @@ def shrink_factor(values: Tensor) -> Tensor:
     """
     if values.shape[1] < 4:
         return torch.full(values.shape[2:], math.nan)
-    folded = (values - values.flatten(0, 1).median(0).values).abs()
+    folded = (values - values.flatten(0, 1).quantile(0.5, dim=0)).abs()
     both = torch.stack([split_gelman_rubin(_normal_scores(each), chain_dim=0, sample_dim=1) for each in (values, folded)])
     return torch.where(both.isnan().any(0), both[0], both.amax(0))  # two values alone are equally far from their median
 

@@ -1,0 +1,223 @@
+"""A run that is not right says so when it ends, and a good one says nothing."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import arviz
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.ops.stats import effective_sample_size
+
+import pyro_advbayes as ab
+from models.mlp import mlp
+from pyro_advbayes.infer.mcmc.assessment import drift, fitted_values
+from pyro_advbayes.infer.mcmc.noise_estimate import NoiseEstimate
+
+
+def autoregressive(chains, draws, rho, random):
+    """Stationary chains of variance 1 ``[chains, draws]``."""
+    values = torch.empty(chains, draws, dtype=torch.float64)
+    values[:, 0] = torch.randn(chains, generator=random, dtype=torch.float64)
+    for i in range(1, draws):
+        values[:, i] = rho * values[:, i - 1] + (1 - rho**2) ** 0.5 * torch.randn(chains, generator=random, dtype=torch.float64)
+    return values
+
+
+def alarmed(energy):
+    found = drift(energy)
+    return abs(found["z"]) > 5.0 and abs(found["shift"]) > 0.5
+
+
+def test_drift_is_seen_and_is_not_seen_where_there_is_none():
+    random = torch.Generator().manual_seed(0)
+    stationary = [(rho, shape) for rho in (0.0, 0.5) for shape in ((4, 60), (1, 200), (16, 100))] + [(0.9, (4, 200))]
+    alarms = sum(alarmed(autoregressive(*shape, rho, random)) for rho, shape in stationary for _ in range(40))
+    assert alarms <= 3, f"{alarms} of 280 good runs"
+    for size, time in ((2.0, 60.0), (5.0, 15.0), (20.0, 2.0)):
+        decay = size * torch.exp(-torch.arange(200.0, dtype=torch.float64) / time)
+        seen = sum(alarmed(autoregressive(4, 200, 0.5, random) + decay) for _ in range(20))
+        assert seen == 20, f"a decay of {size} standard deviations over {time} draws is seen {seen} times of 20"
+
+
+def test_drift_has_its_formula():
+    """Draws whose first fifth lies higher: of the three parts that one has the largest z."""
+    energy = torch.randn(2, 100, dtype=torch.float64)
+    energy[:, :20] += 3.0
+    found = drift(energy)
+    first, last = energy[:, :20], energy[:, 50:]
+    s = last.var(1).mean().sqrt()
+    tau = max(1.0, 100.0 / float(effective_sample_size(last, chain_dim=0, sample_dim=1)))
+    assert found["first"] == pytest.approx(float(first.mean())) and found["last"] == pytest.approx(float(last.mean()))
+    shift = (first.mean() - last.mean()) / s
+    assert found["shift"] == pytest.approx(float(shift))
+    assert found["z"] == pytest.approx(float(shift) / (tau / 40 + tau / 100) ** 0.5)
+
+
+# ----------------------------------------------------------------------------------------------------------------- warnings
+
+
+def gaussian():
+    pyro.sample("x", dist.Normal(torch.zeros(20), 1.0).to_event(1))
+
+
+def warned(run):
+    """The texts of all sampling warnings, one at most."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run()
+    texts = [str(each.message) for each in said if issubclass(each.category, ab.SamplingWarning)]
+    assert len(texts) <= 1
+    return texts[0] if texts else None
+
+
+def test_a_run_that_starts_far_out_without_a_warm_up_says_so_and_one_from_exact_draws_does_not(capsys):
+    for start, expected in ((10.0 + torch.randn(4, 20), True), (torch.randn(4, 20), False)):
+        mcmc = ab.SGMCMC(ab.SGLD(gaussian, 0.05), 400, 0, 4, initial_params={"x": start}, disable_progbar=True)
+        text = warned(mcmc.run)
+        assert ("the kept energies are not stationary" in (text or "")) == expected, text
+        found = mcmc.diagnostics()
+        assert (abs(found["drift"]["z"]) > 5.0) == expected and any("stationary" in each for each in found["warnings"]) == expected
+        mcmc.summary()
+        printed = capsys.readouterr().out
+        assert "energy: first draws" in printed and ("warning: the kept energies are not stationary" in printed) == expected
+
+
+def test_good_runs_are_silent():
+    """Eight runs with defaults: full data and minibatches."""
+    x = torch.randn(60, 3)
+    y = torch.bernoulli(torch.sigmoid(x.sum(1)))
+
+    def logistic(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Bernoulli(logits=x @ w), obs=y)
+
+    said = []
+    for seed in range(2):
+        for make, batch in ((ab.SGLD, None), (ab.SGHMC, 10), (ab.SGAdaLD, 20), (ab.SGHMC, None)):
+            pyro.set_rng_seed(seed)
+            kernel = make(logistic, batch_size=batch, num_steps_per_sample=20, backend="graph")
+            said.append(warned(lambda: ab.SGMCMC(kernel, 100, 60, 4, disable_progbar=True).run(x, y)))  # noqa: B023
+    assert said == [None] * 8
+
+
+def test_chains_that_have_not_mixed_are_told_by_their_predictions():
+    """Chains of a regression that hardly move from where they start: their weights and predictions differ."""
+    x, y = torch.randn(30, 2), torch.randn(30)
+
+    def line(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    mcmc = ab.SGMCMC(ab.SGLD(line, 1e-7, num_steps_per_sample=5), 60, 60, 4, disable_progbar=True)
+    text = warned(lambda: mcmc.run(x, y))
+    assert "R-hat of the predicted means of the data is" in text and "take more samples" in text
+    values = fitted_values(mcmc)
+    kept = torch.linspace(0, 59, values.shape[1]).round().long()
+    torch.testing.assert_close(values, mcmc.get_samples(group_by_chain=True)["w"][:, kept] @ x.T)
+
+
+def test_weights_of_a_network_that_differ_between_modes_are_no_warning():
+    """Predictions of the chains agree, though a hidden unit of one has the number of another's; R-hat of the weights says otherwise."""
+    x = torch.randn(40, 3)
+    y = (x[:, 0] > 0).long()
+    mcmc = ab.SGMCMC(ab.SGHMC(mlp((3, 4, 2)), num_steps_per_sample=60), 150, 100, 4, disable_progbar=True)
+    assert warned(lambda: mcmc.run(x, y)) is None
+    assert fitted_values(mcmc).shape == (4, 150, 80)
+    probs = ab.Predictive(mcmc.kernel.model, mcmc.get_samples(), return_sites=["_RETURN"])(x)["_RETURN"].softmax(-1)
+    torch.testing.assert_close(fitted_values(mcmc).reshape(600, 40, 2), probs)
+
+
+def test_a_site_that_stands_still_is_told():
+    def flat():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("tau", dist.HalfCauchy(1.0))  # at 0 in float32, where log tau is -200 and U a straight line
+
+    start = {"x": torch.zeros(2), "tau": torch.full((2,), -200.0)}
+    mcmc = ab.SGMCMC(ab.SGLD(flat, 0.01), 30, 5, 2, initial_params=start, disable_progbar=True)
+    assert "site 'tau' does not move" in warned(mcmc.run)
+    assert mcmc.diagnostics()["tau"]["r_hat"].isnan()
+
+
+def test_heat_is_told_with_a_remedy_that_is_not_yet_in_force():
+    y = torch.randn(400, 2)
+
+    def means(y):
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("obs", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+    mcmc = ab.SGMCMC(ab.SGLD(means, 1e-4, batch_size=4), 20, 200, 2, disable_progbar=True)
+    text = warned(lambda: mcmc.run(y))
+    heat = 1.0 + 0.5e-4 * 400**2 / 4 * 0.99 * y.var(0).mean()
+    assert re.search("heats site 'x' to T_eff [23]", text) and '"auto" keeps to 1.1' in text
+    assert mcmc.diagnostics()["T_eff"]["x"] == pytest.approx(float(heat), rel=0.1)
+    assert warned(lambda: ab.SGMCMC(ab.SGLD(means, 1e-4, temperature=0.0, batch_size=4), 20, 20, 2, disable_progbar=True).run(y)) is None
+
+
+# --------------------------------------------------------------------------------------- the worst chain, the worst direction
+
+
+def test_the_temperature_that_is_reported_is_the_worst_chains():
+    kernel = ab.SGHMC(gaussian, adaptive=True)
+    kernel.setup_chains(3, 0, (), {})
+    kernel.variables["V"].fill_(1.0)
+    kernel.variables["V"][1] = 1e-4  # a collapsed preconditioner: h is a hundred times larger
+    kernel._effective = kernel.update_rule.temperatures(torch.full((20,), 0.1), 0.1, 1.0, kernel.variables)
+    assert kernel.effective_temperatures() == {"x": pytest.approx(1.0 + 0.01 * 100.0 * 0.1 / (2 * 0.05))}
+
+
+@pytest.mark.parametrize("make, heating", [(ab.SGLD, 0.5 * 0.02), (ab.SGHMC, 0.02 / (2 * 0.05))])
+def test_heat_along_the_noisiest_direction_is_its_variance(make, heating):
+    """Noise of variance 4 along one direction, 1 % of it elsewhere: single coordinates see a fraction of it."""
+    kernel = make(gaussian, step_size=0.02)
+    kernel.setup_chains(2, 0, (), {})
+    direction = torch.randn(20)
+    direction /= direction.norm()
+    estimate = NoiseEstimate(kernel, every_step=False)
+    signs = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(8)
+    estimate._differences = [2.0 * sign * direction.expand(2, -1) for sign in signs]
+    estimate.mean().variance.copy_(4.0 * direction.square())
+    assert estimate.hottest(kernel, 0.02, 1.0) == pytest.approx(1.0 + heating * 4.0, rel=1e-5)
+    assert float(kernel.update_rule.temperatures(estimate.mean().variance, 0.02, 1.0, kernel.variables).mean()) < 1.0 + heating * 0.5
+
+
+def test_noise_without_a_direction_is_not_made_hotter_by_looking_for_one():
+    kernel = ab.SGLD(gaussian, step_size=0.02)
+    kernel.setup_chains(1, 0, (), {})
+    found = []
+    for _ in range(200):
+        estimate = NoiseEstimate(kernel, every_step=False)
+        estimate._differences = list(torch.randn(32, 1, 20))
+        found.append(estimate.hottest(kernel, 0.02, 1.0))
+    assert sum(found) / len(found) == pytest.approx(1.01, abs=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------------- what is reported
+
+
+def test_predictions_are_diagnosed_as_values():
+    x, y = torch.randn(30, 3), torch.randint(2, (30,))
+    mcmc = ab.SGMCMC(ab.SGHMC(mlp((3, 4, 2)), num_steps_per_sample=5), 40, 20, 2, disable_progbar=True)
+    warned(lambda: mcmc.run(x, y))
+    found = mcmc.diagnostics(x[:5])["predictions"]
+    values = ab.Predictive(mcmc.kernel.model, mcmc.get_samples(), return_sites=["_RETURN"])(x[:5])["_RETURN"].reshape(2, 40, 5, 2)
+    assert found["r_hat"].shape == (5, 2) and found["n_eff"].shape == (5, 2)
+    assert float(found["r_hat"][3, 1]) == pytest.approx(float(arviz.rhat(values[..., 3, 1].double().numpy(), method="rank")))
+    assert "predictions" not in mcmc.diagnostics()
+
+
+def test_a_site_may_have_the_name_of_what_belongs_to_the_run():
+    def named():
+        pyro.sample("step size", dist.Normal(0.0, 1.0))
+        pyro.sample("drift", dist.Normal(0.0, 1.0))
+
+    mcmc = ab.SGMCMC(ab.SGLD(named, 0.1), 30, 30, 2, disable_progbar=True)
+    warned(mcmc.run)
+    found = mcmc.diagnostics()
+    assert found["step size"] == 0.1 and set(found["sites"]) == {"step size", "drift"} and "z" in found["drift"]
