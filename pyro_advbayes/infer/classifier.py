@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.conditioned import ConditionedModel
+from pyro_advbayes.infer.likelihood import Origins
 from pyro_advbayes.infer.predictive import Predictive, RandomState, agree, default_chunk, predict, record_draws
+from pyro_advbayes.infer.readout import Readout
 from pyro_advbayes.tape import Replays, Tape, record
 
 # For how many shapes of inputs (batches, and the last, shorter one) a recording is kept.
@@ -37,6 +39,10 @@ class PosteriorClassifier(nn.Module):
         network = PosteriorClassifier(model, mcmc.get_samples())
         loss = torch.nn.functional.cross_entropy(network(x), y)
 
+    The probabilities are those of the model's likelihood, whatever its return value: of a Categorical, OneHotCategorical, Bernoulli or
+    Binomial of one trial at the observed site, which is found by a run without observations. A Bernoulli has the classes 0 and 1, K = 2.
+    Where no site in a plate of N rows (or with N rows outside plates) is observed, the return value holds the logits ``[N, K]``.
+
     Nothing but the inputs is kept for the backward pass, which computes the draws again, chunk by chunk; memory is that of one
     chunk, however many draws there are. Gradients reach the inputs and the parameters of ``model``, if it is a module. A second
     derivative (``create_graph=True``) is right, too, but holds all draws in memory.
@@ -51,8 +57,10 @@ class PosteriorClassifier(nn.Module):
         :class:`AutoImplicit` of the same model is compared with it at the first inputs.
     :param int num_samples: how many draws a guide makes.
     :param int chunk_size: how many draws are computed side by side; by default half as many as in :class:`Predictive`.
-    :param str return_site: where the logits ``[N, K]`` are: the model's return value, or the name of a site.
-    :raises ValueError: if draws do not fit the model, or logits are random given the draws or not ``[N, K]`` with K >= 2.
+    :param str return_site: which observed site is meant, where there are several; or the name of a site that holds the logits
+        ``[N, K]``, in place of the return value of a model without one.
+    :raises ValueError: if draws do not fit the model, if its likelihood is no classifier's, or logits are random given the draws or not
+        ``[N, K]`` with K >= 2.
     """
 
     def __init__(
@@ -104,7 +112,10 @@ class PosteriorClassifier(nn.Module):
         return (_log_softmax(logits) for logits in self.logits(x))
 
     def logits(self, x: Tensor) -> Iterator[Tensor]:
-        """The draws' logits as the model gives them, ``[chunk, N, K]``; otherwise like :meth:`log_probs`."""
+        """
+        The draws' logits as the model gives them to its likelihood, ``[chunk, N, K]`` (logarithms of probabilities, if it gives those, and
+        [0, logit], if it gives one); otherwise like :meth:`log_probs`.
+        """
         x, leaves, attached = self._prepared(x)
         yield from self._logits(x, attached, leaves).chunks(x)
 
@@ -198,15 +209,13 @@ class _Logits:
     def __init__(
         self, model: ConditionedModel, site: str, chunk_size: int | None, x: Tensor, leaves: list[Tensor], held: list[Tensor]
     ) -> None:
-        self.model, self.site = model, site
+        self.model = model
         self._held = held  # so that no other tensor gets the id of one of these
         state, x = RandomState(), x.detach().requires_grad_(x.requires_grad)
-        with _by_itself():
+        with _by_itself(), Origins() as origins:
             trace = model.look(x)
-        if site not in trace.nodes:
-            raise ValueError(f"return_site={site!r}: the model has no such site")
-        first = trace.nodes[site]["value"]
-        _check_logits(first, x, site)
+            self._readout = Readout(model.model, trace, x, model.samples, site)
+            first = self._readout.logits(trace, origins)
         # Recorded at other inputs than it is checked at, since a number taken from the inputs would stay what it was.
         leaves = [x, *leaves] if x.requires_grad else leaves
         tape = record_draws(model, self._run, [[first]], state, leaves if torch.is_grad_enabled() else [], (x,), (x.flip(0),))
@@ -221,8 +230,8 @@ class _Logits:
         self._slopes: dict[Reduction, _Slopes] = {}
 
     def _run(self, *values: Tensor) -> list[Tensor]:
-        with _by_itself():
-            return self.model.run(values[:-1], [self.site], values[-1])
+        with _by_itself(), Origins() as origins:
+            return [self._readout.logits(self.model.trace(values[:-1], values[-1]), origins)]
 
     def _one(self, index: int, x: Tensor) -> Tensor:
         with RandomState().again():  # as where a recording leaves out what is drawn beside the logits
@@ -393,11 +402,3 @@ def _gradients(logits: _Logits, x: Tensor, wanted: list[Tensor], result: Tensor,
                 total += part
         del chunk, log_probs
     return sums
-
-
-def _check_logits(logits: Any, x: Tensor, site: str) -> None:
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() != 2 or len(logits) != len(x):
-        raise ValueError(f"{site!r} must hold logits [N, K], one row for each of the {len(x)} inputs; it is {shape}")
-    if logits.shape[1] < 2:
-        raise ValueError(f"{site!r} holds one number for each input: give one logit a class; of two classes, [0, logit]")

@@ -54,15 +54,23 @@ class ConditionedModel:
         """The sites' values at several draws, ``[size, *site]``."""
         return [sample[start : start + size] for sample in self.samples.values()]
 
+    def trace(self, values: Sequence[Tensor], *args: Any, **kwargs: Any) -> Trace:
+        """
+        Runs the model on a draw.
+
+        :param values: what :meth:`draw` gave.
+        """
+        data = dict(zip(self.samples, values, strict=True))
+        with _DrawCategorical(), poutine.mask(mask=False):
+            return poutine.trace(poutine.condition(self.model, data=data)).get_trace(*args, **kwargs)
+
     def run(self, values: Sequence[Tensor], names: Sequence[str], *args: Any, **kwargs: Any) -> list[Tensor]:
         """
         :param values: what :meth:`draw` gave.
         :param names: sites, or ``"_RETURN"``.
         :return: the values of ``names``.
         """
-        data = dict(zip(self.samples, values, strict=True))
-        with _DrawCategorical(), poutine.mask(mask=False):
-            trace = poutine.trace(poutine.condition(self.model, data=data)).get_trace(*args, **kwargs)
+        trace = self.trace(values, *args, **kwargs)
         return [trace.nodes[name]["value"] for name in names]
 
     def check_categories(self, results: Mapping[str, Tensor]) -> None:

@@ -155,7 +155,7 @@ def find_outcomes(model: Callable, trace: Trace, args: Sequence[Any], kwargs: Ma
     :param given: sites that have draws.
     """
     rows = _rows(args, kwargs)
-    nodes = {name: node for name, node in trace.nodes.items() if node["type"] == "sample" and name not in given and not _is_helper(node)}
+    nodes = {name: node for name, node in trace.nodes.items() if name not in given and is_outcome(node)}
     inside = {name for name, node in nodes.items() if any(f.vectorized and f.size == rows for f in node["cond_indep_stack"])}
     bare = {name for name, node in nodes.items() if not node["cond_indep_stack"] and node["value"].shape[:1] == (rows,)}
     for found in (inside, bare):
@@ -171,12 +171,16 @@ def find_outcomes(model: Callable, trace: Trace, args: Sequence[Any], kwargs: Ma
     return []
 
 
-def one_outcome(trace: Trace, outcomes: Sequence[str], site: str | None) -> str:
-    """:raises ValueError: if there are several, and ``site`` names none, or is not in the model."""
+def one_outcome(trace: Trace, outcomes: Sequence[str], site: str | None, argument: str = "site") -> str:
+    """
+    :param site: the value of an argument that may say which.
+    :param argument: its name.
+    :raises ValueError: if there are several, and ``site`` names none, or is not in the model.
+    """
     if site is not None and site not in trace.nodes:
-        raise ValueError(f"site={site!r}: the model has no such site; it observes {', '.join(map(repr, outcomes))}")
+        raise ValueError(f"{argument}={site!r}: the model has no such site; it observes {', '.join(map(repr, outcomes))}")
     if site is None and len(outcomes) > 1:
-        raise ValueError(f"the model observes {', '.join(map(repr, outcomes))}: name the one that is meant")
+        raise ValueError(f"the model observes {', '.join(map(repr, outcomes))}: name one, {argument}={outcomes[0]!r}")
     return outcomes[0] if site is None else site
 
 
@@ -194,9 +198,10 @@ def without_wrappers(fn: Distribution) -> Distribution:
     return fn
 
 
-def _is_helper(node: Mapping[str, Any]) -> bool:
-    """Whether a sample site is a plate's indices, a deterministic value or a factor."""
-    return site_is_subsample(node) or bool(node["infer"].get("_deterministic")) or isinstance(node["fn"], dist.Unit)
+def is_outcome(node: Mapping[str, Any]) -> bool:
+    """Whether a site is random: no plate's indices, no deterministic value and no factor."""
+    helper = node["type"] != "sample" or site_is_subsample(node) or bool(node["infer"].get("_deterministic"))
+    return not helper and not isinstance(node["fn"], dist.Unit)
 
 
 def _rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -232,6 +237,8 @@ class Origins(TorchFunctionMode):
                     self._pass_on(old, value)
         elif not isinstance(x, Tensor) or not isinstance(result, Tensor) or result is x or result.dtype != x.dtype:
             pass
+        elif name == "expand" and result.shape == x.shape:  # Pyro's plates, whether there is something to expand or not
+            self._pass_on(x, result)
         elif name == "sigmoid" or (name == "softmax" and _last(x, args, kwargs)):
             self._note(result, name, x)
         elif name in ("logsumexp", "sum") and _last(x, args, kwargs) and result.shape == (*x.shape[:-1], 1):

@@ -81,6 +81,11 @@ def test_logits_of_the_classes_are_the_logarithms_of_what_the_distribution_gives
         torch.testing.assert_close(logits.log_softmax(-1), expected)
 
 
+def in_plate(fn):
+    with pyro.plate("data", fn.batch_shape[0]):
+        return pyro.sample("obs", fn)
+
+
 def test_logits_survive_a_softmax_that_has_rounded_them_to_certainty():
     f = torch.tensor([[200.0, 0.0, -50.0]])
     for make in (
@@ -91,13 +96,13 @@ def test_logits_survive_a_softmax_that_has_rounded_them_to_certainty():
         plain := lambda f: dist.Categorical(logits=f),
     ):
         with Origins() as origins:
-            likelihood = read_likelihood(lambda x, make=make: pyro.sample("obs", make(x)), (f,))
+            likelihood = read_likelihood(lambda x, make=make: in_plate(make(x)), (f,))
             torch.testing.assert_close(likelihood.logits(origins).log_softmax(-1), f.log_softmax(-1))
             if make is plain:
                 assert torch.equal(likelihood.logits(origins), f)
     for make in (lambda f: torch.sigmoid(f).squeeze(-1), lambda f: f.sigmoid()[:, 0], lambda f: torch.nn.Sigmoid()(f).flatten()):
         with Origins() as origins:
-            likelihood = read_likelihood(lambda x, make=make: pyro.sample("obs", dist.Bernoulli(make(x))), (f[:, :1],))
+            likelihood = read_likelihood(lambda x, make=make: in_plate(dist.Bernoulli(make(x))), (f[:, :1],))
             assert likelihood.logits(origins).tolist() == [[0.0, 200.0]]
 
 
@@ -208,7 +213,7 @@ def test_of_several_outcomes_one_is_named():
             pyro.sample("kind", dist.Categorical(logits=f), obs=y)
             pyro.sample("size", dist.Normal(f[:, 0], 1.0), obs=z)
 
-    with pytest.raises(ValueError, match="the model observes 'kind', 'size': name the one that is meant"):
+    with pytest.raises(ValueError, match="the model observes 'kind', 'size': name one, site='kind'"):
         read_likelihood(heads, (X,))
     assert read_likelihood(heads, (X,), site="kind").kind == "classes"
     assert read_likelihood(heads, (X,), site="size").kind == "numbers"

@@ -1,0 +1,90 @@
+"""Where in a run of a model the logits of a classifier are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_advbayes.infer.likelihood import CLASSES, Likelihood, Origins, find_outcomes, is_outcome, likelihood_at, one_outcome
+from pyro_advbayes.infer.predictive import agree
+
+
+class Readout:
+    """
+    Logits ``[N, K]`` of a model's runs: those of its likelihood, and of a model without one its return value.
+
+    :param model: a Pyro model of ``x``.
+    :param trace: a run of it on a draw.
+    :param x: inputs ``[N, ...]`` of that run.
+    :param given: the sites that a draw holds.
+    :param str return_site: as in :class:`~pyro_advbayes.PosteriorClassifier`.
+    :raises ValueError: if there are no such logits; the message says what there is.
+    """
+
+    def __init__(self, model: Callable, trace: Trace, x: Tensor, given: Collection[str], return_site: str) -> None:
+        if return_site not in trace.nodes:
+            raise ValueError(f"return_site={return_site!r}: the model has no such site")
+        self._rows, self._site, self._observed = len(x), return_site, True
+        if return_site in given or not is_outcome(trace.nodes[return_site]):
+            outcomes = find_outcomes(model, trace, (x,), {}, given)
+            self._observed = bool(outcomes)
+            if outcomes:
+                self._site = self._choose(trace, outcomes, return_site)
+        if self._observed:
+            self._likelihood(trace).check_classes("PosteriorClassifier")
+        else:
+            _check_logits(trace.nodes[return_site]["value"], x, return_site)
+
+    def logits(self, trace: Trace, origins: Origins) -> Tensor:
+        """
+        :param trace: a run on inputs of the same shape.
+        :param origins: what watched it, and still does.
+        """
+        return self._likelihood(trace).logits(origins) if self._observed else trace.nodes[self._site]["value"]
+
+    def _likelihood(self, trace: Trace) -> Likelihood:
+        return likelihood_at(trace, self._site, self._rows)
+
+    def _choose(self, trace: Trace, outcomes: list[str], return_site: str) -> str:
+        if return_site == "_RETURN":
+            return one_outcome(trace, outcomes, None, "return_site")
+        likelihoods = [likelihood_at(trace, site, self._rows) for site in outcomes]
+        classes = [each for each in likelihoods if each.kind == CLASSES]
+        if not classes:
+            return outcomes[0]
+        value = trace.nodes[return_site]["value"]
+        same = [each.site for each in classes if _tells(value, each)]
+        if not same:
+            raise ValueError(
+                f"return_site={return_site!r} holds neither the logits nor the probabilities of the likelihood at observed site "
+                f"{classes[0].site!r}, from which they are taken: leave return_site out, or hide the observed site "
+                f"(poutine.block(model, hide=[{classes[0].site!r}])) if others are meant"
+            )
+        return one_outcome(trace, same, None, "return_site")
+
+
+def _tells(value: Any, likelihood: Likelihood) -> bool:
+    """Whether a value is the logits, log-probabilities or probabilities of the classes, or the one logit of two."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    expected = likelihood.logits().log_softmax(-1)
+    if value.numel() == len(expected):
+        value = torch.stack([torch.zeros_like(value), value], -1).reshape(-1, 2)
+    if value.shape != expected.shape:
+        return False
+    return any(agree([each.detach()], [expected.detach()]) for each in (value.log_softmax(-1), value.log()))
+
+
+def _check_logits(logits: Any, x: Tensor, site: str) -> None:
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() != 2 or len(logits) != len(x):
+        raise ValueError(f"{site!r} must hold logits [N, K], one row for each of the {len(x)} inputs; it is {shape}")
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"{site!r} holds one number for each input: give one logit a class, or observe a Bernoulli of that number, whose two classes "
+            "are [0, logit]"
+        )
