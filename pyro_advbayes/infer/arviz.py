@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from pyro.infer.mcmc.api import AbstractMCMC
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -17,6 +17,7 @@ from pyro_advbayes.diagnostics.arviz import to_inference_data
 from pyro_advbayes.handlers import UnvalidatedMessenger
 from pyro_advbayes.infer.mcmc.runner import SGMCMC
 from pyro_advbayes.infer.predictive import Predictive
+from pyro_advbayes.infer.row_terms import Kept, data_rows, find_terms, is_observed, masked_variables, row_terms
 
 
 def to_arviz(
@@ -49,7 +50,10 @@ def to_arviz(
     :param kwargs: its keyword arguments.
     :param int num_samples: how many draws to take from a guide, >= 1.
     :param sites: which sites go into the posterior; by default all, which for a network is every weight.
-    :param log_likelihood: adds the log-likelihood of every observed row, ``[chains, draws, rows]``, in nats, unscaled.
+    :param log_likelihood: adds the log-likelihood of every observed row, ``[chains, draws, rows]``, in nats, unscaled. A ``pyro.factor`` in
+        the plates of an observed site is a part of its rows; one that shares its plates with several sites, or with none, is a variable of
+        its own. Rows that a mask leaves nothing of are no data: they are left out, here and of ``observed_data`` and the predictions, and
+        those that stay keep their numbers as labels. Where a mask leaves parts of rows, what stays is a flat list of entries.
     :param posterior_predictive: True adds predictions of the observed sites at the model's arguments; or what a ``Predictive`` gave,
         ``[chains * draws, ...]`` by site.
     :param int chunk_size: how many draws are computed side by side; by default as in ``Predictive`` and one at a time for the likelihood
@@ -87,13 +91,19 @@ def to_arviz(
     groups["posterior"] = _chosen(samples, sites)
     if model is not None:
         every_draw = log_likelihood or posterior_predictive is True
-        groups["observed_data"] = _observations(model, {name: value[0] for name, value in flat.items()}, args, kwargs, every_draw)
+        nodes = _look(model, {name: value[0] for name, value in flat.items()}, args, kwargs, every_draw)
+        observed = {name: node["value"] for name, node in nodes.items() if is_observed(node)}
+        masked = masked_variables({name: holds[None] for name, holds in data_rows(nodes).items()})
         if log_likelihood:
-            groups["log_likelihood"] = by_chain(log_likelihoods(model, flat, args, kwargs, chunk_size))
+            _warn_of_factors(find_terms(nodes).outside)
+            values, there = _row_terms(model, flat, args, kwargs, chunk_size)
+            masked = masked_variables(there)
+            groups["log_likelihood"] = by_chain(_data_only(values, masked, 1))
         if posterior_predictive is True:
-            names = list(groups["observed_data"])
-            predictive = Predictive(poutine.uncondition(model), flat, return_sites=names, chunk_size=chunk_size)
-            posterior_predictive = predictive(*args, **kwargs)
+            predictive = Predictive(poutine.uncondition(model), flat, return_sites=list(observed), chunk_size=chunk_size)
+            posterior_predictive = _data_only(predictive(*args, **kwargs), masked, 1)
+        groups["observed_data"] = _data_only(observed, masked, 0)
+        dims, coords = _labels(groups["observed_data"], masked, dims, coords)
     if posterior_predictive:
         groups["posterior_predictive"] = by_chain(posterior_predictive)
     return to_inference_data(groups, coords=coords, dims=dims)
@@ -109,12 +119,19 @@ def log_likelihoods(
     :param samples: ``[draws, *shape]`` by site.
     :param chunk_size: how many draws are computed side by side; by default one where they hold over 20 000 numbers each, else all.
     """
+    return _row_terms(model, samples, args, kwargs, chunk_size)[0]
 
-    def one(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+
+def _row_terms(
+    model: Callable, samples: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], chunk_size: int | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """As :func:`log_likelihoods`, and which of these are data, in bool."""
+
+    def one(values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         with poutine.block(), UnvalidatedMessenger():
             trace = poutine.trace(poutine.condition(model, values)).get_trace(*args, **kwargs)
-        observed = {name: node for name, node in trace.nodes.items() if _is_observed(node) and name not in values}
-        return {name: scale_and_mask(node["fn"].log_prob(node["value"]), mask=node["mask"]) for name, node in observed.items()}
+        nodes = {name: node for name, node in trace.nodes.items() if name not in values}
+        return row_terms(nodes), data_rows(nodes)
 
     with torch.no_grad(), pyro.validation_enabled(False):
         size = sum(value[0].numel() for value in samples.values())
@@ -125,16 +142,8 @@ def log_likelihoods(
             except RuntimeError:  # an operation without a batching rule: one draw after the other gives the same numbers
                 pass
         rows = [one({name: value[i] for name, value in samples.items()}) for i in range(count)]
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def _is_observed(node: Mapping[str, Any]) -> bool:
-    return node["type"] == "sample" and node["is_observed"] and not site_is_subsample(node) and not _is_helper(node)
-
-
-def _is_helper(node: Mapping[str, Any]) -> bool:
-    """Whether a site is a deterministic one, or what ``pyro.factor`` makes."""
-    return bool(node["infer"].get("_deterministic") or node["infer"].get("is_auxiliary"))
+    values, there = zip(*rows, strict=True)
+    return tuple({name: torch.stack([row[name] for row in part]) for name in part[0]} for part in (values, there))
 
 
 def _statistics(posterior: AbstractMCMC) -> dict[str, Tensor]:
@@ -157,10 +166,10 @@ def _draw_guide(guide: Callable, num_samples: int, args: Sequence[Any], kwargs: 
     return {name: torch.stack([row[name] for row in rows]).unsqueeze(0) for name in rows[0]}
 
 
-def _observations(
+def _look(
     model: Callable, draw: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], every_draw: bool
-) -> dict[str, Tensor]:
-    """What the model observes; ``every_draw`` says that as much is to be computed for all draws."""
+) -> dict[str, Mapping[str, Any]]:
+    """The nodes of a run, without those of the draw; ``every_draw`` says that as much is to be computed for all draws."""
     with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
         trace = poutine.trace(poutine.condition(model, draw)).get_trace(*args, **kwargs)
     for name, node in trace.nodes.items() if every_draw else ():
@@ -169,7 +178,36 @@ def _observations(
                 f"plate {name!r} takes {len(node['value'])} of its {node['fn'].size} rows, others for every draw, so that a column of "
                 "log_likelihood or posterior_predictive would be no row's: give model=, the same one without subsample_size"
             )
-    return {name: node["value"] for name, node in trace.nodes.items() if _is_observed(node) and name not in draw}
+    return {name: node for name, node in trace.nodes.items() if name not in draw}
+
+
+def _warn_of_factors(outside: Sequence[str]) -> None:
+    if outside:
+        warnings.warn(
+            f"log_likelihood leaves out the factors {', '.join(map(repr, outside))}, which are in no plate of the data and so belong to no "
+            "row: right for a term of the prior; move a term of the likelihood into the plate of its rows",
+            stacklevel=3,
+        )
+
+
+def _data_only(values: Mapping[str, Tensor], masked: Mapping[str, Kept | None], sampled: int) -> dict[str, Tensor]:
+    """Variables without rows that are no data; ``sampled`` dimensions come before the rows."""
+    found = {name: value if masked.get(name) is None else masked[name].take(value, sampled) for name, value in values.items()}
+    return {name: value for name, value in found.items() if masked.get(name, value) is not None}
+
+
+def _labels(
+    observed: Mapping[str, Tensor], masked: Mapping[str, Kept | None], dims: Any, coords: Any
+) -> tuple[Mapping[str, Sequence[str]] | None, Mapping[str, Sequence[Any]] | None]:
+    """``dims`` and ``coords`` with the numbers of the rows that are left."""
+    kept = {name: rows for name, rows in masked.items() if rows is not None and name in observed}
+    if not kept:
+        return dims, coords
+    dims, coords = dict(dims or {}), dict(coords or {})
+    for name, rows in kept.items():
+        dims[name], labels = rows.labels(name, observed[name].dim(), dims.get(name), coords)
+        coords[dims[name][0]] = labels
+    return dims, coords
 
 
 def _chosen(samples: Mapping[str, Tensor], sites: Sequence[str] | None) -> dict[str, Tensor]:
