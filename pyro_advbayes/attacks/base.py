@@ -182,8 +182,9 @@ class GradientAttack(BallAttack):
     """
     An attack within a ball that follows the gradient of a loss.
 
-    :param str loss: ``"cross_entropy"`` (default), ``"dlr"`` or ``"margin"`` (:mod:`~pyro_advbayes.attacks.losses`). Where a classifier is
-        so sure of itself that the gradient of the cross-entropy underflows, that of the others does not.
+    :param str loss: ``"cross_entropy"`` (default), ``"dlr"`` (of three classes or more) or ``"margin"``
+        (:mod:`~pyro_advbayes.attacks.losses`). Where a classifier is so sure of itself that the gradient of the cross-entropy underflows,
+        that of the others does not.
     """
 
     loss: str = field(default="cross_entropy", kw_only=True)
@@ -224,7 +225,8 @@ class Best:
 
 def _checked_labels(x: Tensor, y: Tensor) -> Tensor:
     if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise ValueError(f"labels must be a tensor of integers, not {getattr(y, 'dtype', type(y).__name__)}")
+        whole = isinstance(y, Tensor) and not y.is_complex() and torch.equal(y, y.floor() if y.is_floating_point() else y)
+        raise ValueError(f"labels must be a tensor of integers, not {getattr(y, 'dtype', type(y).__name__)}{': y.long()' if whole else ''}")
     if y.shape != (len(x),):
         raise ValueError(f"labels must be [{len(x)}], one for each input, not {list(y.shape)}")
     return y.to(x.device, torch.int64)

@@ -215,8 +215,8 @@ def _look(classifier: Callable, batches: Batches, attacks: Sequence[Attack]) -> 
         if zeros > ZERO_SHARE * count:
             found.append(
                 f"the gradient of the loss {loss!r} ({objective}) is exactly zero at {zeros} of {count} inputs that are right, where no "
-                "attack that follows it can start: predictions are too sure for the arithmetic. Try loss='margin' or 'dlr', and a "
-                "gradient-free attack"
+                "attack that follows it can start: predictions are too sure for the arithmetic. Try loss='margin'"
+                f"{' or ' + repr('dlr') if once.shape[-1] > 2 else ''}, and a gradient-free attack"
             )
     return found
 

@@ -59,7 +59,13 @@ def check_labels(labels: Tensor, probs: Tensor) -> Tensor:
     """
     num_rows, num_classes = probs.shape[-2:]
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be a tensor of integers, not {getattr(labels, 'dtype', type(labels).__name__)}")
+        whole = (
+            isinstance(labels, Tensor)
+            and not labels.is_complex()
+            and torch.equal(labels, labels.floor() if labels.is_floating_point() else labels)
+        )
+        remedy = ": labels.long()" if whole else ""
+        raise ValueError(f"labels must be a tensor of integers, not {getattr(labels, 'dtype', type(labels).__name__)}{remedy}")
     if labels.shape != (num_rows,):
         raise ValueError(f"labels must be [{num_rows}], one per input of probs, not {list(labels.shape)}")
     labels = labels.to(probs.device, torch.int64)
