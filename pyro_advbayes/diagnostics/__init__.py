@@ -6,7 +6,7 @@ inputs that look less like the data; :func:`auroc`, :func:`aupr_out`, :func:`aup
 Predictions of real numbers are described in :mod:`~pyro_advbayes.diagnostics.regression`.
 """
 
-from pyro_advbayes.diagnostics.acquisition import LearningCurve, acquire, batch_bald
+from pyro_advbayes.diagnostics.acquisition import LearningCurve, RegressionCurve, acquire, acquire_regression, batch_bald
 from pyro_advbayes.diagnostics.arviz import save_netcdf, to_inference_data
 from pyro_advbayes.diagnostics.calibration import Reliability, accuracy, brier, ece, nll, reliability
 from pyro_advbayes.diagnostics.draws import DrawQuality, RetainedAccuracy, draw_quality, retained_accuracy
@@ -81,6 +81,7 @@ __all__ = [
     "Intervals",
     "LearningCurve",
     "MMDTest",
+    "RegressionCurve",
     "RegressionScores",
     "Reliability",
     "RetainedAccuracy",
@@ -88,6 +89,7 @@ __all__ = [
     "accuracy_curve",
     "accuracy_under_attack",
     "acquire",
+    "acquire_regression",
     "adversarial_detection",
     "aupr_in",
     "aupr_out",

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from pyro_advbayes.diagnostics.checks import check_probs
+from pyro_advbayes.diagnostics.regression import check_normals
 from pyro_advbayes.diagnostics.uncertainty import mutual_information, predictive_entropy, variation_ratio
 
 SCORES = {"entropy": predictive_entropy, "bald": mutual_information, "variation_ratio": variation_ratio}
 ACQUISITIONS = (*SCORES, "batch_bald", "random")
 DECIMALS = 12  # that count: sums in another order differ in the last bits, and must tie
+REGRESSION_ACQUISITIONS = ("variance", "mean_variance", "random")
 LABELS_AT_ONCE = 64  # joint labels whose probabilities with every label of the pool are held in memory together
 
 
@@ -36,6 +38,32 @@ def acquire(probs: Tensor, count: int, acquisition: str = "bald") -> Tensor:
     if acquisition not in SCORES:
         raise ValueError(f"acquisition={acquisition!r}: choose one of {', '.join(map(repr, ACQUISITIONS))}")
     return SCORES[acquisition](probs).double().round(decimals=DECIMALS).sort(descending=True, stable=True).indices[:count]
+
+
+def acquire_regression(mean: Tensor, scale: Tensor | float, count: int, acquisition: str = "variance") -> Tensor:
+    r"""
+    The inputs whose target to ask for next, from the Normals that draws predict.
+
+    :param mean: of the pool, ``[draws, N]``.
+    :param scale: standard deviations, > 0, of a shape that broadcasts to that of ``mean``.
+    :param int count: how many, 1 to N.
+    :param str acquisition: ``"variance"`` takes the highest predictive variances,
+        :math:`\frac1S \sum_s \sigma_s^2 + \frac1S \sum_s (\mu_s - \bar\mu)^2`; ``"mean_variance"`` the highest of its second part, on
+        which the draws disagree: where the noise differs from input to input, the first part asks where it is loud, which a label does
+        not change. Both rank alike where it does not differ. ``"random"``. The first comes first in a tie.
+    :return: their numbers, ``[count]``, the most wanted first.
+    :raises ValueError: naming the argument out of range.
+    """
+    mean, scale = check_normals(mean, scale, ranks=(2,))
+    _check_count(count, mean.shape[1])
+    if acquisition not in REGRESSION_ACQUISITIONS:
+        raise ValueError(f"acquisition={acquisition!r}: choose one of {', '.join(map(repr, REGRESSION_ACQUISITIONS))}")
+    if acquisition == "random":
+        return torch.randperm(mean.shape[1])[:count].to(mean.device)
+    score = mean.var(0, correction=0)
+    if acquisition == "variance":
+        score = score + scale.square().mean(0)
+    return score.sort(descending=True, stable=True).indices[:count]
 
 
 def _check_count(count: int, num_inputs: int) -> None:
@@ -128,9 +156,31 @@ class LearningCurve(NamedTuple):
     @property
     def mean(self) -> Tensor:
         """Over repetitions, ``[rounds]``."""
-        return self.accuracy.mean(0)
+        return over_repetitions(self.accuracy)[0]
 
     @property
     def error(self) -> Tensor:
         """The standard error of the mean, ``[rounds]``; 0 with one repetition, which tells nothing of it."""
-        return self.accuracy.var(0, correction=min(1, len(self.accuracy) - 1)).div(len(self.accuracy)).sqrt()
+        return over_repetitions(self.accuracy)[1]
+
+
+class RegressionCurve(NamedTuple):
+    """
+    Scores on test data against the number of labels, over repetitions.
+
+    :ivar num_labels: ``[rounds]``.
+    :ivar rmse: ``[repetitions, rounds]``, of the predictive means, in the units of the target.
+    :ivar log_density: ``[repetitions, rounds]``, mean log predictive density of a test row, in nats.
+    """
+
+    num_labels: Tensor
+    rmse: Tensor
+    log_density: Tensor
+
+
+def over_repetitions(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    :param scores: ``[repetitions, rounds]``.
+    :return: their mean and its standard error, ``[rounds]``; the error is 0 with one repetition, which tells nothing of it.
+    """
+    return scores.mean(0), scores.var(0, correction=min(1, len(scores) - 1)).div(len(scores)).sqrt()

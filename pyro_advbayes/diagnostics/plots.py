@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyro_advbayes.diagnostics.acquisition import LearningCurve
+from pyro_advbayes.diagnostics.acquisition import LearningCurve, RegressionCurve, over_repetitions
 from pyro_advbayes.diagnostics.calibration import Reliability
 from pyro_advbayes.diagnostics.draws import DrawQuality, RetainedAccuracy
 from pyro_advbayes.diagnostics.regression import IntervalCalibration
@@ -109,20 +109,27 @@ def plot_accuracy_curves(curves: dict[str, AccuracyCurve], *, xlabel: str = "eps
     return ax
 
 
-def plot_learning_curves(curves: dict[str, LearningCurve], *, ax: Axes | None = None) -> Axes:
-    """Accuracy against the number of labels, mean over repetitions, with one standard error as a band.
+def plot_learning_curves(
+    curves: dict[str, LearningCurve] | dict[str, RegressionCurve], *, score: str = "accuracy", ax: Axes | None = None
+) -> Axes:
+    """A score on test data against the number of labels, mean over repetitions, with one standard error as a band.
 
-    :param curves: from the name of an acquisition to its curve; the legend adds the accuracy at the end.
-    :raises ValueError: if there are no curves.
+    :param curves: from the name of an acquisition to its curve; the legend adds the score at the end.
+    :param score: ``"accuracy"``; of regressions ``"rmse"`` or ``"log_density"``.
+    :raises ValueError: if there are no curves, or one has no such score.
     """
     if not curves:
         raise ValueError("curves must name at least one acquisition")
+    for name, curve in curves.items():
+        if score not in curve._fields[1:]:
+            raise ValueError(f"score={score!r}: curves[{name!r}] has {' and '.join(curve._fields[1:])}")
     ax = ax if ax is not None else _axes()
     for name, curve in curves.items():
-        mean, error = curve.mean.cpu(), curve.error.cpu()
+        mean, error = (values.cpu() for values in over_repetitions(getattr(curve, score)))
         (line,) = ax.plot(curve.num_labels.cpu(), mean, marker="o", markersize=3, label=f"{name} (to {mean[-1]:.3f})")
         ax.fill_between(curve.num_labels.cpu(), mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
-    ax.set(xlabel="labels", ylabel="accuracy")
+    names = {"rmse": "RMSE", "log_density": "log predictive density [nats]"}
+    ax.set(xlabel="labels", ylabel=names.get(score, score))
     ax.legend()
     return ax
 

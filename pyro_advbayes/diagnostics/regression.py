@@ -196,7 +196,7 @@ def gaussian_intervals(mean: Tensor, scale: Tensor | float, levels: Sequence[flo
     :raises ValueError: if a level is out of range.
     """
     given = mean
-    mean, scale = _means_and_scales(mean, scale)
+    mean, scale = check_normals(mean, scale)
     nominal = _checked_levels(levels, mean)
     if mean.dim() == 1:
         half = torch.special.ndtri((1 + nominal) / 2)[:, None] * scale
@@ -424,13 +424,21 @@ def _checked_levels(levels: Sequence[float], reference: Tensor) -> Tensor:
 def _normals(mean: Tensor, scale: Tensor | float, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Means and scales of one shape, and targets, in float64."""
     checked, y = _checked("mean", mean, y, ranks=(1, 2))
-    return *_means_and_scales(checked, scale), y
+    return *check_normals(checked, scale), y
 
 
-def _means_and_scales(mean: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
+def check_normals(mean: Tensor, scale: Tensor | float, ranks: tuple[int, ...] = (1, 2)) -> tuple[Tensor, Tensor]:
+    """
+    Means and standard deviations in float64, of one shape.
+
+    :param mean: ``[N]`` or ``[draws, N]``.
+    :param scale: > 0, of a shape that broadcasts to that of ``mean``.
+    :param ranks: the numbers of dimensions that the caller takes.
+    :raises ValueError: if they are anything else.
+    """
     _check_tensor("mean", mean, floating=True)
-    if mean.dim() not in (1, 2) or 0 in mean.shape:
-        raise ValueError(f"mean must be [N] or [draws, N], not {list(mean.shape)}")
+    if mean.dim() not in ranks or 0 in mean.shape:
+        raise ValueError(f"mean must be {' or '.join({1: '[N]', 2: '[draws, N]'}[rank] for rank in ranks)}, not {list(mean.shape)}")
     _check_finite("mean", mean)
     if isinstance(scale, float | int) and not isinstance(scale, bool):
         scale = torch.tensor(float(scale))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 from tqdm.auto import tqdm
 
-from pyro_advbayes.diagnostics import LearningCurve, acquire
-from pyro_advbayes.diagnostics.acquisition import ACQUISITIONS
+from pyro_advbayes.diagnostics import LearningCurve, RegressionCurve, acquire, acquire_regression, log_predictive_density, rmse
+from pyro_advbayes.diagnostics.acquisition import ACQUISITIONS, REGRESSION_ACQUISITIONS
 from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, tensor_digest
 
@@ -25,15 +26,16 @@ def active_learning(
     pool: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
     *,
-    acquisition: str = "bald",
+    acquisition: str | None = None,
     num_rounds: int = 50,
     per_round: int = 10,
-    per_class: int = 2,
+    per_class: int | None = None,
+    num_initial: int | None = None,
     candidates: int | None = None,
     seed: int = 0,
     path: str | Path | None = None,
     disable_progbar: bool = False,
-) -> LearningCurve:
+) -> LearningCurve | RegressionCurve:
     """
     Fits, asks for the labels that are wanted most, and fits anew, ``num_rounds`` times. ::
 
@@ -46,78 +48,97 @@ def active_learning(
         diagnostics.plot_learning_curves(curves)
 
     The setting is that of Adversarial Posterior Distillation (Wang et al., ICML 2018, section 5.3), after Gal et al. (2017): it starts
-    with the same few labels of every class whatever the acquisition.
+    with the same few labels of every class whatever the acquisition. With ``num_initial`` it is a regression: ``fit`` returns a
+    :class:`~pyro_advbayes.PosteriorRegressor`, which starts with as many rows at random, and is judged by RMSE and log predictive density.
 
     :param fit: from labelled inputs to a classifier whose ``log_probs(x)`` yields log-probabilities of draws, chunk by chunk
-        ``[chunk, N, K]``: a :class:`~pyro_advbayes.PosteriorClassifier` of whatever inference. It is to start anew at every call.
-    :param pool: inputs ``[N, ...]`` and their classes ``[N]``, of which ``fit`` sees those that were asked for.
-    :param test: inputs and classes on which accuracy is measured.
-    :param str acquisition: ``"entropy"``, ``"bald"``, ``"variation_ratio"``, ``"batch_bald"`` or ``"random"``; see
-        :func:`~pyro_advbayes.diagnostics.acquire`.
+        ``[chunk, N, K]``: a :class:`~pyro_advbayes.PosteriorClassifier` of whatever inference. Of a regression, to a function of inputs
+        to the draws' means and standard deviations, ``[draws, N]`` each. It is to start anew at every call.
+    :param pool: inputs ``[N, ...]`` and their classes or targets ``[N]``, of which ``fit`` sees those that were asked for.
+    :param test: inputs and classes or targets on which every fit is judged.
+    :param str acquisition: ``"entropy"``, ``"bald"`` (the default), ``"variation_ratio"``, ``"batch_bald"`` or ``"random"``; see
+        :func:`~pyro_advbayes.diagnostics.acquire`. Of a regression ``"variance"`` (the default), ``"mean_variance"`` or ``"random"``; see
+        :func:`~pyro_advbayes.diagnostics.acquire_regression`.
     :param int num_rounds: >= 0, after the first fit.
     :param int per_round: labels asked for in a round, >= 1.
-    :param int per_class: labels of every class at the start, >= 1.
+    :param int per_class: labels of every class at the start, >= 1; 2 by default.
+    :param int num_initial: of a regression, labels at the start, >= 1.
     :param int candidates: how many inputs of the pool, drawn anew in every round, are looked at; None for all of them. The most
         uncertain of thousands tend to be of one kind; about ten for each label that is asked for keep a round of them varied.
     :param int seed: of everything that is random, fits included.
     :param path: a file that keeps every finished round; where there is one, the run goes on from it, to the same end. Pool, test set and
         arguments must be the same, bit for bit, but for ``num_rounds``: more go on from those kept, fewer return the first of them.
     :param bool disable_progbar: no progress bar; there is none where the output is no terminal.
-    :return: accuracy of the mean prediction after every fit, as one repetition.
+    :return: accuracy of the mean prediction after every fit, or a regression's scores, as one repetition.
     :raises ValueError: naming the argument that is out of range, a pool that is too small, inputs that are more or fewer than their
         classes, or a file of another run.
     :raises FileNotFoundError: if the folder of ``path`` is missing.
     """
     x, y = pool
+    if num_initial is not None and per_class is not None:
+        raise ValueError(f"per_class={per_class!r} is for classes, and num_initial={num_initial!r} for a regression: give one of them")
+    regression = num_initial is not None
     settings = {
-        "acquisition": acquisition,
+        "acquisition": acquisition if acquisition is not None else "variance" if regression else "bald",
         "per_round": per_round,
-        "per_class": per_class,
+        **({"num_initial": num_initial} if regression else {"per_class": 2 if per_class is None else per_class}),
         "candidates": candidates,
         "seed": seed,
     }
     _check({**settings, "num_rounds": num_rounds}, pool, test)
+    task = _Regression(num_initial) if regression else _Classification(settings["per_class"])
     if path is not None:
         path = Path(path)
         files.refuse_existing(path, overwrite=True)
         settings |= _fingerprint(pool, test)
     pyro.set_rng_seed(seed)
-    labelled, accuracies = _first(y, per_class), []
+    labelled, scores = task.first(y), []
+    first = len(labelled)
     if path is not None and path.exists():
-        labelled, accuracies = _load(path, settings, x.device)
-        accuracies = accuracies[: num_rounds + 1]
-    bar = tqdm(total=num_rounds + 1, initial=len(accuracies), desc=acquisition, disable=True if disable_progbar else None)
+        labelled, scores = _load(path, settings, x.device)
+        scores = scores[: num_rounds + 1]
+    bar = tqdm(total=num_rounds + 1, initial=len(scores), desc=settings["acquisition"], disable=True if disable_progbar else None)
     with bar:
-        while len(accuracies) <= num_rounds:
-            classifier = fit(x[labelled], y[labelled])
-            accuracies.append(_accuracy(classifier, *test))
+        while len(scores) <= num_rounds:
+            predictor = fit(x[labelled], y[labelled])
+            scores.append(task.judge(predictor, *test))
             # a longer run, where the pool has room for one, goes on from what is asked for after the last round
-            if len(accuracies) <= num_rounds or (path is not None and len(labelled) + per_round <= len(y)):
-                labelled = torch.cat([labelled, _ask(classifier, x, labelled, acquisition, per_round, candidates)])
+            if len(scores) <= num_rounds or (path is not None and len(labelled) + per_round <= len(y)):
+                labelled = torch.cat([labelled, _ask(task, predictor, x, labelled, settings)])
             if path is not None:
-                _save(path, settings, labelled, accuracies)
-            bar.set_postfix(labels=len(labelled), accuracy=f"{accuracies[-1]:.4f}", refresh=False)
+                _save(path, settings, labelled, scores)
+            bar.set_postfix(labels=len(labelled), refresh=False, **task.in_words(scores[-1]))
             bar.update()
-    first = per_class * len(y.unique())
-    num_labels = first + per_round * torch.arange(num_rounds + 1)
-    return LearningCurve(num_labels, torch.tensor([accuracies], dtype=torch.float64))
+    return task.curve(first + per_round * torch.arange(num_rounds + 1), torch.tensor(scores, dtype=torch.float64))
 
 
 def _check(settings: Mapping[str, Any], pool: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> None:
-    for name, (inputs, classes) in (("pool", pool), ("test", test)):
-        if len(inputs) != len(classes):
-            raise ValueError(f"{name}: {len(inputs)} inputs and {len(classes)} classes: one class an input")
-    if settings["acquisition"] not in ACQUISITIONS:
-        raise ValueError(f"acquisition={settings['acquisition']!r}: choose one of {', '.join(map(repr, ACQUISITIONS))}")
-    for name, least in (("num_rounds", 0), ("per_round", 1), ("per_class", 1)):
+    regression = "num_initial" in settings
+    what, one, choices = ("targets", "target", REGRESSION_ACQUISITIONS) if regression else ("classes", "class", ACQUISITIONS)
+    for name, (inputs, outcomes) in (("pool", pool), ("test", test)):
+        if len(inputs) != len(outcomes):
+            raise ValueError(f"{name}: {len(inputs)} inputs and {len(outcomes)} {what}: one {one} an input")
+    if settings["acquisition"] not in choices:
+        remedy = "" if regression or settings["acquisition"] not in REGRESSION_ACQUISITIONS else "; a regression needs num_initial"
+        raise ValueError(f"acquisition={settings['acquisition']!r}: choose one of {', '.join(map(repr, choices))}{remedy}")
+    for name, least in (("num_rounds", 0), ("per_round", 1), ("num_initial" if regression else "per_class", 1)):
         value = settings[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r}: an int >= {least}")
     y = pool[1]
-    classes, counts = y.unique(return_counts=True)
-    if int(counts.min()) < settings["per_class"]:
-        raise ValueError(f"the pool has {int(counts.min())} inputs of class {int(classes[counts.argmin()])}, fewer than per_class")
-    wanted = settings["per_class"] * len(classes) + settings["num_rounds"] * settings["per_round"]
+    if regression:
+        for name, (_, targets) in (("pool", pool), ("test", test)):
+            if targets.dim() != 1 or not targets.is_floating_point():
+                raise ValueError(f"{name}: targets must be floating-point numbers [N], not {targets.dtype} {list(targets.shape)}")
+        at_start = settings["num_initial"]
+    else:
+        if y.is_floating_point() and bool((y != y.round()).any()):
+            raise ValueError("the pool's classes are not whole numbers: of a regression give num_initial, the labels at the start")
+        classes, counts = y.unique(return_counts=True)
+        if int(counts.min()) < settings["per_class"]:
+            raise ValueError(f"the pool has {int(counts.min())} inputs of class {int(classes[counts.argmin()])}, fewer than per_class")
+        at_start = settings["per_class"] * len(classes)
+    wanted = at_start + settings["num_rounds"] * settings["per_round"]
     if wanted > len(y):
         raise ValueError(f"the pool has {len(y)} inputs, fewer than the {wanted} labels that the rounds ask for: take fewer")
     candidates = settings["candidates"]
@@ -125,22 +146,65 @@ def _check(settings: Mapping[str, Any], pool: tuple[Tensor, Tensor], test: tuple
         raise ValueError(f"candidates={candidates!r}: an int >= per_round, or None for the whole pool")
 
 
-def _first(y: Tensor, per_class: int) -> Tensor:
-    """The same number of every class, at random."""
-    order = torch.randperm(len(y)).to(y.device)
-    return torch.cat([order[y[order] == label][:per_class] for label in y.unique()])
+class _Classification(NamedTuple):
+    """What depends on the kind of outcome: here classes."""
+
+    per_class: int
+
+    def first(self, y: Tensor) -> Tensor:
+        """The same number of every class, at random."""
+        order = torch.randperm(len(y)).to(y.device)
+        return torch.cat([order[y[order] == label][: self.per_class] for label in y.unique()])
+
+    def judge(self, classifier: Any, x: Tensor, y: Tensor) -> float:
+        return float((_probs(classifier, x).mean(0).argmax(-1) == y).double().mean())
+
+    def acquire(self, classifier: Any, x: Tensor, count: int, acquisition: str) -> Tensor:
+        return acquire(_probs(classifier, x), count, acquisition)
+
+    def in_words(self, score: float) -> dict[str, str]:
+        return {"accuracy": f"{score:.4f}"}
+
+    def curve(self, num_labels: Tensor, scores: Tensor) -> LearningCurve:
+        """:param scores: ``[rounds]``."""
+        return LearningCurve(num_labels, scores[None])
 
 
-def _ask(classifier: Any, x: Tensor, labelled: Tensor, acquisition: str, count: int, candidates: int | None) -> Tensor:
+class _Regression(NamedTuple):
+    """Real numbers."""
+
+    num_initial: int
+
+    def first(self, y: Tensor) -> Tensor:
+        return torch.randperm(len(y))[: self.num_initial].to(y.device)
+
+    def judge(self, law: Any, x: Tensor, y: Tensor) -> list[float]:
+        """RMSE and mean log predictive density."""
+        mean, scale = _normals(law, x)
+        return [rmse(mean, y), float(log_predictive_density(Normal(mean, scale).log_prob(y)).double().mean())]
+
+    def acquire(self, law: Any, x: Tensor, count: int, acquisition: str) -> Tensor:
+        return acquire_regression(*_normals(law, x), count, acquisition)
+
+    def in_words(self, score: list[float]) -> dict[str, str]:
+        return {"rmse": f"{score[0]:.4g}", "log_density": f"{score[1]:.4g}"}
+
+    def curve(self, num_labels: Tensor, scores: Tensor) -> RegressionCurve:
+        """:param scores: ``[rounds, 2]``."""
+        return RegressionCurve(num_labels, *scores.T[:, None])
+
+
+def _ask(task: _Classification | _Regression, predictor: Any, x: Tensor, labelled: Tensor, settings: Mapping[str, Any]) -> Tensor:
     """The numbers of the inputs to label next."""
+    count, candidates = settings["per_round"], settings["candidates"]
     free = torch.ones(len(x), dtype=torch.bool, device=x.device)
     free[labelled] = False
     rows = free.nonzero().flatten()
-    if acquisition == "random":  # asks no classifier
+    if settings["acquisition"] == "random":  # asks no predictor
         return rows[torch.randperm(len(rows))[:count].to(rows.device)]
     if candidates is not None and candidates < len(rows):
         rows = rows[torch.randperm(len(rows))[:candidates].to(rows.device)]
-    return rows[acquire(_probs(classifier, x[rows]), count, acquisition).to(rows.device)]
+    return rows[task.acquire(predictor, x[rows], count, settings["acquisition"]).to(rows.device)]
 
 
 @torch.no_grad()
@@ -149,8 +213,17 @@ def _probs(classifier: Any, x: Tensor) -> Tensor:
     return torch.cat([torch.cat(list(classifier.log_probs(part))).exp() for part in x.split(CHUNK)], dim=1)
 
 
-def _accuracy(classifier: Any, x: Tensor, y: Tensor) -> float:
-    return float((_probs(classifier, x).mean(0).argmax(-1) == y).double().mean())
+@torch.no_grad()
+def _normals(law: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and standard deviations, ``[draws, N]`` each."""
+    parts = [law(part) for part in x.split(CHUNK)]
+    if not all(isinstance(part, tuple) and len(part) == 2 for part in parts):
+        raise ValueError(
+            f"fit returned a {type(law).__name__}, which does not give means and standard deviations [draws, N]: of a regression "
+            "return a PosteriorRegressor"
+        )
+    mean, scale = (torch.cat(values, dim=1) for values in zip(*parts, strict=True))
+    return mean, scale
 
 
 def _fingerprint(pool: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str, Any]:
@@ -159,12 +232,13 @@ def _fingerprint(pool: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> di
     return {**digests, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _save(path: Path, settings: Mapping[str, Any], labelled: Tensor, accuracies: list[float]) -> None:
-    state = {"settings": dict(settings), "labelled": labelled, "accuracies": accuracies, "random": files.random_state(labelled.device)}
+def _save(path: Path, settings: Mapping[str, Any], labelled: Tensor, scores: list[Any]) -> None:
+    # scores of whatever kind are called what files of classifications have always called them
+    state = {"settings": dict(settings), "labelled": labelled, "accuracies": scores, "random": files.random_state(labelled.device)}
     files.save(path, state)
 
 
-def _load(path: Path, settings: Mapping[str, Any], device: torch.device) -> tuple[Tensor, list[float]]:
+def _load(path: Path, settings: Mapping[str, Any], device: torch.device) -> tuple[Tensor, list[Any]]:
     content = files.load(path)
     then = content.get("settings") if isinstance(content, dict) else None
     if not isinstance(then, dict) or set(then) != set(settings):

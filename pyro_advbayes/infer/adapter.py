@@ -23,6 +23,7 @@ from pyro_advbayes.batches import Batch, Loader
 from pyro_advbayes.handlers import GivenMessenger, minibatch
 from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
+from pyro_advbayes.infer.likelihood import CLASSES, read_likelihood
 from pyro_advbayes.nn import Classifier, bayesianize
 from pyro_advbayes.nn.bayesian import declared_sites
 from pyro_advbayes.structure import kept_statistics, refuse_random_layers
@@ -139,6 +140,11 @@ def bayes_adapter(
         model, guide, losses = bayes_adapter(net, net, loader, weight_decay=1e-4, num_epochs=12)
         network = PosteriorClassifier(model, guide=guide, num_samples=100)
 
+    A regression is a Pyro model with a Normal likelihood, whose sites are the parameters of the trained network::
+
+        model = HeteroscedasticRegression(num_features, prior=weight_decay_prior(1e-4, len(y)))  # of models/
+        law = PosteriorRegressor(model, guide=bayes_adapter(model, net, loader).guide, num_samples=100)
+
     Under the prior of :func:`weight_decay_prior` the gradient of the second term is :math:`\text{weight\_decay}\,\mu` for a mean, and
     :math:`\text{weight\_decay}\,\sigma^2 - 1/N` for the logarithm of a standard deviation: weight decay, and a pull towards more
     uncertainty. (So leave weight decay out of the optimiser: the authors' example counts it twice.) Normalisation layers keep their
@@ -167,7 +173,9 @@ def bayes_adapter(
     """
     _check_numbers(num_epochs=num_epochs, lr=lr, scale_lr=scale_lr)
     batches = Loader(loader, num_data, _device(model))
-    model = _as_model(model, weight_decay, batches.num_data)
+    model = _as_model(model, weight_decay, batches)
+    if uncertainty is not None:
+        _check_classes(model, batches.example)
     values = _fitting_values(model, pretrained, batches.example)
     guide = AutoAdversarialNormal(model, init_loc_fn=init_to_value(values=values), init_scale=float(init_scale))
     guide._pyro_name = f"adapted{next(_COUNT)}"  # Pyro's guides of one class share their parameters in its store, by name
@@ -209,7 +217,16 @@ def _device(model: Callable) -> torch.device | None:
     return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers(), means)), None)
 
 
-def _as_model(model: Callable, weight_decay: float | None, num_data: int) -> Callable:
+def _check_classes(model: Callable, batch: Batch) -> None:
+    likelihood = read_likelihood(model, batch)
+    if likelihood is not None and likelihood.kind != CLASSES:
+        raise ValueError(
+            f"uncertainty: asks two draws for different classes, and the likelihood at observed site {likelihood.site!r} is "
+            f"{type(likelihood.fn).__name__}: leave it out"
+        )
+
+
+def _as_model(model: Callable, weight_decay: float | None, batches: Loader) -> Callable:
     plain = isinstance(model, nn.Module) and not isinstance(model, PyroModule)
     if plain and weight_decay is None:
         raise ValueError("weight_decay: a plain network has no priors; give the factor that it was trained with, from which they follow")
@@ -217,7 +234,16 @@ def _as_model(model: Callable, weight_decay: float | None, num_data: int) -> Cal
         raise ValueError(
             f"weight_decay={weight_decay}: the model has priors of its own; make them with bayesianize(net, prior=weight_decay_prior(...))"
         )
-    return Classifier(bayesianize(model, prior=weight_decay_prior(weight_decay, num_data))) if plain else model
+    if not plain:
+        return model
+    targets = batches.example[1] if len(batches.example) > 1 else None
+    if targets is not None and targets.is_floating_point():
+        raise ValueError(
+            f"a plain network is made a classifier, and the loader's second tensor is {targets.dtype}, not classes: for a regression give "
+            "a Pyro model whose observed site is Normal, with the network as pretrained (models/heteroscedastic_regression.py is one); "
+            "for classes give y.long()"
+        )
+    return Classifier(bayesianize(model, prior=weight_decay_prior(weight_decay, batches.num_data)))
 
 
 def _fitting_values(model: Callable, pretrained: Weights, batch: Batch) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ def deep_ensemble(
     weight decay. ::
 
         members = deep_ensemble(model, (x, y), num_steps=2000, optim=Adam({"lr": 1e-3}), batch_size=100)
-        ensemble = PosteriorClassifier(model, members)
+        ensemble = PosteriorClassifier(model, members)   # PosteriorRegressor(model, members) of a Normal likelihood
 
     Each member is an ``AutoDelta`` trained by Pyro's SVI, in a parameter store of its own (two guides in one store would share their
     parameters by name) and on its own shuffled epochs; ``num_members=1`` is the point network of SGD.

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from pyro_advbayes.diagnostics import LearningCurve, acquire, batch_bald, mutual_information, predictive_entropy
+from pyro_advbayes.diagnostics import LearningCurve, acquire, acquire_regression, batch_bald, mutual_information, predictive_entropy
 
 
 def predictions(draws=4, inputs=6, classes=3, sharp=2.0):
@@ -108,3 +108,26 @@ def test_a_learning_curve_has_its_mean_and_standard_error():
     torch.testing.assert_close(curve.mean, torch.tensor([0.6, 0.7]))
     torch.testing.assert_close(curve.error, torch.tensor([0.1 / 3**0.5, 0.0]), atol=1e-6, rtol=1e-5)
     assert LearningCurve(torch.tensor([20]), torch.tensor([[0.5]])).error.tolist() == [0.0]
+
+
+def test_a_regression_asks_by_the_whole_variance_or_by_that_of_the_means():
+    mean = torch.tensor([[0.0, 1.0, 0.0, 2.0], [0.0, 3.0, 0.0, 2.0]])  # variances 0, 1, 0, 0
+    scale = torch.tensor([[1.0, 0.1, 3.0, 1.0], [1.0, 0.1, 1.0, 2.0]])  # mean squares 1, 0.01, 5, 2.5
+    assert acquire_regression(mean, scale, 4).tolist() == [2, 3, 1, 0]
+    assert acquire_regression(mean, scale, 2, "mean_variance").tolist() == [1, 0]  # the first of a tie
+    assert acquire_regression(mean, 0.5, 1).tolist() == [1]
+    assert sorted(acquire_regression(mean, scale, 4, "random").tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(4), 1.0, 1), r"mean must be \[draws, N\], not \[4\]"),
+        ((torch.zeros(2, 4), -1.0, 1), "scale has entries that are not above 0"),
+        ((torch.zeros(2, 4), 1.0, 5), "count=5: how many inputs of a pool of 4"),
+        ((torch.zeros(2, 4), 1.0, 1, "bald"), "acquisition='bald': choose one of 'variance', 'mean_variance', 'random'"),
+    ],
+)
+def test_what_makes_no_sense_for_a_regression_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        acquire_regression(*arguments)

@@ -10,6 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from pyro_advbayes.diagnostics import (
+    LearningCurve,
+    RegressionCurve,
     accuracy_curve,
     draw_quality,
     gaussian_intervals,
@@ -21,6 +23,7 @@ from pyro_advbayes.diagnostics import (
     plot_draw_quality,
     plot_gradient_norms,
     plot_interval_calibration,
+    plot_learning_curves,
     plot_reliability,
     plot_retained_accuracy,
     plot_scores,
@@ -221,3 +224,18 @@ def test_an_interval_calibration_plot_shows_levels_coverages_and_their_errors():
     assert laws["sure"].ecpe > 0.1 > laws["right"].ecpe
     with pytest.raises(ValueError, match="calibrations must name at least one predictive law"):
         plot_interval_calibration({})
+
+
+def test_learning_curves_show_the_score_that_is_asked_for():
+    labels, values = torch.tensor([10, 20, 30]), torch.tensor([[0.5, 0.4, 0.2], [0.7, 0.6, 0.2]])
+    curve = RegressionCurve(labels, values, -values)
+    for score, name, sign in (("rmse", "RMSE", 1), ("log_density", "log predictive density [nats]", -1)):
+        ax = plot_learning_curves({"variance": curve}, score=score)
+        (line,) = ax.lines
+        assert np.allclose(line.get_xdata(), labels) and np.allclose(line.get_ydata(), [sign * 0.6, sign * 0.5, sign * 0.2])
+        assert ax.get_ylabel() == name and legend(ax) == [f"variance (to {sign * 0.2:.3f})"]
+        top = ax.collections[0].get_paths()[0].vertices[:, 1].max()
+        assert top == pytest.approx(sign * 0.6 + 0.1 if sign > 0 else -0.2)  # 0.6 +- 0.1: two repetitions that are 0.2 apart
+    assert plot_learning_curves({"bald": LearningCurve(labels, values)}).get_ylabel() == "accuracy"
+    with pytest.raises(ValueError, match=r"score='accuracy': curves\['variance'\] has rmse and log_density"):
+        plot_learning_curves({"variance": curve})

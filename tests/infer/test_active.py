@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import pyro_advbayes as ab
+from models.linear_regression import LinearRegression
 from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.nn.classifier import Classifier
 
@@ -209,6 +210,8 @@ def _of(rows, others):
         ({"acquisition": "BALD"}, "acquisition='BALD'"),
         ({"per_round": 0}, "per_round=0"),
         ({"num_rounds": -1}, "num_rounds=-1"),
+        ({"acquisition": "variance"}, "acquisition='variance': .* a regression needs num_initial"),
+        ({"per_class": 2, "num_initial": 4}, "per_class=2 is for classes, and num_initial=4 for a regression: give one of them"),
         ({"per_class": 31}, "30 inputs of class 0, fewer than per_class"),
         ({"num_rounds": 30}, "60 inputs, fewer than the 94 labels"),
         ({"candidates": 2}, "candidates=2: an int >= per_round"),
@@ -241,3 +244,96 @@ def test_a_sampler_learns_actively():
     assert curve.num_labels.tolist() == [20, 40, 60]
     assert curve.accuracy[0, -1] > curve.accuracy[0, 0] > 0.3
     assert not list(pyro.get_param_store())
+
+
+def lines(count=60):
+    """A line, in noise of 0.3."""
+    torch.manual_seed(0)
+    x = torch.randn(count, 2)
+    return x, x @ torch.tensor([1.0, -1.0]) + 0.3 * torch.randn(count)
+
+
+def regress(pool=None, fit=None, **options):
+    model, seen, test = LinearRegression(2, noise_scale=0.3), [], lines(40)
+
+    def exact(x, y):
+        seen.append((x, y))
+        weights = model.exact_posterior(x, y).sample((50,))
+        return ab.PosteriorRegressor(model, {"net.weight": weights[:, None, :2], "net.bias": weights[:, 2:]})
+
+    defaults = {"num_initial": 3, "num_rounds": 4, "per_round": 2, "disable_progbar": True}
+    return ab.active_learning(fit or exact, pool or lines(), test, **{**defaults, **options}), seen
+
+
+@pytest.mark.parametrize("acquisition", [None, "mean_variance", "random"])
+def test_a_regression_learns_actively_and_is_judged_by_rmse_and_log_density(acquisition):
+    curve, seen = regress(acquisition=acquisition)
+    assert curve.num_labels.tolist() == [3, 5, 7, 9, 11] == [len(y) for _, y in seen]
+    assert len(seen[-1][0].unique(dim=0)) == 11 and torch.equal(seen[-1][0][:3], seen[0][0])
+    assert curve.rmse.shape == curve.log_density.shape == (1, 5)
+    assert curve.rmse[0, -1] < 0.4 and curve.rmse[0, 0] > curve.rmse[0, -1] and curve.log_density[0, -1] > curve.log_density[0, 0]
+
+
+def test_the_scores_are_those_of_the_law_that_was_fitted():
+    x_test, y_test = lines(40)
+    slopes = torch.tensor([[1.0, -1.0], [0.5, -1.0]])
+
+    def fit(x, y):
+        return lambda x: (slopes @ x.T, torch.tensor([[0.5], [1.0]]).expand(2, len(x)))
+
+    curve, _ = regress(fit=fit, num_rounds=1)
+    mean, scale = fit(None, None)(x_test)
+    assert curve.rmse.flatten().tolist() == pytest.approx([ab.diagnostics.rmse(mean, y_test)] * 2)
+    expected = -ab.diagnostics.gaussian_nll(mean, scale, y_test).mean().item()
+    assert curve.log_density.flatten().tolist() == pytest.approx([expected] * 2)
+
+
+@pytest.mark.parametrize(("acquisition", "wanted"), [("variance", {0, 1}), ("mean_variance", {2, 3})])
+def test_a_regression_asks_for_what_it_wants_most(acquisition, wanted):
+    """The targets of kinds 0 and 1 are loud, those of 2 and 3 are disputed."""
+    kinds, seen = torch.arange(40) % 8, []
+
+    def fit(x, y):
+        seen.append(x)
+        means = torch.tensor([[0.0, 0.0, 1.0, 0.9, 0.0, 0.0, 0.0, 0.0]])
+        scales = torch.tensor([[3.0, 2.9, 0.1, 0.1, 0.5, 0.5, 0.5, 0.5]])
+        return lambda x: (torch.cat([means, -means])[:, x], scales.expand(2, 8)[:, x])
+
+    data = (kinds, torch.arange(40.0))
+    options = {"num_rounds": 1, "per_round": 6, "disable_progbar": True, "num_initial": 1}
+    ab.active_learning(fit, data, data, acquisition=acquisition, **options)
+    assert set(seen[1][1:].tolist()) == wanted
+
+
+def test_an_interrupted_regression_goes_on_to_the_same_end(tmp_path):
+    whole, path = regress()[0], tmp_path / "run.safetensors"
+    regress(path=path, num_rounds=1)
+    curve, seen = regress(path=path)
+    assert len(seen) == 3 and torch.equal(curve.rmse, whole.rmse) and torch.equal(curve.log_density, whole.log_density)
+    with pytest.raises(ValueError, match="of another run: its num_initial is 3, here it is 4"):
+        regress(path=path, num_initial=4)
+
+
+def test_what_makes_no_sense_for_a_regression_is_refused_before_the_first_fit():
+    x, y = lines()
+    for options, message in (
+        ({"acquisition": "bald"}, "acquisition='bald': choose one of 'variance', 'mean_variance', 'random'"),
+        ({"num_initial": 0}, "num_initial=0: an int >= 1"),
+        ({"num_initial": 53}, "60 inputs, fewer than the 61 labels"),
+        ({"pool": (x, y[:, None])}, r"pool: targets must be floating-point numbers \[N\], not torch.float32 \[60, 1\]"),
+        ({"pool": (x, y.long())}, "pool: targets must be floating-point numbers"),
+        ({"pool": (x, y[:50])}, "pool: 60 inputs and 50 targets: one target an input"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            regress(fit=lambda x, y: pytest.fail("fitted"), **options)
+    with pytest.raises(ValueError, match="classes are not whole numbers: of a regression give num_initial"):
+        run(pool=lines())
+    with pytest.raises(ValueError, match="fit returned a Averages, which does not give means and standard deviations"):
+        regress(fit=lambda x, y: Averages(x, y > 0))
+
+
+class Averages(Centroids):
+    def __init__(self, x, y):
+        super().__init__(x, y.long(), draws=1)
+
+    __call__ = Centroids.log_probs

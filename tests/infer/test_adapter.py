@@ -18,6 +18,9 @@ from torch.distributions import kl_divergence
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_advbayes as ab
+from models.heteroscedastic_regression import HeteroscedasticRegression
+from models.linear_regression import LinearRegression
+from models.mlp import mlp_network
 from pyro_advbayes.diagnostics import mutual_information
 from pyro_advbayes.infer.adapter import UncertaintyRegularizer, bayes_adapter, weight_decay_prior
 from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
@@ -335,3 +338,72 @@ def test_posteriors_in_one_process_are_apart(trained):
     posteriors[0][1]()
     posteriors[1][1]()
     assert torch.equal(posteriors[0][1].scales.get_submodule("net.5").weight_unconstrained, means[0])
+
+
+def line(rows=10, batch_size=4):
+    """A line in noise, whose last two rows are far off."""
+    x = torch.linspace(-1, 1, rows)[:, None]
+    y = 2 * x[:, 0] + 0.3 * torch.randn(rows)
+    y[-2:] += 5.0
+    return x, y, DataLoader(TensorDataset(x, y), batch_size=batch_size)
+
+
+def test_the_loss_of_an_epoch_is_that_of_all_rows_whatever_the_batches():
+    """Its likelihood is scaled to N, so that the divergence counts once, and a short last batch counts as the rows that it has."""
+    torch.set_default_dtype(torch.double)
+    model, net = LinearRegression(1, prior_scale=2.0, noise_scale=0.7), nn.Linear(1, 1)
+    x, y, _ = line()
+    scale = 1e-9
+    nll = -dist.Normal(net(x).squeeze(-1), 0.7).log_prob(y).detach()
+    kl = sum(kl_divergence(dist.Normal(p.detach(), scale), dist.Normal(0.0, 2.0)).sum() for p in net.parameters())
+    assert kl > 30 and (nll[:8].mean() - nll[8:].mean()).abs() > 5  # either mistake shows
+    for batch_size in (10, 4, 3):
+        loader = DataLoader(TensorDataset(x, y), batch_size=batch_size)
+        _, _, losses = bayes_adapter(model, net, loader, lr=1e-30, scale_lr=1e-30, init_scale=scale, num_epochs=2)
+        # draws are 1e-9 from the means
+        assert losses == pytest.approx([(nll.mean() + kl / 10).item()] * 2, rel=1e-6)
+
+
+def test_a_normal_likelihood_is_fitted_to_its_exact_mean_field_posterior():
+    torch.manual_seed(0)
+    x = torch.randn(60, 2)
+    y = x @ torch.tensor([1.0, -0.5]) + 0.3 + 0.5 * torch.randn(60)
+    model, net = LinearRegression(2, noise_scale=0.5), nn.Linear(2, 1)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[0.8, -0.8]]))
+        net.bias.zero_()
+    loader = DataLoader(TensorDataset(x, y), batch_size=20, shuffle=True)
+    settings = {"num_epochs": 70, "lr": 0.02, "scale_lr": 0.05, "init_scale": 0.05}
+    _, guide, losses = bayes_adapter(model, net, loader, **settings, optim=torch.optim.Adam)
+    exact = model.exact_posterior(x, y)
+    mean, scale = (torch.cat([values[0].flatten(), values[1]]) for values in zip(*guide.parameters_by_site().values(), strict=True))
+    ideal = exact.precision_matrix.diagonal().rsqrt()  # of the mean-field posterior
+    assert ((mean - exact.mean).abs() < 0.5 * ideal).all()
+    assert (scale / ideal - 1).abs().max() < 0.25  # without the factor N / B they are 1.7 times as large
+    assert losses[-1] < losses[0]
+    law = ab.PosteriorRegressor(model, guide=guide, num_samples=50)
+    mean, scale = law(x)
+    assert ab.diagnostics.r2(mean, y) > 0.6 and torch.equal(scale, torch.full_like(scale, 0.5))
+
+
+def test_a_heteroscedastic_network_is_made_bayesian():
+    x, _, loader = line(40, 16)
+    net = mlp_network((1, 8, 2))
+    model = HeteroscedasticRegression(1, hidden=(8,), prior=weight_decay_prior(1e-3, 40))
+    _, guide, losses = bayes_adapter(model, net, loader, num_epochs=0, init_scale=1e-30)
+    mean, scale = ab.PosteriorRegressor(model, guide=guide, num_samples=2)(x)
+    torch.testing.assert_close(mean, net(x)[:, 0].expand(2, 40).detach())
+    torch.testing.assert_close(scale, net(x)[:, 1].exp().expand(2, 40).detach())
+    assert losses == []
+
+
+def test_a_regression_is_told_what_it_needs():
+    _, _, loader = line()
+    net = nn.Linear(1, 2)
+    with pytest.raises(ValueError, match=r"a plain network is made a classifier, and the loader's second tensor is torch.float32.*Normal"):
+        bayes_adapter(net, net, loader, weight_decay=1e-3)
+    model = HeteroscedasticRegression(1, hidden=())
+    state = {f"1.{name}": value for name, value in net.state_dict().items()}
+    assert len(bayes_adapter(model, state, loader).losses) == 1
+    with pytest.raises(ValueError, match=r"uncertainty: asks two draws for different classes, .* 'obs' is Normal: leave it out"):
+        bayes_adapter(model, state, loader, uncertainty=UncertaintyRegularizer(eps=0.1))

@@ -9,6 +9,7 @@ from pyro.nn import PyroModule
 from pyro.optim import Adam, ClippedAdam, ExponentialLR
 
 import pyro_advbayes as ab
+from models.heteroscedastic_regression import HeteroscedasticRegression
 from models.linear_regression import LinearRegression
 from models.mlp import mlp
 from pyro_advbayes.attacks.fgsm import FGSM
@@ -120,3 +121,19 @@ def test_a_scheduler_that_nobody_would_step_is_refused():
         deep_ensemble(mlp((3, 2)), (x, y.long()), num_members=1, num_steps=1, optim=optim)
     falling = ClippedAdam({"lr": 0.1, "lrd": 0.5})
     assert deep_ensemble(mlp((3, 2)), (x, y.long()), num_members=1, num_steps=1, optim=falling)
+
+
+def test_an_ensemble_of_regressions_predicts_where_the_noise_is():
+    """Noise of 0.1 on the left, 1 on the right; a member's own law is worse than all members' mixture (Jensen)."""
+    x = torch.rand(200, 1) * 2 - 1
+    y = x[:, 0] + torch.where(x[:, 0] < 0, 0.1, 1.0) * torch.randn(200)
+    model = HeteroscedasticRegression(1, hidden=(16,))
+    members = deep_ensemble(model, (x, y), num_members=2, num_steps=150, optim=Adam({"lr": 0.05}), batch_size=100)
+    x_test = torch.tensor([[-0.9], [-0.5], [0.5], [0.9]])
+    mean, scale = ab.PosteriorRegressor(model, members)(x_test)
+    assert scale.shape == (2, 4)
+    assert (scale[:, :2] < 0.3).all() and (scale[:, 2:] > 0.5).all()
+    assert (mean.mean(0) - x_test[:, 0]).abs().max() < 0.5 and mean.std(0).min() > 0
+    mean, scale = ab.PosteriorRegressor(model, members)(x)
+    each = torch.stack([ab.diagnostics.gaussian_nll(m, s, y).mean() for m, s in zip(mean, scale, strict=True)])
+    assert ab.diagnostics.gaussian_nll(mean, scale, y).mean() < each.mean()
