@@ -373,12 +373,12 @@ def test_a_normal_likelihood_is_fitted_to_its_exact_mean_field_posterior():
         net.weight.copy_(torch.tensor([[0.8, -0.8]]))
         net.bias.zero_()
     loader = DataLoader(TensorDataset(x, y), batch_size=20, shuffle=True)
-    settings = {"num_epochs": 70, "lr": 0.02, "scale_lr": 0.05, "init_scale": 0.05}
+    settings = {"num_epochs": 80, "lr": 0.005, "scale_lr": 0.02, "init_scale": 0.05}
     _, guide, losses = bayes_adapter(model, net, loader, **settings, optim=torch.optim.Adam)
     exact = model.exact_posterior(x, y)
     mean, scale = (torch.cat([values[0].flatten(), values[1]]) for values in zip(*guide.parameters_by_site().values(), strict=True))
     ideal = exact.precision_matrix.diagonal().rsqrt()  # of the mean-field posterior
-    assert ((mean - exact.mean).abs() < 0.5 * ideal).all()
+    assert ((mean - exact.mean).abs() < 0.4 * ideal).all()
     assert (scale / ideal - 1).abs().max() < 0.25  # without the factor N / B they are 1.7 times as large
     assert losses[-1] < losses[0]
     law = ab.PosteriorRegressor(model, guide=guide, num_samples=50)
