@@ -30,6 +30,7 @@ def test_code_blocks_run_one_after_the_other(tmp_path, monkeypatch):
     for i, block in enumerate(blocks):
         block = re.sub(r"(num_samples|warmup_steps)=\d{2,}", r"\1=10", block)
         block = re.sub(r"num_steps_per_sample=\d+", "num_steps_per_sample=5", block)
+        block = re.sub(r"num_steps=\d{3,}", "num_steps=20", block)
         block = re.sub(r"queries=\d+", "queries=5", block)
         block = block.replace("APD(small)", "APD(small, batch_size=20)")  # there are 40 draws
         exec(compile(block, f"README.md, block {i}", "exec"), names)
