@@ -16,6 +16,7 @@ from pyro_advbayes.batches import Arguments, Batch, FullData, Loader, PlateIndic
 from pyro_advbayes.functions import BACKENDS, Functions, assemble
 from pyro_advbayes.handlers import MinibatchMessenger, UnvalidatedMessenger
 from pyro_advbayes.initialization import init_to_fan_in
+from pyro_advbayes.scale import check_additive
 from pyro_advbayes.structure import Site, look
 
 # Largest number of weights for which chains side by side (one batched product) beat one after the other on a CPU; with
@@ -58,6 +59,8 @@ class Potential:
     :param str perturb: name of the argument, a batch's floating-point tensor, whose gradient :meth:`input_gradient` gives.
     :param int copies: how many rows of a batch that is evaluated stand for one row of the data, >= 1.
     :param bool shared_batches: whether all chains see the same minibatches.
+    :param bool batch_dependent: accepts a log-likelihood of minibatches that is not a sum over their rows, so that :math:`N / B` times
+        it is no estimate of the whole data set's (a contrastive loss, say); refused by default.
     :raises ValueError: naming site, plate, layer or argument, if the model or its data cannot be sampled as asked.
     """
 
@@ -78,6 +81,7 @@ class Potential:
         perturb: str | None = None,
         copies: int = 1,
         shared_batches: bool = False,
+        batch_dependent: bool = False,
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
@@ -96,6 +100,8 @@ class Potential:
         self.dtype = self.sites[0].dtype
         for site in self.sites:
             self.dtype = torch.promote_types(self.dtype, site.dtype)
+        if self.structure.plate is not None and not batch_dependent:
+            check_additive(self)
         self.chunk_size = self._default_chunk() if chunk_size is None else min(chunk_size, num_chains)
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size!r}: the number of chains in one call, >= 1")
@@ -264,7 +270,7 @@ class Potential:
 
         :raises ValueError: if 100 tries find none.
         """
-        args, kwargs = self.arguments.replace(self._example_tensors())
+        args, kwargs = self.example_arguments()
         state, wanting = torch.empty(self.num_chains, self.size, dtype=self.dtype, device=self.device), list(range(self.num_chains))
         for _ in range(100):
             for chain in wanting:
@@ -309,10 +315,10 @@ class Potential:
                 "random numbers beside its sites (dropout in training mode?): call .eval()"
             )
 
-    def _example_tensors(self) -> list[Tensor]:
-        if self.structure.scaling != "minibatch" or not self.places:
-            return self.arguments.tensors
-        return self._rows(self.batches.batch_size)
+    def example_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's ``(args, kwargs)`` with as many rows as a minibatch has, where they are cut into minibatches."""
+        cut = self.structure.scaling == "minibatch" and self.places
+        return self.arguments.replace(self._rows(self.batches.batch_size) if cut else self.arguments.tensors)
 
     # ------------------------------------------------------------------------------------------------ energies and gradients
 

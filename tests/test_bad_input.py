@@ -318,8 +318,9 @@ def numbers_from_values(x, y):
 def test_a_model_that_counts_classes_falls_back_to_handlers_with_the_right_numbers(num_chains):
     counts = torch.arange(N) // 7 * (torch.arange(N) % 7 > 3)  # 3 to 7 different values in ten rows
     model = numbers_from_values
-    traced = ab.Potential(model, (X, counts.float()), num_chains=num_chains, batch_size=10)
-    exact = ab.Potential(model, (X, counts.float()), num_chains=num_chains, batch_size=10, backend="handlers")
+    options = {"num_chains": num_chains, "batch_size": 10, "batch_dependent": True}
+    traced = ab.Potential(model, (X, counts.float()), **options)
+    exact = ab.Potential(model, (X, counts.float()), backend="handlers", **options)
     state = torch.randn(num_chains, 3)
     with pytest.warns(UserWarning, match="falls back to 'handlers'") as caught:
         for _ in range(4):

@@ -110,6 +110,7 @@ class BAL(SGMCMCKernel):
         backend: str = "graph",
         chunk_size: int | None = None,
         init_strategy: Callable = init_to_fan_in,
+        batch_dependent: bool = False,
     ) -> None:
         if clip is not None and not clip[0] < clip[1]:
             raise ValueError(f"clip={clip!r}: the smallest and the largest value of an input, or None")
@@ -147,6 +148,7 @@ class BAL(SGMCMCKernel):
             backend=backend,
             chunk_size=chunk_size,
             init_strategy=init_strategy,
+            batch_dependent=batch_dependent,
         )
 
     @property

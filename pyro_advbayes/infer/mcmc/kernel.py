@@ -54,6 +54,8 @@ class SGMCMCKernel(MCMCKernel):
     :param dict control_variate: site values, a MAP estimate, at which the gradient is anchored: the full-data gradient there plus
         the minibatch's difference from there, which has less noise near the anchor at twice the cost of an update.
     :param float auto_share: share of T, in (0, 1), by which ``step_size="auto"`` lets discretisation and noise change it.
+    :param bool batch_dependent: accepts a log-likelihood of minibatches that is not a sum over their rows; refused by default, since
+        no factor takes it to the whole data set. See :class:`~pyro_advbayes.Potential`.
     :raises ValueError: naming the argument; what is wrong with model or data is raised by ``setup``, before any sampling.
     """
 
@@ -77,6 +79,7 @@ class SGMCMCKernel(MCMCKernel):
         init_strategy: Callable = init_to_fan_in,
         control_variate: Mapping[str, Tensor] | None = None,
         auto_share: float = 0.1,
+        batch_dependent: bool = False,
     ) -> None:
         if not callable(model):
             raise ValueError(f"model={model!r} is no Pyro model: a callable is needed")
@@ -94,7 +97,7 @@ class SGMCMCKernel(MCMCKernel):
         self.batch_size, self.batch_args, self.num_data = batch_size, batch_args, num_data
         self.num_steps_per_sample = num_steps_per_sample
         self.backend, self.chunk_size, self.init_strategy = backend, chunk_size, init_strategy
-        self.control_variate = control_variate
+        self.control_variate, self.batch_dependent = control_variate, batch_dependent
         self.transforms: dict[str, Any] | None = None
         self._save_params: list[str] | None = None
         self._initial_params: dict[str, Tensor] | None = None
@@ -178,6 +181,7 @@ class SGMCMCKernel(MCMCKernel):
             chunk_size=self.chunk_size,
             init_strategy=self.init_strategy,
             graphs=self._graphs,
+            batch_dependent=self.batch_dependent,
             **self._potential_options(),
         )
         if self.potential.from_loader:

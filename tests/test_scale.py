@@ -1,0 +1,341 @@
+"""Models whose minibatches no factor takes to the whole data set: what is refused, what says that it is meant, and what is let pass."""
+
+from __future__ import annotations
+
+import re
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import MCMC
+from pyro.infer.autoguide.initialization import init_to_value
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_advbayes as ab
+from tests.small_models import data, logistic, mixed, regression, subsampling, weights
+
+X, Y = data()
+N = len(X)
+CLASSES = 4 - torch.arange(N) % 5
+
+
+def logits(x):
+    return x @ pyro.sample("w", dist.Normal(0.0, 1.0).expand([3, 5]).to_event(2))
+
+
+# ------------------------------------------------------------------------------------------------- what is silently wrong
+
+
+def scaled_on_top(x, y):
+    mean = x @ weights()
+    with poutine.scale(scale=N / len(x)), pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Bernoulli(logits=mean), obs=y)
+
+
+def standardised(x, y):
+    mean = ((x - x.mean(0)) / x.std(0)) @ weights()
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Bernoulli(logits=mean), obs=y)
+
+
+def weighted_classes(x, y):
+    f = logits(x)
+    weight = len(y) / (5 * torch.bincount(y, minlength=5).float())
+    with pyro.plate("data", len(x)), poutine.scale(scale=weight[y]):
+        pyro.sample("obs", dist.Categorical(logits=f), obs=y)
+
+
+def classes_of_the_batch(x, y):
+    f = logits(x)
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Categorical(logits=f[:, : int(y.max()) + 1]), obs=y)
+
+
+def mean_loss(x, y):
+    f = logits(x)
+    with pyro.plate("data", len(x)):
+        pyro.factor("loss", -cross_entropy(f, y, reduction="none") / len(y))
+
+
+def process(x, y):
+    """A Gaussian process, whose rows depend on each other."""
+    length = pyro.sample("length", dist.LogNormal(1.0, 0.1))
+    covariance = torch.exp(-((torch.cdist(x, x) / length) ** 2)) + 0.1 * torch.eye(len(x))
+    row = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), y[:, None], upper=False).squeeze(-1)
+    with pyro.plate("data", len(x)):
+        pyro.factor("row", dist.Normal(0.0, 1.0).log_prob(row) - torch.linalg.cholesky(covariance).diagonal().log())
+
+
+def contrastive(x, y):
+    similarity = x @ torch.diag(weights()) @ x.mT
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Categorical(logits=similarity), obs=torch.arange(len(x)))
+
+
+WRONG = {
+    "scaled on top": (scaled_on_top, (X, Y), r"poutine\.scale"),
+    "standardised by the batch": (standardised, (X, Y), "standardised"),
+    "class weights of the batch": (weighted_classes, (X, CLASSES), "bincount"),
+    "number of classes of the batch": (classes_of_the_batch, (X, CLASSES), r"y\.max\(\)"),
+    "mean loss": (mean_loss, (X, CLASSES), "mean"),
+    "Gaussian process": (process, (X, Y), "other rows"),
+    "contrastive": (contrastive, (X, Y), "other rows"),
+}
+NUMBERS = r"log-likelihood of \d+ rows is (-?[\d.e+]*\d|nan|-inf), but .* add up to (?:twice )?(-?[\d.e+]*\d|nan|-inf)"
+
+
+@pytest.mark.parametrize("batch_size", [3, 10, N])
+@pytest.mark.parametrize("name", WRONG)
+def test_a_likelihood_that_is_no_sum_over_rows_is_refused_with_both_numbers_and_the_cause(name, batch_size):
+    model, args, says = WRONG[name]
+    with pytest.raises(ValueError, match=f"(?s)(?=.*{NUMBERS})(?=.*{says})(?=.*batch_dependent=True)"):
+        ab.Potential(model, args, batch_size=batch_size, backend="handlers")
+
+
+@pytest.mark.parametrize("batch_size", [1, 10])
+def test_a_scale_on_top_is_refused_for_batches_of_one_row_too(batch_size):
+    with pytest.raises(ValueError, match=r"poutine\.scale"):
+        ab.Potential(scaled_on_top, (X, Y), batch_size=batch_size, backend="handlers")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_it_is_refused_with_a_loader_too(name):
+    model, args, says = WRONG[name]
+    with pytest.raises(ValueError, match=f"(?s){NUMBERS}.*{says}"):
+        ab.Potential(model, (DataLoader(TensorDataset(*args), 10, shuffle=True),), backend="handlers")
+
+
+def test_rows_sorted_by_class_hide_nothing():
+    order = CLASSES.argsort(descending=True)
+    for name in ("class weights of the batch", "number of classes of the batch"):
+        with pytest.raises(ValueError, match=NUMBERS):
+            ab.Potential(WRONG[name][0], (X[order], CLASSES[order]), batch_size=10, backend="handlers")
+
+
+def test_one_row_in_a_thousand_of_the_last_class_is_enough():
+    x, y = torch.randn(2000, 3), torch.zeros(2000, dtype=torch.long)
+    y[[0, 1200]] = 1  # in the first batch, so that the look at the labels finds two classes
+    with pytest.raises(ValueError, match=NUMBERS):
+        ab.Potential(classes_of_the_batch, (x, y), batch_size=10, backend="handlers")
+
+
+def test_the_numbers_are_those_of_the_model():
+    """Halved by its own scale, so that 8 rows have half of what 4 and 4 have."""
+    with pytest.raises(ValueError, match=NUMBERS) as caught:
+        ab.Potential(scaled_on_top, (X, Y), batch_size=10, backend="handlers")
+    whole, parts = (float(number) for number in re.search(NUMBERS, str(caught.value)).groups())
+    assert parts == pytest.approx(2 * whole, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: ab.SGMCMC(ab.SGLD(standardised, 1e-4, batch_size=10), 2, 1, disable_progbar=True),
+        lambda: ab.SGMCMC(ab.SGHMC(standardised, 1e-4, batch_size=10), 2, 1, num_chains=2, disable_progbar=True),
+        lambda: MCMC(ab.SGAdaLD(standardised, 1e-3, batch_size=10), 2, 1, disable_progbar=True),
+        lambda: ab.SGMCMC(ab.BAL(standardised, "x", batch_size=10, clip=(-5.0, 5.0)), 2, 1, disable_progbar=True),
+    ],
+    ids=["SGLD", "SGHMC", "Pyro's driver", "BAL"],
+)
+def test_every_kernel_refuses_it(run):
+    with pytest.raises(ValueError, match="standardised"):
+        run().run(X, Y)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        lambda: ab.SGLD(standardised, 1e-4, batch_size=10, batch_dependent=True),
+        lambda: ab.SGHMC(standardised, 1e-4, batch_size=10, batch_dependent=True),
+        lambda: ab.BAL(standardised, "x", batch_size=10, clip=(-5.0, 5.0), batch_dependent=True),
+    ],
+    ids=["SGLD", "SGHMC", "BAL"],
+)
+def test_who_means_it_says_so(kernel):
+    mcmc = ab.SGMCMC(kernel(), 2, 1, disable_progbar=True)
+    mcmc.run(X, Y)
+    assert mcmc.get_samples()["w"].isfinite().all()
+
+
+def test_on_the_full_data_nothing_has_to_add_up():
+    for model, args, _ in WRONG.values():
+        assert ab.Potential(model, args, backend="handlers").energy(ab.Potential(model, args, backend="handlers").init()).isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------- plates that subsample themselves
+
+
+def plate_of_its_own(body, args=(X, Y), size=10):
+    def model(x, y):
+        w = weights() if y.is_floating_point() else None
+        with pyro.plate("data", len(x), subsample_size=size) as rows:
+            body(x[rows], y[rows], w)
+
+    return model, args
+
+
+def standardised_rows(x, y, w):
+    pyro.sample("obs", dist.Bernoulli(logits=((x - x.mean(0)) / x.std(0)) @ w), obs=y)
+
+
+def scaled_rows(x, y, w):
+    with poutine.scale(scale=N / len(x)):
+        pyro.sample("obs", dist.Bernoulli(logits=x @ w), obs=y)
+
+
+@pytest.mark.parametrize("size", [9, 10])
+@pytest.mark.parametrize("body,says", [(standardised_rows, f"{NUMBERS}.*standardised"), (scaled_rows, "scaled twice.*poutine.scale")])
+def test_a_plate_that_subsamples_itself_is_looked_at_as_well(body, says, size):
+    model, args = plate_of_its_own(body, size=size)
+    with pytest.raises(ValueError, match=f"(?s){says}"):
+        ab.Potential(model, args, backend="handlers")
+    ab.Potential(model, args, backend="handlers", batch_dependent=True)
+
+
+def test_a_loaders_plate_that_knows_the_size_is_scaled_by_itself_and_not_twice():
+    def model(x, y, scale=1.0):
+        w = weights()
+        with pyro.plate("data", N, subsample=torch.arange(len(x))), poutine.scale(scale=scale):
+            pyro.sample("obs", dist.Bernoulli(logits=x @ w), obs=y)
+
+    loader = DataLoader(TensorDataset(X, Y), 10, shuffle=True)
+    ab.Potential(model, (loader,), backend="handlers")
+    with pytest.raises(ValueError, match=r"poutine\.scale"):
+        ab.Potential(lambda x, y: model(x, y, N / len(x)), (loader,), backend="handlers")
+
+
+# ------------------------------------------------------------------------------------------------------- what is let pass
+
+
+class Normalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 5))
+        net(X)
+        self.model = ab.nn.Classifier(ab.nn.bayesianize(net))
+
+    def forward(self, x, y):
+        return self.model(x, y)
+
+
+def own_scale(x, y):
+    f = x @ weights()
+    with poutine.scale(scale=0.5), pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Bernoulli(logits=f), obs=y)
+
+
+def masked(x, y):
+    f = x @ weights()
+    with pyro.plate("data", len(x)), poutine.mask(mask=y > 0):
+        pyro.sample("obs", dist.Normal(f, 1.0), obs=y)
+
+
+def nothing_observed(x, y):
+    f = x @ weights()
+    with pyro.plate("data", len(x)), poutine.mask(mask=torch.zeros_like(y, dtype=torch.bool)):
+        pyro.sample("obs", dist.Normal(f, 1.0), obs=y)
+
+
+def huge(x, y):
+    f = 1e4 * (x @ weights())
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(f, 1e-4), obs=y)
+
+
+def wide_poisson(x, y):
+    """Infinite at most draws of its prior."""
+    rate = (x @ pyro.sample("w", dist.Normal(0.0, 1000.0).expand([3]).to_event(1))).exp()
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Poisson(rate), obs=y)
+
+
+def two_sites(x, y):
+    f = x @ weights()
+    with pyro.plate("data", len(x)):
+        pyro.sample("first", dist.Bernoulli(logits=f), obs=y)
+        pyro.sample("second", dist.Normal(f, 1.0), obs=y)
+
+
+def class_weights_of_all(x, y):
+    f, weight = logits(x), torch.linspace(0.5, 2.0, 5)
+    with pyro.plate("data", len(x)), poutine.scale(scale=weight[y]):
+        pyro.sample("obs", dist.Categorical(logits=f), obs=y)
+
+
+RIGHT = {
+    "logistic": (logistic, (X, Y)),
+    "regression": (regression, (X, Y)),
+    "mixed dtypes": (mixed, (X, Y)),
+    "a scale of its own": (own_scale, (X, Y)),
+    "masked": (masked, (X, Y)),
+    "nothing observed": (nothing_observed, (X, Y)),
+    "huge": (huge, (X, Y)),
+    "wide Poisson": (wide_poisson, (X, Y)),
+    "two sites": (two_sites, (X, Y)),
+    "class weights of all data": (class_weights_of_all, (X, CLASSES)),
+    "normalisation in eval mode": (Normalised(), (X, CLASSES)),
+}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10])
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_sum_over_rows_is_let_pass(name, batch_size):
+    model, args = RIGHT[name]
+    ab.Potential(model, args, batch_size=batch_size, backend="handlers")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7])
+def test_a_handful_of_rows_is_enough(rows):
+    ab.Potential(logistic, (X[:rows], Y[:rows]), batch_size=rows, backend="handlers")
+    ab.Potential(logistic, (DataLoader(TensorDataset(X[:rows], Y[:rows]), rows),), backend="handlers")
+    with pytest.raises(ValueError, match=r"poutine\.scale"):
+        ab.Potential(scaled_on_top, (X[:rows], Y[:rows]), batch_size=rows, backend="handlers")
+
+
+@pytest.mark.parametrize("size", [1, 2, 9])
+def test_a_plate_that_subsamples_itself_is_let_pass(size):
+    ab.Potential(*plate_of_its_own(lambda x, y, w: pyro.sample("obs", dist.Bernoulli(logits=x @ w), obs=y), size=size))
+    ab.Potential(subsampling, (X, Y))
+
+
+def test_a_model_without_a_finite_likelihood_is_left_to_the_search_for_a_start():
+    def model(x, y):
+        f = x @ weights()
+        with pyro.plate("data", len(x)):
+            pyro.factor("loss", f - torch.inf)
+
+    potential = ab.Potential(model, (X, Y), batch_size=10, backend="handlers")
+    with pytest.raises(ValueError, match="no start with a finite energy"):
+        potential.init()
+
+
+def test_a_start_where_all_is_well_fitted_is_let_pass():
+    """Where log-probabilities are nearly 0 their rounding is large beside them, at the weights of a trained network."""
+    x = X[X[:, 0].abs() > 0.1]
+    y = (x[:, 0] > 0).float()
+    strategy = init_to_value(values={"w": torch.tensor([300.0, 0.0, 0.0]), "b": torch.tensor(0.0)})
+    ab.Potential(logistic, (x, y), batch_size=10, backend="handlers", init_strategy=strategy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_precision_is_taken_into_account(dtype):
+    model = ab.nn.Classifier(ab.nn.bayesianize(nn.Sequential(nn.Linear(3, 50), nn.Tanh(), nn.Linear(50, 5)))).to(dtype)
+    ab.Potential(model, (X.to(dtype), CLASSES), batch_size=10, backend="handlers")
+
+
+def test_autocast_is_taken_into_account():
+    model = ab.nn.Classifier(ab.nn.bayesianize(nn.Sequential(nn.Linear(3, 50), nn.Tanh(), nn.Linear(50, 5))))
+    with torch.autocast("cpu", torch.bfloat16):
+        ab.Potential(model, (X, CLASSES), batch_size=10, backend="handlers")
+
+
+def test_the_look_leaves_the_random_numbers_of_a_run_as_they_are():
+    starts = []
+    for batch_dependent in (False, True):
+        pyro.set_rng_seed(5)
+        starts.append(ab.Potential(logistic, (X, Y), batch_size=10, batch_dependent=batch_dependent).init())
+    assert torch.equal(*starts)
