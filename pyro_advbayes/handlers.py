@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -142,3 +144,11 @@ def _unvalidated(fn: Distribution) -> Distribution:
             setattr(fn, name, _unvalidated(value))
     fn._validate_args = False  # torch has no public way to switch validation off on a distribution that exists
     return fn
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Leaves PyTorch's random generators as they were, so that a look at a model changes nothing of a run under a seed."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield

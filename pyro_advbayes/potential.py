@@ -16,6 +16,7 @@ from pyro_advbayes.batches import Arguments, Batch, FullData, Loader, PlateIndic
 from pyro_advbayes.functions import BACKENDS, Functions, assemble
 from pyro_advbayes.handlers import MinibatchMessenger, UnvalidatedMessenger
 from pyro_advbayes.initialization import init_to_fan_in
+from pyro_advbayes.notices import tell_of_held_parameters
 from pyro_advbayes.scale import check_additive
 from pyro_advbayes.structure import Site, look
 
@@ -102,6 +103,7 @@ class Potential:
             self.dtype = torch.promote_types(self.dtype, site.dtype)
         if self.structure.plate is not None and not batch_dependent:
             check_additive(self)
+        tell_of_held_parameters(model, *self.example_arguments(), self.structure.parameters)
         self.chunk_size = self._default_chunk() if chunk_size is None else min(chunk_size, num_chains)
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size!r}: the number of chains in one call, >= 1")

@@ -14,7 +14,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_advbayes.handlers import UnvalidatedMessenger
+from pyro_advbayes.handlers import UnvalidatedMessenger, kept_random_state
 
 if TYPE_CHECKING:
     from pyro_advbayes.potential import Potential
@@ -50,8 +50,7 @@ def check_additive(potential: Potential) -> None:
     rows = _choose(potential)
     if rows is None:
         return
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+    with kept_random_state(), torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
         for strategy in (potential.init_strategy, init_to_sample):
             for _ in range(DRAWS):
                 if _compare(potential, rows, _draw(potential, strategy)):

@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_advbayes.batches import in_words
 from pyro_advbayes.handlers import minibatch
+from pyro_advbayes.notices import tell_of_new_statistics
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -68,7 +69,7 @@ class Labels(NamedTuple):
 
 class Structure(NamedTuple):
     """
-    What :func:`look` found: the latent sites in flat order, the data plate, and what is observed of classes.
+    What :func:`look` found: the latent sites in flat order, the data plate, what is observed of classes, and the names of parameters.
 
     ``scaling`` is ``"none"`` (full data, or a model that is given its indices and scales itself), ``"minibatch"``
     (:func:`~pyro_advbayes.handlers.minibatch` scales the plate) or ``"indices"`` (the plate draws its own subsample and scales
@@ -81,6 +82,7 @@ class Structure(NamedTuple):
     plate_size: int | None = None
     plate_batch: int | None = None
     labels: tuple[Labels, ...] = ()
+    parameters: tuple[str, ...] = ()
 
 
 def look(
@@ -108,7 +110,7 @@ def look(
     """
     lengths = lengths or {}
     arguments = (few, few if fewer is None else fewer)
-    with refuse_random_layers(model):
+    with tell_of_new_statistics(model), refuse_random_layers(model):
         try:
             first, second = (_trace(model, each) for each in arguments)
         except _Refused:
@@ -139,7 +141,7 @@ def look(
         for each in _labels(first, name, given):
             each.check(given if each.differs else values)
             labels += [] if each.differs else [each]
-    return found._replace(sites=sites, labels=tuple(labels))
+    return found._replace(sites=sites, labels=tuple(labels), parameters=tuple(first.param_nodes))
 
 
 @contextlib.contextmanager

@@ -148,7 +148,8 @@ def test_a_models_graph_is_its_energy_and_gradient_to_the_bit(name):
     x, y = torch.randn(ROWS, width), torch.randint(0, 3, (ROWS,))
     if name == "embedding":
         x = torch.randint(0, 5, (ROWS, width))
-    potential = ab.Potential(make(), (x, y), batch_size=None if name == "subsampling" else 4, backend="handlers")
+    batch_size = None if name == "subsampling" else 4
+    potential = ab.Potential(make(), (x, y), batch_size=batch_size, backend="handlers", batch_dependent=name == "in_place")
     energy_and_gradient = grad_and_value(potential.log_density)
 
     def inputs():
@@ -534,7 +535,7 @@ def test_a_fallback_is_told_at_every_run_and_never_used_for_another_model(traces
     def counts(x, y):
         scaled(x, y, float(len(torch.unique(y))))
 
-    kernel = ab.SGLD(counts, 1e-3, batch_size=4)
+    kernel = ab.SGLD(counts, 1e-3, batch_size=4, batch_dependent=True)
     for _ in range(2):
         with pytest.warns(UserWarning, match="falls back"):
             ab.SGMCMC(kernel, 2, 0, disable_progbar=True).run(*doubles(ROWS))

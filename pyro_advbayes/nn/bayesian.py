@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,10 +19,14 @@ from pyro.nn.module import to_pyro_module_
 from torch.distributions import Distribution, Transform
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import _InverseTransform
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils import parametrize
 
+from pyro_advbayes.notices import never_seen_data, statistics_message
+
+_NORMALIZATIONS = (_NormBase, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.RMSNorm)  # _NormBase is BatchNorm's and InstanceNorm's
 Prior = TorchDistributionMixin | Callable[[str, torch.Tensor], TorchDistributionMixin | None]
 
 
@@ -34,8 +39,9 @@ class FanIn:
 
     with fan_in the number of elements of ``w`` over the size of its first dimension: the inputs that one output unit
     of a linear, convolutional or recurrent layer sees. (An embedding is looked up, not summed over, and a transposed
-    convolution stores its inputs first: give those a prior of their own.) A tensor of one dimension or none (a bias,
-    the gain of a normalisation layer) has no fan-in and gets ``Normal(0, bias_scale)``.
+    convolution stores its inputs first: give those a prior of their own.) A tensor of one dimension or none (a bias)
+    has no fan-in and gets ``Normal(0, bias_scale)``. In :func:`bayesianize` the gains of PyTorch's normalisation layers
+    get ``Normal(1, bias_scale)``, and their biases ``Normal(0, bias_scale)``, whatever their shape.
 
     Source: R. Neal, Bayesian Learning for Neural Networks, 1996, chapter 2.
 
@@ -57,6 +63,10 @@ class FanIn:
             return Normal(0.0, self.bias_scale)
         return Normal(0.0, self.scale / math.sqrt(value[0].numel()))
 
+    def of_normalization(self, parameter: str) -> Normal:
+        """The prior of a normalisation layer's ``"weight"``, its gain, or ``"bias"``."""
+        return Normal(1.0 if parameter == "weight" else 0.0, self.bias_scale)
+
 
 def bayesianize(
     net: torch.nn.Module, prior: Prior = Normal(0.0, 1.0), *, exclude: str | Sequence[str] = (), eval_only: bool = True
@@ -73,9 +83,12 @@ def bayesianize(
     - Priors live on the device and in the dtype of their parameter, and follow ``.to()``, ``.double()`` and the like.
     - The copy is in eval mode and stays there, even when a module around it is put in train mode: a log-density must
       not depend on chance (Dropout), and running the model must not change it (BatchNorm's statistics, which stay
-      those of the original). Excluded layers are no exception. Variational inference from scratch has no statistics
+      those of the original). Excluded layers are no exception. A warning names Dropout layers that this turns off, and
+      BatchNorm layers that have never seen data. Variational inference from scratch has no statistics
       yet: there ``eval_only=False`` leaves the copy in the mode of the original, and lets it follow ``train()`` and
       ``eval()``.
+    - A distribution is the prior of the gains of normalisation layers too, around its own mean; :class:`FanIn` centres
+      them at 1.
     - A module used in two places stays one module, with one site, under the last of its names.
     - Frozen parameters (``requires_grad=False``) get priors like all others.
     - Keep ``torch.func.functional_call`` to the original: on a Pyro module it deletes the priors for good.
@@ -97,6 +110,8 @@ def bayesianize(
     if not callable(prior):
         raise ValueError(f"prior must be a distribution of pyro.distributions or a function of (name, tensor), got {prior!r}.")
     _check_modules(net)
+    if eval_only:
+        _tell_of_eval_mode(net)
     net = copy.deepcopy(net)
     to_pyro_module_(net)
     net.__class__ = _bayesian_class(net.__class__)
@@ -110,7 +125,10 @@ def bayesianize(
     for name, (module, attribute) in parameters.items():
         if name not in excluded:
             value = module._parameters[attribute].detach()
-            distribution = prior if isinstance(prior, Distribution) else prior(name, value)
+            if isinstance(prior, FanIn) and isinstance(module, _NORMALIZATIONS):
+                distribution = prior.of_normalization(attribute)
+            else:
+                distribution = prior if isinstance(prior, Distribution) else prior(name, value)
             if distribution is not None:
                 priors[name] = _fit(distribution, name, value)
     if not priors:
@@ -259,6 +277,27 @@ def _check_modules(net: torch.nn.Module) -> None:
             )
     if next(net.parameters(), None) is None:
         raise ValueError(f"The {type(net).__name__} has no parameters that could get a prior.")
+
+
+def _tell_of_eval_mode(net: torch.nn.Module) -> None:
+    """Warns of layers that do something else in eval mode, where the copy stays, than their author expects."""
+    layers = {name or type(module).__name__: module for name, module in net.named_modules()}
+    dropping = [repr(name) for name, module in layers.items() if module.training and _drops(module)]
+    if dropping:
+        warnings.warn(
+            f"Dropout is off in the copy (layers {', '.join(dropping)}): it stays in eval mode, since a log-density must not depend on "
+            "chance. mc_dropout(net) makes the masks latent sites; net.eval() before bayesianize says that it is meant",
+            stacklevel=3,
+        )
+    unseen = [name for name, module in layers.items() if never_seen_data(module)]
+    if unseen:
+        warnings.warn(statistics_message(unseen), stacklevel=3)
+
+
+def _drops(module: torch.nn.Module) -> bool:
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    return isinstance(module, torch.nn.RNNBase | torch.nn.MultiheadAttention) and module.dropout > 0
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +16,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_advbayes.nn import FanIn, bayesianize
+from pyro_advbayes.nn.bayesian import declared_sites
 from pyro_advbayes.nn.classifier import Classifier
 
 
@@ -352,3 +355,70 @@ def test_the_copy_has_the_modes_of_the_original_layer_by_layer():
     copied = bayesianize(net, eval_only=False)
     assert [module.training for module in copied] == [True, False, True, True]
     assert not any(module.training for module in bayesianize(net))
+
+
+# ------------------------------------------------------------------------------------------------ what a copy does not do
+
+
+def told(net, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bayesianize(net, **options)
+    return [str(warning.message) for warning in caught]
+
+
+def test_statistics_that_have_never_seen_data_are_told_by_the_layers_name():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)))
+    (message,) = told(net)
+    assert re.search(r"'1', '2\.1'.*never seen data.*not normalised.*train mode.*eval_only=False.*GroupNorm", message)
+    assert told(net, eval_only=False) == []  # gathered in training
+    seen = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    seen(torch.randn(20, 3))
+    assert told(seen) == []
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Dropout(0.5),
+        nn.Dropout2d(0.1),
+        nn.AlphaDropout(0.1),
+        nn.LSTM(4, 4, num_layers=2, dropout=0.2),
+        nn.MultiheadAttention(4, 2, dropout=0.1),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_dropout_that_is_turned_off_is_told_by_the_layers_name(layer):
+    net = nn.Sequential(nn.Linear(3, 4), layer)
+    (message,) = told(net)
+    assert re.search(r"Dropout is off.*'1'.*mc_dropout.*\.eval\(\)", message)
+    assert told(net, eval_only=False) == []
+    assert told(net.eval()) == []  # off already
+
+
+def test_layers_that_drop_nothing_are_not_told():
+    assert told(nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.0), nn.LSTM(4, 4), nn.MultiheadAttention(4, 2))) == []
+
+
+NORMS = {
+    "BatchNorm1d": lambda: nn.BatchNorm1d(4),
+    "BatchNorm2d": lambda: nn.BatchNorm2d(4),
+    "GroupNorm": lambda: nn.GroupNorm(2, 4),
+    "InstanceNorm2d": lambda: nn.InstanceNorm2d(4, affine=True),
+    "LayerNorm": lambda: nn.LayerNorm(4),
+    "LayerNorm of images": lambda: nn.LayerNorm((4, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.filterwarnings("ignore:BatchNorm")
+def test_fan_in_centres_gains_of_normalisation_at_1_and_their_biases_at_0(name):
+    net = bayesianize(nn.Sequential(nn.Conv2d(4, 4, 1), NORMS[name]()), FanIn(scale=2.0, bias_scale=0.3))
+    priors = {name: (prior.mean.unique().tolist(), prior.variance.sqrt().unique().tolist()) for name, prior in declared_sites(net).items()}
+    assert priors["0.weight"] == ([0.0], [1.0]) and priors["0.bias"][0] == [0.0]
+    assert priors["1.weight"] == ([1.0], [pytest.approx(0.3)]) and priors["1.bias"] == ([0.0], [pytest.approx(0.3)])
+
+
+def test_a_distribution_that_is_given_is_the_prior_of_gains_too():
+    net = bayesianize(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), dist.Normal(0.0, 0.5))
+    assert {name: prior.mean.unique().tolist() for name, prior in declared_sites(net).items()}["1.weight"] == [0.0]
