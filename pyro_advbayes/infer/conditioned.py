@@ -103,6 +103,12 @@ class _Fit(Messenger):
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         name = msg["name"]
+        if site_is_subsample(msg) and msg["fn"].subsample_size is not None and msg["fn"].subsample_size > msg["fn"].size:
+            size, batch = msg["fn"].size, msg["fn"].subsample_size
+            raise ValueError(
+                f"plate {name!r} takes subsample_size={batch} of {size} rows: give it no more than there are, subsample_size=min({batch}, "
+                "len(x))"
+            )
         if name in self.values:
             value = self.values[name]
             shape = value.shape if site_is_subsample(msg) else msg["fn"].shape()

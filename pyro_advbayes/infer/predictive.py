@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyro_advbayes.infer.conditioned import ConditionedModel
+from pyro_advbayes.infer.subsampled import predict_all_rows, subsampling_plate
 from pyro_advbayes.tape import Replays, Tape, record
 
 # How many numbers the draws that are computed together make: fewer leave the time to Python, more take memory without being
@@ -39,6 +40,11 @@ class Predictive(pyro.infer.Predictive):
     where they are many. What comes before the first latent site (a deterministic feature extractor, say) is computed once. A
     model that cannot be recorded, because its Python looks at drawn values, runs draw by draw as in Pyro.
 
+    All inputs are predicted, in order, by a model whose plate takes some of them, ``pyro.plate("data", N, subsample_size=B)``, too: B at
+    a time, where Pyro's class gives a random B of them for every draw. (A return value is taken for rows where its first dimension is
+    B. Without ``subsample_size`` the model predicts faster.) To choose the rows, give their numbers ``[draws, B]`` under the plate's name
+    in ``posterior_samples``.
+
     Random sites are drawn afresh for each draw, under ``pyro.set_rng_seed``. If an argument requires a gradient (and gradients
     are enabled), results are attached to it.
 
@@ -51,8 +57,8 @@ class Predictive(pyro.infer.Predictive):
     :param bool parallel: as in Pyro, where it needs a model that batches; the results are the same here.
     :param int chunk_size: how many draws are computed side by side, >= 1; 1 means one after the other. The default is a fixed
         rule: as many as make 2²¹ numbers together, at least one.
-    :raises ValueError: at the first call, if a sample's site or shape is not the model's, or if the model is in training mode
-        where that would disturb it.
+    :raises ValueError: at the first call, if a sample's site or shape is not the model's, if the model is in training mode
+        where that would disturb it, or if it is not known of which rows samples are.
     """
 
     def __init__(
@@ -123,6 +129,9 @@ def predict(
     shapes = _shapes(trace, return_sites, model.samples)
     if not shapes:
         return {}
+    plate = subsampling_plate(trace, model.samples)
+    if plate is not None:
+        return predict_all_rows(lambda piece, names: predict(piece, names, args, kwargs, chunk_size), model, trace, plate, list(shapes))
 
     def run(*values: Tensor) -> list[Tensor]:
         return model.run(values, list(shapes), *args, **kwargs)

@@ -133,7 +133,7 @@ def both(case, return_sites, **options):
 
 
 @pytest.mark.parametrize("return_sites", RETURN_SITES.values(), ids=RETURN_SITES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "subsampled plate"])  # of which ours predicts all rows
 def test_sites_shapes_and_dtypes_are_those_of_pyro(case, return_sites):
     theirs, ours = both(case, return_sites)
     assert {name: (value.shape, value.dtype) for name, value in ours.items()} == {
