@@ -50,16 +50,23 @@ def check_additive(potential: Potential) -> None:
     rows = _choose(potential)
     if rows is None:
         return
+    factor = potential.batches.num_data / potential.structure.plate_batch
     with kept_random_state(), torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
         for strategy in (potential.init_strategy, init_to_sample):
             for _ in range(DRAWS):
-                if _compare(potential, rows, _draw(potential, strategy)):
+                values = _draw(potential, strategy)
+                whole = _likelihood(potential, values, rows.whole)
+                if all(map(math.isfinite, whole.sums.values())):
+                    _compare(potential, rows, values, whole)
+                    _check_scale(potential.structure.plate, factor, whole)
                     return
 
 
 def _choose(potential: Potential) -> Parts | None:
     """Rows that differ between the halves: some at random, the smallest and the largest label, sorted by label."""
     found = potential.structure
+    if not potential.places and found.scaling != "indices":  # rows are not cut: a plate with indices that stay
+        return None
     tensors = [potential.arguments.tensors[i] for i in potential.places]
     if found.scaling == "indices":
         size, half, odd = found.plate_size, found.plate_batch // 2, found.plate_batch % 2
@@ -74,7 +81,7 @@ def _choose(potential: Potential) -> Parts | None:
     rows = torch.tensor((chosen * count)[:count], device="cpu")
     labels = [t.flatten() for t in tensors if t.numel() == len(t) == size]
     if labels:
-        label = labels[-1].double() if labels[-1].dtype is torch.bool else labels[-1]
+        label = labels[-1].float()
         rows[0], rows[-1] = int(label.argmin()), int(label.argmax())
         rows = rows[label[rows.to(label.device)].cpu().argsort(stable=True)]
     first, second, rest = rows[:half], rows[half : 2 * half], rows[2 * half :]
@@ -113,9 +120,15 @@ def _likelihood(potential: Potential, values: Mapping[str, Tensor], rows: Tensor
         cut = [i for i in potential.places if len(tensors[i]) == length]
         tensors = [t.index_select(0, rows.to(t.device)) if i in cut else t for i, t in enumerate(tensors)]
     args, kwargs = arguments.replace(tensors)
-    with UnvalidatedMessenger():
-        trace = poutine.trace(poutine.condition(potential.model, given)).get_trace(*args, **kwargs)
-    trace.compute_log_prob(lambda name, node: _is_data(name, node, given))
+    try:
+        with UnvalidatedMessenger():
+            trace = poutine.trace(poutine.condition(potential.model, given)).get_trace(*args, **kwargs)
+        trace.compute_log_prob(lambda name, node: _is_data(name, node, given))
+    except Exception as error:  # whatever a model's Python does with other rows than those of the first look
+        raise ValueError(
+            f"the model runs on the first {potential.structure.plate_batch} rows and fails on {len(rows)} others: "
+            f"{str(error).splitlines()[0]}. It must run on any minibatch; batch_dependent=True takes it untried"
+        ) from error
     sums, sizes, scales = {}, {}, {}
     for name, node in trace.nodes.items():
         if node["type"] != "sample" or not _is_data(name, node, given):
@@ -144,34 +157,16 @@ def _rounding(dtypes: set[torch.dtype], tensors: Sequence[Tensor], device: torch
     return max(eps, 2.0**-10) if device.type == "cuda" and torch.float32 in dtypes else eps
 
 
-def _compare(potential: Potential, rows: Parts, values: dict[str, Tensor]) -> bool:
-    """Whether the draw tells that the parts add up; False where it tells nothing."""
-    whole = _likelihood(potential, values, rows.whole)
-    if not _finite(whole):
-        return False
-    parts = []
-    for each in rows.parts:
-        try:
-            parts.append(_likelihood(potential, values, each))
-        except Exception as error:  # whatever a model's Python does with fewer rows
-            raise ValueError(
-                f"the model runs on {len(rows.whole)} rows and fails on {len(each)} of them: {str(error).splitlines()[0]}"
-            ) from error
-    _check_scale(potential, whole)
-    eps = max(each.eps for each in (whole, *parts))
-    tolerance = max(eps, 1e-10) ** 0.5
-    names = {name: None for each in (whole, *parts) for name in each.sums}
-    worst = max(names, key=lambda name: _difference(whole, parts, rows.times, name, tolerance)) if names else None
+def _compare(potential: Potential, rows: Parts, values: dict[str, Tensor], whole: _Likelihood) -> None:
+    parts = [_likelihood(potential, values, each) for each in rows.parts]
+    tolerance = max(1e-10, *(each.eps for each in (whole, *parts))) ** 0.5
+    names = list({name: None for each in (whole, *parts) for name in each.sums})
+    worst = max(names, key=lambda name: _difference(whole, parts, rows.times, name, tolerance), default=None)
     if worst is None or _difference(whole, parts, rows.times, worst, tolerance) <= 1.0:
-        return True
+        return
     again = _likelihood(potential, values, rows.whole)
-    if _difference(whole, [again], 1, worst, tolerance) > 1.0:
-        return True  # it draws random numbers beside its sites, which is looked at where chains start
-    raise _refusal(worst, whole, parts, rows, tolerance)
-
-
-def _finite(likelihood: _Likelihood) -> bool:
-    return all(math.isfinite(value) for value in likelihood.sums.values())
+    if _difference(whole, [again], 1, worst, tolerance) <= 1.0:  # else it draws random numbers, which is looked at where chains start
+        raise _refusal(worst, whole, parts, rows, tolerance)
 
 
 def _difference(whole: _Likelihood, parts: Sequence[_Likelihood], times: int, site: str, tolerance: float) -> float:
@@ -181,12 +176,14 @@ def _difference(whole: _Likelihood, parts: Sequence[_Likelihood], times: int, si
     return found / (tolerance * size) if math.isfinite(found) else math.inf
 
 
-def _check_scale(potential: Potential, likelihood: _Likelihood) -> None:
+def _check_scale(plate: str, factor: float, likelihood: _Likelihood) -> None:
+    """A scale of N / B that is a number in the model, or that is the same for all batches, changes no sum over rows."""
     for name, (scale, own) in likelihood.scales.items():
-        if potential.structure.scaling == "indices" and own > 1.0 and math.isclose(scale, own * own, rel_tol=1e-5):
+        given = torch.as_tensor(scale, dtype=torch.float64, device="cpu") / own
+        if factor > 1.0 and bool(torch.isclose(given, torch.full_like(given, factor), rtol=1e-5).all()):
             raise ValueError(
-                f"observed site {name!r} is scaled twice: plate {potential.structure.plate!r} scales its rows by N / B = {own:g}, and "
-                f"poutine.scale does so again ({scale:g} together). Drop the poutine.scale; batch_dependent=True accepts the model as it is"
+                f"observed site {name!r} is scaled twice: the rows of plate {plate!r} are scaled by N / B = {factor:g} already, and a "
+                "poutine.scale in the model does so again. Drop the poutine.scale; batch_dependent=True accepts the model as it is"
             )
 
 

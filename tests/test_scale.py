@@ -109,6 +109,29 @@ def test_it_is_refused_with_a_loader_too(name):
         ab.Potential(model, (DataLoader(TensorDataset(*args), 10, shuffle=True),), backend="handlers")
 
 
+@pytest.mark.parametrize("options", [{"batch_size": 10}, {}], ids=["batch_size", "loader"])
+def test_a_scale_that_is_a_number_is_refused_where_it_is_that_of_the_minibatches(options):
+    def model(x, y, scale=N / 10):
+        mean = x @ weights()
+        with poutine.scale(scale=scale), pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Bernoulli(logits=mean), obs=y)
+
+    args = (X, Y) if options else (DataLoader(TensorDataset(X, Y), 10, shuffle=True),)
+    with pytest.raises(ValueError, match=r"'obs' is scaled twice.*N / B = 6.*poutine\.scale"):
+        ab.Potential(model, args, backend="handlers", **options)
+    ab.Potential(lambda x, y: model(x, y, 2.0), args, backend="handlers", **options)
+
+
+def test_a_model_that_fails_on_other_rows_says_so():
+    def model(x, y):
+        f = logits(x)
+        with pyro.plate("data", len(x)):
+            pyro.factor("loss", -cross_entropy(f, y, weight=torch.bincount(y).float(), reduction="none"))
+
+    with pytest.raises(ValueError, match=r"runs on the first 10 rows and fails on \d others: weight tensor.*batch_dependent=True"):
+        ab.Potential(model, (X, CLASSES), batch_size=10, backend="handlers")
+
+
 def test_rows_sorted_by_class_hide_nothing():
     order = CLASSES.argsort(descending=True)
     for name in ("class weights of the batch", "number of classes of the batch"):
@@ -156,6 +179,7 @@ def test_every_kernel_refuses_it(run):
     ids=["SGLD", "SGHMC", "BAL"],
 )
 def test_who_means_it_says_so(kernel):
+    assert kernel().settings()["batch_dependent"] is True and "batch_dependent" not in ab.SGLD(logistic).settings()
     mcmc = ab.SGMCMC(kernel(), 2, 1, disable_progbar=True)
     mcmc.run(X, Y)
     assert mcmc.get_samples()["w"].isfinite().all()
@@ -194,6 +218,26 @@ def test_a_plate_that_subsamples_itself_is_looked_at_as_well(body, says, size):
     with pytest.raises(ValueError, match=f"(?s){says}"):
         ab.Potential(model, args, backend="handlers")
     ab.Potential(model, args, backend="handlers", batch_dependent=True)
+
+
+def test_weights_of_rows_in_a_plate_that_subsamples_itself_are_let_pass():
+    weight = torch.linspace(0.5, 2.0, 5)
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3, 5]).to_event(2))
+        with pyro.plate("data", len(x), subsample_size=10) as rows, poutine.scale(scale=weight[y[rows]]):
+            pyro.sample("obs", dist.Categorical(logits=x[rows] @ w), obs=y[rows])
+
+    ab.Potential(model, (X, CLASSES), backend="handlers")
+
+
+def test_a_plate_whose_rows_stay_is_let_pass():
+    def model(x, y):
+        w = weights()
+        with pyro.plate("data", N, subsample=torch.arange(10)):
+            pyro.sample("obs", dist.Bernoulli(logits=x @ w), obs=y)
+
+    ab.Potential(model, (X[:10], Y[:10]), backend="handlers")
 
 
 def test_a_loaders_plate_that_knows_the_size_is_scaled_by_itself_and_not_twice():

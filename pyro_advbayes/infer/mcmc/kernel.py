@@ -504,6 +504,7 @@ class SGMCMCKernel(MCMCKernel):
             "batch_size": self.batch_size,
             "num_steps_per_sample": self.num_steps_per_sample,
             "control_variate": self.control_variate is not None,
+            **({"batch_dependent": True} if self.batch_dependent else {}),  # files from before the option go on
         }
 
     def reference_energy(self) -> Tensor:
