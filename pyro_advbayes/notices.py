@@ -26,8 +26,8 @@ def never_seen_data(module: nn.Module) -> bool:
 def statistics_message(layers: Sequence[str]) -> str:
     """What is to be known of BatchNorm layers that have :func:`never_seen_data`, in eval mode."""
     return (
-        f"BatchNorm {_in_words('layer', layers)}: its statistics have never seen data (num_batches_tracked is 0), so that in eval mode its "
-        "inputs are not normalised. Run the network in train mode over the data first (variational inference: "
+        f"BatchNorm {_in_words('layer', layers)}: running statistics that have never seen data (num_batches_tracked is 0), so that in eval "
+        "mode inputs are not normalised. Run the network in train mode over the data first (variational inference: "
         "bayesianize(..., eval_only=False)), or take GroupNorm or LayerNorm"
     )
 
