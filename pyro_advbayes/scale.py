@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 HALF = 4  # rows in each of the two halves that are compared with the whole
 DRAWS = 5  # of each kind, until the likelihood is finite
 
-Sums = dict[str, float]
-
 
 class Parts(NamedTuple):
     """Row numbers of the whole, and of two parts whose log-likelihoods must add up to ``times`` that of the whole."""
@@ -99,14 +97,10 @@ def _draw(potential: Potential, strategy: Callable) -> dict[str, Tensor]:
 class _Likelihood(NamedTuple):
     """Sums over rows by observed site; of the absolute values, too; and the coarsest rounding on the way."""
 
-    sums: Sums
-    sizes: Sums
+    sums: dict[str, float]
+    sizes: dict[str, float]
     eps: float
     scales: Mapping[str, Any]
-
-    @property
-    def total(self) -> float:
-        return sum(self.sums.values())
 
 
 def _likelihood(potential: Potential, values: Mapping[str, Tensor], rows: Tensor) -> _Likelihood:
@@ -177,7 +171,7 @@ def _difference(whole: _Likelihood, parts: Sequence[_Likelihood], times: int, si
 
 
 def _check_scale(plate: str, factor: float, likelihood: _Likelihood) -> None:
-    """A scale of N / B that is a number in the model, or that is the same for all batches, changes no sum over rows."""
+    """Refuses a second factor N / B: one that is the same number for all batches leaves a sum over rows such a sum."""
     for name, (scale, own) in likelihood.scales.items():
         given = torch.as_tensor(scale, dtype=torch.float64, device="cpu") / own
         if factor > 1.0 and bool(torch.isclose(given, torch.full_like(given, factor), rtol=1e-5).all()):
