@@ -91,8 +91,12 @@ MUTATIONS = [
     *of(
         f"{D}/acquisition.py",
         f"{T}/test_acquisition.py",
-        ("acquisition: the lowest scores", "sort(descending=True, stable=True)", "sort(descending=False, stable=True)"),
+        (
+            "acquisition: the lowest scores",
+            "round(decimals=DECIMALS).sort(descending=True, stable=True)",
+            "round(decimals=DECIMALS).sort(descending=False, stable=True)",
+        ),
         ("BatchBALD: without what draws are unsure of", "score = (entropy - conditional)", "score = (entropy - 0 * conditional)"),
-        ("learning curve: the deviation of one repetition", ".div(len(self.accuracy)).sqrt()", ".sqrt()"),
+        ("learning curve: the deviation of one repetition", ".div(len(scores)).sqrt()", ".sqrt()"),
     ),
 ]
