@@ -249,3 +249,12 @@ def test_a_local_latent_is_no_outcome():
     output = PosteriorClassifier(model, {"w": W, "shift": shift})(X)
     expected = torch.stack([(X @ w + s.unsqueeze(-1) * torch.arange(K)).log_softmax(-1) for w, s in zip(W, shift, strict=True)])
     torch.testing.assert_close(output, expected.logsumexp(0) - torch.tensor(float(DRAWS)).log())
+
+
+def test_a_latent_function_that_draws_hold_may_be_the_logits():
+    def model(x):
+        return pyro.sample("f", dist.Normal(torch.zeros(len(x), K, dtype=torch.double), 1.0).to_event(2)).sum()
+
+    f = torch.randn(DRAWS, N, K).double()
+    output = PosteriorClassifier(model, {"f": f}, return_site="f")(X)
+    torch.testing.assert_close(output, f.softmax(-1).mean(0).log())
