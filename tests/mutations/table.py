@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.mutations import attacks, measures, sampling, variational
+from tests.mutations import attacks, measures, sampling, variational, warmup
 
-MUTATIONS = [*attacks.MUTATIONS, *measures.MUTATIONS, *variational.MUTATIONS, *sampling.MUTATIONS]
+MUTATIONS = [*attacks.MUTATIONS, *measures.MUTATIONS, *variational.MUTATIONS, *sampling.MUTATIONS, *warmup.MUTATIONS]
