@@ -58,7 +58,7 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "full": Scale(1000, 200, 60, {"SGLD": 60, "SGAdaLD": 60, "SGHMC": 25}, 200),
+    "full": Scale(1000, 200, 60, {"SGLD": 100, "SGAdaLD": 100, "SGHMC": 25}, 200),
     "small": Scale(100, 20, 20, {"SGLD": 10, "SGAdaLD": 10, "SGHMC": 5}, 20),
 }
 
