@@ -180,7 +180,7 @@ def one_outcome(trace: Trace, outcomes: Sequence[str], site: str | None, argumen
     if site is not None and site not in trace.nodes:
         raise ValueError(f"{argument}={site!r}: the model has no such site; it observes {', '.join(map(repr, outcomes))}")
     if site is None and len(outcomes) > 1:
-        raise ValueError(f"the model observes {', '.join(map(repr, outcomes))}: name one, {argument}={outcomes[0]!r}")
+        raise ValueError(f"the model observes {', '.join(map(repr, outcomes))}: name the one that is meant, {argument}={outcomes[0]!r}")
     return outcomes[0] if site is None else site
 
 

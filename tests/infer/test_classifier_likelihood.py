@@ -183,7 +183,7 @@ def test_one_site_for_each_label_is_the_remedy_for_several_labels():
             for k in range(K):
                 pyro.sample(f"label{k}", dist.Bernoulli(logits=f[:, k]), obs=None if y is None else y[:, k])
 
-    with pytest.raises(ValueError, match=r"observes 'label0', 'label1', 'label2': name one, return_site='label0'"):
+    with pytest.raises(ValueError, match=r"observes 'label0', 'label1', 'label2': name the one that is meant, return_site='label0'"):
         PosteriorClassifier(model, {"w": W})(X)
     for k in range(K):
         output = PosteriorClassifier(model, {"w": W}, return_site=f"label{k}")(X)

@@ -213,7 +213,7 @@ def test_of_several_outcomes_one_is_named():
             pyro.sample("kind", dist.Categorical(logits=f), obs=y)
             pyro.sample("size", dist.Normal(f[:, 0], 1.0), obs=z)
 
-    with pytest.raises(ValueError, match="the model observes 'kind', 'size': name one, site='kind'"):
+    with pytest.raises(ValueError, match="the model observes 'kind', 'size': name the one that is meant, site='kind'"):
         read_likelihood(heads, (X,))
     assert read_likelihood(heads, (X,), site="kind").kind == "classes"
     assert read_likelihood(heads, (X,), site="size").kind == "numbers"
