@@ -29,6 +29,11 @@ KERNELS = {
     "SGAdaLD": partial(ab.SGAdaLD, step_size=0.13),
     "SGHMC": partial(ab.SGHMC, step_size=0.012, friction=0.2),
     "SGHMC-adaptive": partial(ab.SGHMC, step_size=0.15, friction=0.2, adaptive=True),
+    # found in warm-up, to the same accuracy
+    "SGLD-auto": partial(ab.SGLD, auto_share=0.02),
+    "SGAdaLD-auto": partial(ab.SGAdaLD, auto_share=0.02),
+    "SGHMC-auto": partial(ab.SGHMC, friction=0.2, auto_share=0.02),
+    "SGHMC-adaptive-auto": partial(ab.SGHMC, friction=0.2, adaptive=True, auto_share=0.02),
 }
 
 
@@ -52,7 +57,7 @@ def test_ranks_are_uniform(name, batch_size):
     truth = torch.randn(COLUMNS, 2)
     y = torch.bernoulli(torch.sigmoid(truth[:, 0] + X.unsqueeze(-1) * truth[:, 1]))
     kernel = KERNELS[name](model, batch_size=batch_size, num_steps_per_sample=30)
-    mcmc = ab.SGMCMC(kernel, 16, 8, CHAINS, disable_progbar=True)
+    mcmc = ab.SGMCMC(kernel, 16, 16 if kernel.automatic else 8, CHAINS, disable_progbar=True)
     mcmc.run(X, y)
     last = mcmc.get_samples(group_by_chain=True)["theta"][:, -1]
     heat = mcmc.diagnostics()["T_eff"]["theta"]
