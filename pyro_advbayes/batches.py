@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
     default_collate,
 )
+
+from pyro_advbayes.given import as_tensor, is_array, is_pandas, kind
+from pyro_advbayes.refusals import Mismatch, label_of
 
 Batch = tuple[Tensor, ...]
 
@@ -42,7 +44,7 @@ class Arguments:
         self.args, self.kwargs = tuple(args), dict(kwargs)
         self.keys: list[int | str] = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
         self.keys += [name for name, value in kwargs.items() if isinstance(value, Tensor)]
-        self.labels = [_label(model, key) for key in self.keys]
+        self.labels = [label_of(model, key) for key in self.keys]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -67,7 +69,7 @@ class Arguments:
         if batch_args is None:
             places = [i for i, value in enumerate(tensors) if value.dim() > 0]
             if not places:
-                raise ValueError("batch_size: none of the model's arguments is a tensor with rows to take a minibatch from")
+                raise Mismatch("batch_size: none of the model's arguments is a tensor with rows to take a minibatch from", "give one")
             size = len(tensors[places[0]])
             return [i for i in places if len(tensors[i]) == size], size
         if isinstance(batch_args, str):
@@ -85,20 +87,10 @@ class Arguments:
         """The first dimension of every tensor argument that has one."""
         return {label: len(t) for label, t in zip(self.labels, self.tensors, strict=True) if t.dim()}
 
-    def check_finite(self) -> None:
-        """:raises ValueError: if a tensor argument holds NaN or infinity."""
-        for label, value in zip(self.labels, self.tensors, strict=True):
-            check_finite(value, f"argument {label}")
-
-
-def _label(model: Callable, key: int | str) -> str:
-    if isinstance(key, str):
-        return key
-    try:
-        names = list(inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters)
-    except (TypeError, ValueError):
-        names = []
-    return names[key] if key < len(names) else f"args[{key}]"
+    def not_finite(self) -> str | None:
+        """What to say of the first tensor argument that holds NaN or infinity; None where there is none."""
+        found = (not_finite(value, f"argument {label}", label) for label, value in zip(self.labels, self.tensors, strict=True))
+        return next((message for message in found if message), None)
 
 
 def in_words(lengths: Mapping[str, int]) -> str:
@@ -229,14 +221,23 @@ class Loader:
     :param loader: gives the model's arguments, a tuple (or one tensor) at a time.
     :param num_data: rows in the data set; by default read off the loader.
     :param device: where the batches go.
+    :param covers: function of a batch with NaN or infinity in it, and of what to say of that, to whether the model masks those; by default
+        none is accepted. Of each place in a batch it is asked once.
 
     :ivar labels: places in a batch, and what its tensors there must be: objects whose ``check`` raises ValueError.
     """
 
     per_chain = False
 
-    def __init__(self, loader: Iterable[Any], num_data: int | None, device: torch.device | None = None) -> None:
-        self.loader, self.device = loader, device
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        num_data: int | None,
+        device: torch.device | None = None,
+        covers: Callable[[Batch, str], bool] | None = None,
+    ) -> None:
+        self.loader, self.device, self.covers = loader, device, covers
+        self._covered: set[int] = set()
         self.num_data = _rows_behind(loader) if num_data is None else num_data
         self._iterator: Iterator[Any] | None = None
         self._epoch_random: dict[str, Any] = {}
@@ -316,12 +317,23 @@ class Loader:
         item = (item,) if isinstance(item, Tensor) else item
         if not isinstance(item, (tuple, list)) or not item or not all(isinstance(value, Tensor) and value.dim() > 0 for value in item):
             found = [type(value).__name__ for value in item] if isinstance(item, (tuple, list)) else type(item).__name__
+            arrays = [value for value in item if is_array(value)] if isinstance(item, (tuple, list)) else [item] if is_array(item) else []
+            form = as_tensor("array", arrays[0], torch.get_default_dtype()) if arrays else None
+            remedy = "" if form is None else f". Of {kind(arrays[0])} make a tensor, {form.expression}"
             raise ValueError(
                 f"the loader gave {found}: every item must be a tuple of tensors with a row per data point, the model's arguments "
-                "in order (DataLoader's collate_fn= can make it one)"
+                f"in order (DataLoader's collate_fn= can make it one){remedy}"
             )
         for i, value in enumerate(item):
-            check_finite(value, f"tensor {i} in batch {number} of the loader")
+            message = (
+                None
+                if i in self._covered
+                else not_finite(value, f"tensor {i} in batch {number} of the loader", None if self.covers is None else "y")
+            )
+            if message:
+                if self.covers is None or not self.covers(tuple(item), message):
+                    raise ValueError(message)
+                self._covered.add(i)
         for place, labels in self.labels:
             labels.check(item[place], f", batch {number} of the loader,")
         return tuple(item) if self.device is None else tuple(value.to(self.device) for value in item)
@@ -373,7 +385,7 @@ def is_loader(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
             raise ValueError("a loader must be the only argument: its items hold all the model's arguments, in order")
         return False
     (value,) = args
-    if isinstance(value, (Tensor, str, Mapping, np.ndarray, nn.Module)) or not hasattr(value, "__iter__"):
+    if isinstance(value, (Tensor, str, Mapping, np.ndarray, nn.Module)) or is_pandas(value) or not hasattr(value, "__iter__"):
         return False
     name = type(value).__name__
     if hasattr(value, "__next__"):
@@ -383,14 +395,21 @@ def is_loader(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return True
 
 
-def check_finite(value: Tensor, what: str) -> None:
-    """:raises ValueError: if a tensor, ``what`` in the message, holds NaN or infinity."""
+def not_finite(value: Tensor, what: str, label: str | None) -> str | None:
+    """
+    What to say of a tensor that holds NaN or infinity; None where it does not.
+
+    :param what: it is, in the message.
+    :param label: its name in an expression, where a mask may cover it.
+    """
     if not value.is_floating_point():
-        return
+        return None
     # piece by piece: what isfinite() makes on its way is larger than the data
     bad = sum(int((~piece.isfinite()).sum()) for piece in value.reshape(-1).split(2**20))
-    if bad:
-        raise ValueError(f"{what} holds {bad} non-finite values (NaN or infinity): clean the data first")
+    if not bad:
+        return None
+    mask = "" if label is None else f", or mask the observations that are missing, poutine.mask(mask={label}.isfinite())"
+    return f"{what} holds {bad} non-finite values (NaN or infinity): clean the data first{mask}"
 
 
 def _rows_behind(loader: Any) -> int:
@@ -413,8 +432,15 @@ def _rows_behind(loader: Any) -> int:
     except TypeError:
         raise ValueError(
             "num_data: the loader has no .dataset with a length, or its rows are chosen by something without one, so that the number of "
-            "rows behind it must be given, num_data=..."
+            f"rows behind it must be given, num_data=...{_if_arguments(loader)}"
         ) from None
+
+
+def _if_arguments(loader: Any) -> str:
+    several = isinstance(loader, (tuple, list)) and all(isinstance(value, Tensor) for value in loader)
+    return (
+        f". (A {type(loader).__name__} of tensors is taken for a loader: several arguments are given apart, run(x, y))" if several else ""
+    )
 
 
 def _sampler(loader: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
-from pyro_advbayes.graph import autocast_state, held_by, noting_modules, roots_of, trace_graph
+from pyro_advbayes.graph import autocast_state, held_by, noting_modules, quiet_batching, roots_of, trace_graph
 
 if TYPE_CHECKING:
     from pyro_advbayes.potential import Potential
@@ -101,7 +101,7 @@ class Functions:
             varying = self._varying(state, len(tensors))
             fn = vmap(fn, in_dims=(0, None, *(0 if i in varying else None for i in range(len(tensors)))))
         try:
-            with pyro.validation_enabled(False):
+            with pyro.validation_enabled(False), quiet_batching():
                 graph = trace_graph(fn, (state.detach().clone(), potential.scalar(1.0), *tensors), held)
         except Exception as error:  # whatever a model's Python does under a tracer: the handlers still run it
             return self._fall_back(f"it cannot be traced: {str(error).splitlines()[0]}", looped)

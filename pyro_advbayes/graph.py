@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -66,6 +67,14 @@ def trace_graph(fn: Callable[..., Any], example_inputs: Sequence[Tensor], live: 
     module.delete_all_unused_submodules()
     module.recompile()
     return module
+
+
+@contextlib.contextmanager
+def quiet_batching() -> Iterator[None]:
+    """Within it, ``vmap`` does not warn of an operation that it computes in a loop: there is nothing that a user could do about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        yield
 
 
 class Followed(TorchDispatchMode):

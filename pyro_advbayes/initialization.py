@@ -27,7 +27,9 @@ def init_to_fan_in(site: dict[str, Any]) -> Tensor:
     :return: a value of the site's shape.
     """
     fn = site["fn"]
-    support = getattr(fn.support, "base_constraint", fn.support)
+    support = fn.support
+    while hasattr(support, "base_constraint"):  # of to_event, of a mixture
+        support = support.base_constraint
     if support is not constraints.real and support is not constraints.real_vector:
         return init_to_uniform(site, radius=1.0)
     shape = fn.shape()

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyro_advbayes.batches import Arguments, Batch, FullData, Loader, PlateIndices, TensorRows, is_loader
 from pyro_advbayes.functions import BACKENDS, Functions, assemble
-from pyro_advbayes.handlers import MinibatchMessenger, UnvalidatedMessenger
+from pyro_advbayes.given import need_tensor
+from pyro_advbayes.handlers import CoveredMessenger, MinibatchMessenger, UnvalidatedMessenger, kept_random_state
 from pyro_advbayes.initialization import init_to_fan_in
 from pyro_advbayes.notices import tell_of_held_parameters
+from pyro_advbayes.refusals import Given, check_number, raised_here, told
 from pyro_advbayes.scale import check_additive
-from pyro_advbayes.structure import Site, look
+from pyro_advbayes.structure import Site, Structure, look
 
 # Largest number of weights for which chains side by side (one batched product) beat one after the other on a CPU; with
 # convolutions they never do. Two cores, batch 100, time side by side / one by one: 2-20-20-2 0.33 (5 chains) and 0.13 (20), 3 x 100
@@ -36,6 +39,9 @@ class Potential:
     an unbiased estimate from a minibatch of :math:`B` of :math:`N` rows. The Jacobian of the map from unconstrained :math:`u` is
     weighted by the temperature :math:`T`, so that a sampler of :math:`e^{-U/T}` has the law :math:`p(\theta, D)^{1/T}` in the
     model's own space.
+
+    A ``pyro.factor`` outside the data plate belongs to the prior where it is the same on any rows. Observations may be NaN where a mask
+    covers them.
 
     Data arrives in three ways: tensors cut into minibatches (``batch_size``), a plate that subsamples itself
     (``plate("data", N, subsample_size=B)``), or a loader, the only argument. Without any, every evaluation sees all the data.
@@ -91,11 +97,18 @@ class Potential:
         self.model, self.num_chains, self.init_strategy = model, num_chains, init_strategy
         self.shared_batches, self.copies = shared_batches, copies
         self._functions = Functions(self, backend, {} if graphs is None else graphs)
+        self._not_finite: str | None = None  # what to say of the data, unless a mask covers it
+        self._ready = False
         kwargs = dict(kwargs or {})
         if is_loader(args, kwargs):
             self._from_loader(args[0], batch_size, num_data)
         else:
-            self._from_arguments(Arguments(model, args, kwargs), batch_size, batch_args, num_data)
+            given = Given(model, args, kwargs)
+
+            def take(values: Mapping[str, Any]) -> None:
+                self._from_arguments(Arguments(model, *given.call(values)), batch_size, batch_args, num_data)
+
+            told(take, given.values)
         self.sites: tuple[Site, ...] = self.structure.sites
         self.size = sum(site.numel for site in self.sites)
         self.dtype = self.sites[0].dtype
@@ -107,6 +120,9 @@ class Potential:
         self.chunk_size = self._default_chunk() if chunk_size is None else min(chunk_size, num_chains)
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size!r}: the number of chains in one call, >= 1")
+        self._ready = True
+        if self._not_finite is not None and not all(self._covers(batch, "") for batch in self._every_row()):
+            raise ValueError(self._not_finite)
         self.probe_batches = tuple(self.repeat(self.batches.next()) for _ in range(2))
         self.perturbed = None if perturb is None else self._place_of(perturb)
 
@@ -124,14 +140,17 @@ class Potential:
     def _from_loader(self, loader: Iterable[Any], batch_size: int | None, num_data: int | None) -> None:
         if batch_size is not None:
             raise ValueError(f"batch_size={batch_size}: a loader cuts its own batches; give batch_size to the loader")
-        self.batches = Loader(loader, num_data)
-        item = self.batches.example
+        self.batches = Loader(loader, num_data, covers=self._covers)
+        check_number(self.model, self.batches.example)
+        given = Given(self.model, self.batches.example)
+        told(lambda values: self._from_item(given.call(values)[0]), given.values)
+
+    def _from_item(self, item: Batch) -> None:
         self.arguments = Arguments(self.model, item, {})
-        self.arguments.check_finite()
         self.places = list(range(len(item)))
         rows = len(item[0])
         fewer = tuple(t[: rows - 1] if rows > 1 else torch.cat([t, t]) for t in item)
-        self.structure = look(
+        self.structure = self._look(
             self.model,
             (item, {}),
             (fewer, {}),
@@ -149,14 +168,14 @@ class Potential:
     ) -> None:
         if num_data is not None:
             raise ValueError(f"num_data={num_data}: only a loader needs it; here the number of rows is read off the arguments")
-        arguments.check_finite()
+        self._not_finite = arguments.not_finite()
         self.arguments, self.places, self.from_loader = arguments, [], False
         tensors = arguments.tensors
         self.device = tensors[0].device if tensors else torch.get_default_device()
         seed = int(torch.randint(2**31 - 1, ()))
         if batch_size is None:
             whole = [(label, t, t) for label, t in zip(arguments.labels, tensors, strict=True)]
-            self.structure = look(self.model, (arguments.args, arguments.kwargs), None, None, None, arguments.lengths(), whole=whole)
+            self.structure = self._look(self.model, (arguments.args, arguments.kwargs), None, None, None, arguments.lengths(), whole=whole)
             found = self.structure
             self.batches = FullData()
             if found.scaling == "indices":
@@ -170,7 +189,7 @@ class Potential:
             )
         other = batch_size - 1 if batch_size > 1 else min(2, size)
         rows = self._rows(batch_size)
-        self.structure = look(
+        self.structure = self._look(
             self.model,
             arguments.replace(rows),
             arguments.replace(self._rows(other)),
@@ -180,6 +199,43 @@ class Potential:
             whole=list(zip(arguments.labels, rows, tensors, strict=True)),
         )
         self.batches = TensorRows([tensors[i] for i in self.places], batch_size, 1 if self.shared_batches else self.num_chains, seed)
+
+    def _look(self, *args: Any, **kwargs: Any) -> Structure:
+        """:func:`look`, at data that may be the reason why it fails."""
+        try:
+            return look(*args, **kwargs)
+        except Exception as error:  # whatever a model's Python does with NaN
+            if self._not_finite is not None and not raised_here(error):
+                raise ValueError(self._not_finite) from None
+            raise
+
+    def _covers(self, batch: Batch, message: str) -> bool:
+        """Whether a mask covers what is not finite in a batch: energy and gradient are finite where a chain may start."""
+        if not self._ready:
+            self._not_finite = message
+            return True
+        if not self.structure.masked:
+            return False
+        args, kwargs = self.example_arguments()
+        with kept_random_state():  # a run's numbers must not depend on what was looked at
+            for _ in range(3):
+                row = self._draw_start(args, kwargs)
+                energy, gradient = self._functions.by_handlers(row, self.scalar(1.0), self._inputs(batch))
+                if bool(energy.isfinite()) and bool(gradient.isfinite().all()):
+                    return True
+        return False
+
+    def _every_row(self) -> Iterator[Batch]:
+        """Batches that hold every row of the data once at least; of a loader, the first."""
+        if self.from_loader:
+            yield self.batches.example
+        elif self.structure.scaling == "indices":
+            size = self.structure.plate_batch
+            for rows in torch.arange(self.structure.plate_size + size - 1, device=self.device).split(size):
+                if len(rows) == size:
+                    yield (rows % self.structure.plate_size,)
+        else:
+            yield from (batch for batch, _ in self.batches.epoch())
 
     def _place_of(self, name: str) -> int:
         """Where an argument stands among the tensors."""
@@ -229,7 +285,7 @@ class Potential:
             raise ValueError(f"site {wrong!r} is {'unknown to the model' if wrong in params else 'missing'}: expected {sorted(names)}")
         parts = []
         for site in self.sites:
-            value = params[site.name]
+            value = need_tensor(params[site.name], f"initial_params[{site.name!r}]")
             if value.dim() == 0 or value.shape[1:] != site.unconstrained_shape:
                 raise ValueError(
                     f"site {site.name!r} has shape {tuple(value.shape)}: expected [chains, *{tuple(site.unconstrained_shape)}] in "
@@ -259,7 +315,12 @@ class Potential:
             missing = [site.name for site in self.sites if site.name not in values]
             if missing:
                 raise ValueError(f"site {missing[0]!r} is missing: values are needed for {[s.name for s in self.sites]}")
-            return self.join({site.name: site.transform.inv(values[site.name].to(self.device)) for site in self.sites})
+            return self.join(
+                {
+                    site.name: site.transform.inv(need_tensor(values[site.name], f"values[{site.name!r}]").to(self.device))
+                    for site in self.sites
+                }
+            )
 
     @property
     def transforms(self) -> dict[str, Any]:
@@ -388,7 +449,12 @@ class Potential:
             (gradient,) = torch.autograd.grad(energy, row, create_graph=True)
             if not gradient.requires_grad:  # U is linear
                 return torch.zeros_like(direction)
-            (product,) = torch.autograd.grad(gradient @ direction, row, allow_unused=True)
+            try:
+                (product,) = torch.autograd.grad(gradient @ direction, row, allow_unused=True)
+            except RuntimeError as error:
+                if "not implemented" not in str(error) and "double backward" not in str(error):
+                    raise
+                raise ValueError(_without_curvature(self.model, error)) from None
         return torch.zeros_like(direction) if product is None else product.detach()
 
     def probes(self, chain: int) -> list[tuple[Tensor, ...]]:
@@ -419,13 +485,19 @@ class Potential:
         values, log_jacobian = self._values(row)
         model = self.model
         if self.structure.scaling == "minibatch":
-            model = MinibatchMessenger(self.structure.plate_size, self.structure.plate, self.copies)(model)
+            model = MinibatchMessenger(self.structure.plate_size, self.structure.plate, self.structure.prior_factors, self.copies)(model)
         elif self.structure.scaling == "indices":
             *tensors, values[self.structure.plate] = tensors
         args, kwargs = self.arguments.replace(tensors)
-        with poutine.block(), UnvalidatedMessenger():
+        with poutine.block(), UnvalidatedMessenger(), self.covering():
             trace = poutine.trace(poutine.condition(model, values)).get_trace(*args, **kwargs)
         return -(trace.log_prob_sum() + temperature * log_jacobian).to(row.dtype)
+
+    def covering(self) -> Any:
+        """A handler under which observations that a mask covers may be NaN, where some are or a loader may bring some."""
+        # of a loader, since a later batch may be the first with NaN
+        covers = self.structure.masked and (self._not_finite is not None or self.from_loader)
+        return CoveredMessenger() if covers else contextlib.nullcontext()
 
     def _values(self, row: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The sites' values for one row, and the logarithm of the Jacobian's determinant."""
@@ -441,7 +513,7 @@ class Potential:
         """The negative log-likelihood of the rows in ``tensors`` for one chain, the sum over rows, not scaled to all data."""
         values, _ = self._values(row)
         args, kwargs = self.arguments.replace(tensors)
-        with poutine.block(), UnvalidatedMessenger():
+        with poutine.block(), UnvalidatedMessenger(), self.covering():
             trace = poutine.trace(poutine.condition(self.model, values)).get_trace(*args, **kwargs)
         trace.compute_log_prob(lambda name, site: site["is_observed"] and name not in values)
         return -sum(trace.nodes[name]["log_prob_sum"] for name in trace.observation_nodes if name not in values).to(row.dtype)
@@ -478,6 +550,18 @@ class Potential:
         convolutional = any(len(site.shape) > 2 for site in self.sites)
         slow = self.device.type == "cpu" and (convolutional or self.size > SIDE_BY_SIDE_WEIGHTS)
         return 1 if slow else self.num_chains
+
+
+def _without_curvature(model: Callable, error: Exception) -> str:
+    layers = {type(module).__name__ for module in model.modules()} if isinstance(model, nn.Module) else set()
+    where = (
+        " (nn.EmbeddingBag; nn.Embedding and a mean have one)" if "EmbeddingBag" in {name.removeprefix("Pyro") for name in layers} else ""
+    )
+    what = str(error).splitlines()[0].rstrip(".")
+    return (
+        f'step_size="auto" needs second derivatives, and an operation of the model has none{where}: {what}. Give a step size, a number or '
+        "a function of the step"
+    )
 
 
 def _is_identity(transform: Any) -> bool:

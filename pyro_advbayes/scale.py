@@ -115,9 +115,9 @@ def _likelihood(potential: Potential, values: Mapping[str, Tensor], rows: Tensor
         tensors = [t.index_select(0, rows.to(t.device)) if i in cut else t for i, t in enumerate(tensors)]
     args, kwargs = arguments.replace(tensors)
     try:
-        with UnvalidatedMessenger():
+        with UnvalidatedMessenger(), potential.covering():
             trace = poutine.trace(poutine.condition(potential.model, given)).get_trace(*args, **kwargs)
-        trace.compute_log_prob(lambda name, node: _is_data(name, node, given))
+        trace.compute_log_prob(lambda name, node: _is_data(name, node, given, potential.structure.prior_factors))
     except Exception as error:  # whatever a model's Python does with other rows than those of the first look
         raise ValueError(
             f"the model runs on the first {potential.structure.plate_batch} rows and fails on {len(rows)} others: "
@@ -125,7 +125,7 @@ def _likelihood(potential: Potential, values: Mapping[str, Tensor], rows: Tensor
         ) from error
     sums, sizes, scales = {}, {}, {}
     for name, node in trace.nodes.items():
-        if node["type"] != "sample" or not _is_data(name, node, given):
+        if node["type"] != "sample" or not _is_data(name, node, given, potential.structure.prior_factors):
             continue
         own = 1.0
         for frame in node["cond_indep_stack"]:
@@ -138,8 +138,14 @@ def _likelihood(potential: Potential, values: Mapping[str, Tensor], rows: Tensor
     return _Likelihood(sums, sizes, _rounding(dtypes, tensors, potential.device), scales)
 
 
-def _is_data(name: str, node: Mapping[str, Any], given: Mapping[str, Tensor]) -> bool:
-    return node["is_observed"] and name not in given and not site_is_subsample(node) and not node["infer"].get("_deterministic")
+def _is_data(name: str, node: Mapping[str, Any], given: Mapping[str, Tensor], prior_factors: Sequence[str]) -> bool:
+    return (
+        node["is_observed"]
+        and name not in given
+        and name not in prior_factors
+        and not site_is_subsample(node)
+        and not node["infer"].get("_deterministic")
+    )
 
 
 def _rounding(dtypes: set[torch.dtype], tensors: Sequence[Tensor], device: torch.device) -> float:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import Transform, biject_to, constraints
+from torch.distributions import Transform, constraints
 from torch.distributions.constraints import Constraint
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_advbayes.batches import in_words
-from pyro_advbayes.handlers import minibatch
+from pyro_advbayes.given import is_array, kind
+from pyro_advbayes.handlers import covered, is_masked, minibatch, unvalidated
 from pyro_advbayes.notices import tell_of_new_statistics
+from pyro_advbayes.refusals import Mismatch, Refused, in_a_line, not_given, original
+from pyro_advbayes.supports import map_onto
+
+Call = tuple[Sequence[Any], Mapping[str, Any]]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -59,6 +65,8 @@ class Labels(NamedTuple):
         # a share between 0 and 1 stands for a coin where it is the target of a cross-entropy
         coin = self.support is constraints.boolean
         wrong = (values < 0) | (values > 1) if coin else ~self.support.check(values)
+        missing = ~values.isfinite()  # a mask may cover it, or the data is refused for it
+        wrong &= ~(missing.flatten(wrong.dim()).any(-1) if missing.dim() > wrong.dim() else missing)
         if bool(wrong.any()):
             support = "which differs from row to row" if self.differs else self.support
             raise ValueError(
@@ -69,7 +77,9 @@ class Labels(NamedTuple):
 
 class Structure(NamedTuple):
     """
-    What :func:`look` found: the latent sites in flat order, the data plate, what is observed of classes, and the names of parameters.
+    What :func:`look` found: the latent sites in flat order, the data plate, what is observed of classes, factors of the prior, which
+    are outside the plate and stay unscaled, whether some of what is observed is masked,
+    and the names of parameters.
 
     ``scaling`` is ``"none"`` (full data, or a model that is given its indices and scales itself), ``"minibatch"``
     (:func:`~pyro_advbayes.handlers.minibatch` scales the plate) or ``"indices"`` (the plate draws its own subsample and scales
@@ -82,6 +92,8 @@ class Structure(NamedTuple):
     plate_size: int | None = None
     plate_batch: int | None = None
     labels: tuple[Labels, ...] = ()
+    prior_factors: tuple[str, ...] = ()
+    masked: bool = False
     parameters: tuple[str, ...] = ()
 
 
@@ -108,16 +120,34 @@ def look(
     :param loader: whether the rows come from a loader, which may supply a plate's indices too, ``plate(subsample=...)``.
     :raises ValueError: naming the site, plate or layer that a sampler cannot treat, and the remedy.
     """
-    lengths = lengths or {}
+    try:
+        return _look(model, few, fewer, rows, num_data, lengths or {}, loader, whole)
+    except _Drawn as error:
+        absent = not_given(model, *few)
+        hint = f". Argument {absent[0]} is not given: if the site is what it observes, give it" if absent else ""
+        raise ValueError(f"{error}{hint}") from error.__cause__
+
+
+def _look(
+    model: Callable,
+    few: Call,
+    fewer: Call | None,
+    rows: tuple[int, int] | None,
+    num_data: int | None,
+    lengths: Mapping[str, int],
+    loader: bool,
+    whole: Sequence[tuple[str, Tensor, Tensor]],
+) -> Structure:
     arguments = (few, few if fewer is None else fewer)
     with tell_of_new_statistics(model), refuse_random_layers(model):
         try:
             first, second = (_trace(model, each) for each in arguments)
-        except _Refused:
+        except Refused:
             raise
         except Exception as error:  # whatever a model's Python does with fewer rows than it expects
             if rows is not None:
                 _explain(error, [_witness(model, each) for each in arguments], rows, lengths)
+            _explain_plate(error)
             raise
     own = _own_plate(first)
     if own is not None:
@@ -131,7 +161,8 @@ def look(
         found = Structure((), "minibatch", plate, num_data, rows[0])
     sites = _latent_sites(first, second)
     if found.scaling == "minibatch":
-        _check_scaling(model, few, num_data, found.plate)
+        found = found._replace(prior_factors=_prior_factors(model, first, arguments, rows))
+        _check_scaling(model, few, num_data, found)
         for trace, size in zip((first, second), rows, strict=True):
             _check_rows(trace, found.plate, size, lengths)
     for trace in (first, second):
@@ -141,7 +172,13 @@ def look(
         for each in _labels(first, name, given):
             each.check(given if each.differs else values)
             labels += [] if each.differs else [each]
-    return found._replace(sites=sites, labels=tuple(labels), parameters=tuple(first.param_nodes))
+    check_densities(first)
+    masked = any(is_masked(node["fn"], node["mask"]) for node in _observations(first).values())
+    return found._replace(sites=sites, labels=tuple(labels), masked=masked, parameters=tuple(first.param_nodes))
+
+
+class _Drawn(ValueError):
+    """A refusal of a site that is drawn, and might be meant to be observed."""
 
 
 @contextlib.contextmanager
@@ -170,10 +207,6 @@ def kept_statistics() -> Iterator[None]:
                 setattr(module, name, value)
 
 
-class _Refused(ValueError):
-    """A refusal that already names culprit and remedy."""
-
-
 @contextlib.contextmanager
 def refuse_random_layers(model: Callable) -> Iterator[None]:
     """Within it, a BatchNorm or Dropout layer that runs in training mode raises an error with the layer's name."""
@@ -182,7 +215,7 @@ def refuse_random_layers(model: Callable) -> Iterator[None]:
     def check(module: nn.Module, _: Any) -> None:
         if isinstance(module, _NORMS + _DROPOUTS) and module.training:
             why = "changes its statistics" if isinstance(module, _NORMS) else "draws a new mask"
-            raise _Refused(
+            raise Refused(
                 f"layer {names.get(module) or type(module).__name__!r} ({type(module).__name__}) is in training mode, where it "
                 f"{why} at every evaluation, so that there is no fixed log-density: call .eval() on the network first"
             )
@@ -190,8 +223,8 @@ def refuse_random_layers(model: Callable) -> Iterator[None]:
     handle = register_module_forward_pre_hook(check)
     try:
         yield
-    except _Refused as error:
-        raise ValueError(_without_shapes(error)) from None
+    except Refused as error:
+        raise ValueError(str(error)) from None
     finally:
         handle.remove()
 
@@ -206,11 +239,6 @@ def refuse_inference_mode(who: str) -> None:
             f"{who} needs gradients, and torch.inference_mode() has none: use torch.no_grad() instead (in Lightning: "
             "Trainer(inference_mode=False))"
         )
-
-
-def _without_shapes(error: Exception) -> str:
-    """The message without the table of shapes that Pyro adds to errors from inside a model."""
-    return re.split(r"\s*Trace Shapes:", str(error))[0]
 
 
 def _trace(model: Callable, arguments: tuple[Sequence[Any], Mapping[str, Any]]) -> Trace:
@@ -255,22 +283,33 @@ def _explain(error: Exception, seen: list[_Witness], rows: tuple[int, int], leng
     """
     first, second = seen
     for plate, batch, size in first.own + second.own:
-        raise _scaled_twice(plate, batch, size) from error
+        raise _scaled_twice(plate, batch, size) from original(error)
     for name, sizes in first.latents.items():
         for plate, size in sizes.items():
             if (size, second.latents.get(name, {}).get(plate)) == rows:
-                raise _local_latent(name, plate) from error
-    what = f"the model fails on minibatches of {rows[0]} and {rows[1]} rows: {_without_shapes(error).splitlines()[0]}"
+                raise _local_latent(name, plate) from original(error)
+    what = f"the model fails on minibatches of {rows[0]} and {rows[1]} rows: {in_a_line(error)}"
     for plate, size in first.plates.items():
         if size == second.plates.get(plate) and rows[0] != rows[1]:
-            raise ValueError(
-                f"{what}. Plate {plate!r} has {size} rows in both: if it holds the data it must take its size from them, "
-                f"pyro.plate({plate!r}, len(x)), or subsample itself (and batch_size=None)"
-            ) from error
+            raise Mismatch(
+                f"{what}. Plate {plate!r} has {size} rows in both",
+                f"if it holds the data it must take its size from them, pyro.plate({plate!r}, len(x)), or subsample itself (and "
+                "batch_size=None)",
+            ) from original(error)
     if len(set(lengths.values())) > 1:
-        raise ValueError(
-            f"{what}. {in_words(lengths)}: the arguments that hold data must be equally long (batch_args= names them)"
-        ) from error
+        raise Mismatch(
+            f"{what}. {in_words(lengths)}", "the arguments that hold data must be equally long (batch_args= names them)"
+        ) from original(error)
+
+
+def _explain_plate(error: Exception) -> None:
+    """:raises ValueError: if a distribution in a plate has another size where the plate's rows are."""
+    if "inside plate" in str(error):
+        raise Mismatch(
+            in_a_line(error),
+            "the last dimension of a distribution's batch is the rows of the plate; .to_event(1) makes the outputs of a row one event, "
+            ".squeeze(-1) drops a dimension of 1",
+        ) from original(error)
 
 
 def _scaled_twice(plate: str, batch: int, size: int) -> ValueError:
@@ -280,11 +319,11 @@ def _scaled_twice(plate: str, batch: int, size: int) -> ValueError:
     )
 
 
-def _local_latent(site: str, plate: str) -> ValueError:
-    return ValueError(
+def _local_latent(site: str, plate: str) -> _Drawn:
+    return _Drawn(
         f"site {site!r} is a local latent: it is drawn inside the data plate {plate!r}, so that it belongs to the rows of one "
-        "minibatch (obs_mask= adds such a site, and so do weights drawn in the plate). Draw it outside the plate or integrate "
-        "it out"
+        "minibatch (obs_mask= adds such a site, where poutine.mask adds none, and so do weights drawn in the plate). Draw it outside the "
+        "plate or integrate it out"
     )
 
 
@@ -307,32 +346,32 @@ def _latent_sites(first: Trace, second: Trace) -> tuple[Site, ...]:
         )
     sites, start = [], 0
     for name, node in latents.items():
-        support = _support(name, node)
+        transform = _map(name, node)
         if node["value"].shape != again[name]["value"].shape:
             raise ValueError(
                 f"site {name!r} has shape {tuple(node['value'].shape)} in one run and {tuple(again[name]['value'].shape)} in the "
                 "next: its shape depends on other draws or on the number of rows. Draw it with a fixed shape, outside the "
                 "data plate"
             )
-        transform = biject_to(support)
         shape = torch.Size(transform.inverse_shape(node["value"].shape))
-        _check_same_support(name, transform, biject_to(_support(name, again[name])), shape, node["value"])
+        _check_same_support(name, transform, _map(name, again[name]), shape, node["value"])
         sites.append(Site(name, node["value"].shape, node["value"].dtype, shape, transform, start))
         start += shape.numel()
     return tuple(sites)
 
 
-def _support(name: str, node: dict[str, Any]) -> Any:
+def _map(name: str, node: dict[str, Any]) -> Transform:
+    """From unconstrained space onto the support of a latent site."""
     try:
         support = node["fn"].support
     except NotImplementedError:
         support = None
     if support is None or support.is_discrete:
-        raise ValueError(
+        raise _Drawn(
             f"latent site {name!r} ({type(node['fn']).__name__}) is discrete or has no support: gradients cannot move it. Sum it "
             "out (a mixture distribution), or give its value as obs="
         )
-    return support
+    return map_onto(name, node["fn"])
 
 
 def same_map(one: Transform, other: Transform, shape: torch.Size, like: Tensor) -> bool:
@@ -374,22 +413,24 @@ def _check_plate(trace: Trace, plate: str) -> None:
 
 def _following_plate(first: Trace, second: Trace, rows: tuple[int, int]) -> str:
     sizes: list[dict[str, int]] = []
+    sequential: set[str] = set()
     for trace in (first, second):
         frames = [frame for node in trace.nodes.values() for frame in node.get("cond_indep_stack", ())]
-        sequential = {frame.name for frame in frames if not frame.vectorized}
-        if sequential:
-            raise ValueError(
-                f"plate {sorted(sequential)[0]!r} is sequential (a for loop): minibatches need a vectorised one, `with pyro.plate(...):`"
-            )
+        sequential |= {frame.name for frame in frames if not frame.vectorized}
         sizes.append({frame.name: frame.size for frame in frames})
     found = [name for name, size in sizes[0].items() if (size, sizes[1].get(name)) == rows]
+    for plate in found:
+        if plate in sequential:
+            raise ValueError(f"plate {plate!r} is sequential (a for loop): minibatches need a vectorised one, `with pyro.plate(...):`")
     if len(found) == 1:
         return found[0]
     seen = ", ".join(f"{name!r} of {size}" for name, size in sizes[0].items()) or "none"
     if not found:
-        raise ValueError(
-            f"no plate follows the number of rows of a minibatch (plates seen on {rows[0]} rows: {seen}). Put the observed site "
-            "into `with pyro.plate('data', len(x)):`, or use the full data (batch_size=None)"
+        events = [name for name, node in _observations(first).items() if rows[0] in node["fn"].event_shape[:1]]
+        remedy = f" and drop .to_event({first.nodes[events[0]]['fn'].event_dim}), which makes the rows one event" if events else ""
+        raise Mismatch(
+            f"no plate follows the number of rows of a minibatch (plates seen on {rows[0]} rows: {seen})",
+            f"put the observed site into `with pyro.plate('data', len(x)):`{remedy}, or use the full data (batch_size=None)",
         )
     raise ValueError(
         f"plates {', '.join(map(repr, found))} all follow the number of rows of a minibatch: it is not clear which holds the "
@@ -397,12 +438,64 @@ def _following_plate(first: Trace, second: Trace, rows: tuple[int, int]) -> str:
     )
 
 
-def _check_scaling(model: Callable, arguments: tuple[Sequence[Any], Mapping[str, Any]], num_data: int, plate: str) -> None:
+def prior_factors(model: Callable, arguments: Call, rows: int) -> tuple[str, ...]:
+    """
+    The ``pyro.factor`` terms of a model that are the same on other rows: terms of its prior, which a minibatch does not scale.
+
+    :param arguments: ``(args, kwargs)``, of which tensors as long as ``rows`` hold a row per data point.
+    """
+    args, kwargs = arguments
+    few = max(1, rows - 1)
+
+    def cut(value: Any) -> Any:
+        return value[:few] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
+
+    fewer = tuple(cut(value) for value in args), {name: cut(value) for name, value in kwargs.items()}
+    with kept_statistics(), pyro.get_param_store().scope(), pyro.validation_enabled(False):  # draws may overflow a deep network
+        return _prior_factors(model, _trace(model, arguments), (arguments, fewer), (rows, few))
+
+
+def _prior_factors(model: Callable, first: Trace, arguments: tuple[Call, Call], rows: tuple[int, int]) -> tuple[str, ...]:
+    """Factors outside a plate of the rows, with one value on other rows, and on fewer: at latents held where the first trace has them."""
+    factors = {
+        name: node["fn"].log_factor
+        for name, node in first.nodes.items()
+        if isinstance(node.get("fn"), Unit) and all(frame.size != rows[0] for frame in node["cond_indep_stack"])
+    }
+    latents = {name: node["value"] for name, node in _latents(first).items()}
+    held = poutine.condition(model, latents)
+    for args, kwargs in (arguments[1], *_repeating_a_row(arguments, rows)) if factors else ():
+        nodes = _trace(held, (args, kwargs)).nodes
+        factors = {
+            name: value
+            for name, value in factors.items()
+            if name in nodes and value.shape == nodes[name]["fn"].log_factor.shape and torch.equal(value, nodes[name]["fn"].log_factor)
+        }
+    return tuple(factors)
+
+
+def _repeating_a_row(arguments: tuple[Call, Call], rows: tuple[int, int]) -> Iterator[Call]:
+    """The arguments of more rows with their first one everywhere, and with their last: a sum, a mean or a maximum is another there."""
+    order = slice(None) if rows[0] > rows[1] else slice(None, None, -1)
+    (args, kwargs), (other, others) = arguments[order]
+
+    def repeated(value: Any, fewer: Any, row: int) -> Any:
+        holds_rows = isinstance(value, Tensor) and value.dim() > 0 and (len(value), len(fewer)) == rows[order]
+        return value[row].expand_as(value).clone() if holds_rows else value
+
+    for row in (0, -1):
+        yield (
+            tuple(repeated(value, fewer, row) for value, fewer in zip(args, other, strict=True)),
+            {name: repeated(value, others[name], row) for name, value in kwargs.items()},
+        )
+
+
+def _check_scaling(model: Callable, arguments: Call, num_data: int, found: Structure) -> None:
     """Lets the handler refuse, by name, what it would scale wrongly."""
     try:
-        _trace(minibatch(model, num_data, plate), arguments)
+        _trace(minibatch(model, num_data, found.plate, found.prior_factors), arguments)
     except ValueError as error:
-        raise ValueError(_without_shapes(error)) from None
+        raise ValueError(str(error)) from None
 
 
 def _check_rows(trace: Trace, plate: str, rows: int, lengths: Mapping[str, int]) -> None:
@@ -412,11 +505,30 @@ def _check_rows(trace: Trace, plate: str, rows: int, lengths: Mapping[str, int])
                 dim = frame.dim - node["fn"].event_dim
                 shape = node["value"].shape
                 got = shape[dim] if len(shape) >= -dim else 1
+                if got != rows and rows in shape[:1]:
+                    raise _misfit(name, node, lengths)
                 if got != rows:
-                    raise ValueError(
-                        f"observed site {name!r} has {got} rows where plate {plate!r} has {rows} ({in_words(lengths)}): the "
-                        "arguments that hold data must be equally long"
-                    )
+                    why = "the arguments that hold data must be equally long"
+                    if len(set(lengths.values())) == 1:
+                        why = "every argument with a row per data point must be cut (batch_args= names them)"
+                    raise Mismatch(f"observed site {name!r} has {got} rows where plate {plate!r} has {rows} ({in_words(lengths)})", why)
+
+
+def _misfit(name: str, node: dict[str, Any], lengths: Mapping[str, int]) -> Mismatch:
+    """An observed site whose values do not have the shape of its distribution, and why."""
+    fn, value = node["fn"], tuple(node["value"].shape)
+    shape, rows = tuple(fn.shape()), value[0] if value else 1
+    plates = [repr(frame.name) for frame in node["cond_indep_stack"] if frame.vectorized]
+    why = "give one observation for each, of the same shape"
+    if plates and fn.event_dim and fn.event_shape[0] == rows and shape[:1] == (rows,):
+        why = f".to_event({fn.event_dim}) makes all rows one event, which plate {plates[0]} then repeats. Drop it"
+    elif plates and not fn.event_dim and len(shape) > 1 and shape[-2:] == (rows, rows):
+        why = (
+            f"its parameters have shape ({rows}, 1), which plate {plates[0]} repeats for every row: .squeeze(-1) them, or keep the "
+            "dimension of 1 in the values too and end it with .to_event(1)"
+        )
+    known = f" ({in_words(lengths)})" if len(set(lengths.values())) > 1 else ""
+    return Mismatch(f"observed site {name!r} has values of shape {value} where its distribution has {shape} for its rows{known}", why)
 
 
 def _observations(trace: Trace) -> dict[str, dict[str, Any]]:
@@ -454,8 +566,24 @@ def _check_observations(trace: Trace, lengths: Mapping[str, int]) -> None:
             dim = frame.dim - node["fn"].event_dim if frame.vectorized else 0
             fits = fits and (not -len(value) <= dim < 0 or value[dim] == frame.size)
         if not fits:
-            known = f" ({in_words(lengths)})" if lengths else ""
-            raise ValueError(
-                f"observed site {name!r} has values of shape {tuple(value)} where its distribution has {tuple(shape)}{known}: give one "
-                "observation for each, of the same shape"
-            )
+            raise _misfit(name, node, lengths)
+
+
+def check_densities(trace: Trace) -> None:
+    """
+    Computes the log-density of what is observed, which fails where a value is of a dtype that its distribution cannot take.
+
+    :raises ValueError: naming a site that is given an array in place of a tensor.
+    """
+    with torch.no_grad():
+        for name, node in trace.nodes.items():
+            if node["type"] == "sample" and node["is_observed"] and is_array(node["value"]):
+                raise Mismatch(f"observed site {name!r} is given {kind(node['value'])}", "give a tensor")
+        for node in _observations(trace).values():
+            unvalidated(node["fn"]).log_prob(covered(node["fn"], node["mask"], node["value"]))
+
+
+def try_model(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Runs a model once on draws from its prior, log-densities included, and leaves nothing behind."""
+    with kept_statistics(), pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        check_densities(_trace(model, (args, kwargs)))

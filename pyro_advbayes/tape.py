@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pyro_advbayes.graph import quiet_batching
 from pyro_advbayes.operations import Operation, Slot, Step, in_lanes, in_place, perform, plan, rows_last
 
 aten = torch.ops.aten
@@ -252,7 +253,8 @@ class Tape:
             return self._run(steps, [*values, lane], (*inputs, *shared))
 
         # The function may have no input but chance, and vmap needs something to map over.
-        return torch.func.vmap(one, randomness="different")(torch.empty(count, 0), *inputs)
+        with quiet_batching():
+            return torch.func.vmap(one, randomness="different")(torch.empty(count, 0), *inputs)
 
     def replay_all(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Every operation that was recorded, needed or not: from one state of the random generators, what ``fn`` returns."""
@@ -334,7 +336,6 @@ class Replays:
         key = size, torch.is_grad_enabled()
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "There is a performance drop")  # one loop in place of another
                 warnings.filterwarnings("ignore", "An output with one or more elements was resized")  # by torch.binomial
                 if key in self._batched:
                     return self._batched[key].replay(self._batched[key].prepare(), inputs)

@@ -435,7 +435,7 @@ def test_inputs_in_float64_need_weights_in_float64():
         likelihood(logits, y)
 
     assert run(sgld(model, batch_size=10), X.double(), Y).get_samples()["w"].dtype == torch.float64
-    with pytest.raises(RuntimeError, match="same dtype"):
+    with pytest.raises(ValueError, match=r"argument x is of torch.float64.*same dtype.*give x\.float\(\)"):
         run(sgld(logistic, batch_size=10), X.double(), Y)
 
 

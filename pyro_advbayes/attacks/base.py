@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from pyro_advbayes.attacks.geometry import BALLS, Ball, Clip, Region, rows
 from pyro_advbayes.attacks.losses import LOSSES
 from pyro_advbayes.attacks.problem import OBJECTIVES, ClassifierProblem, LossProblem, Problem, Slope
+from pyro_advbayes.given import class_labels, need_tensor
+from pyro_advbayes.refusals import naming
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,7 +74,8 @@ class Attack(ABC):
         parts = []
         for inputs, labels in zip(x.split(size), y.split(size), strict=True):
             problem = ClassifierProblem(classifier, labels, self.loss, self.objective, self.targeted, self.eot)
-            parts.append(self._perturb(problem, inputs))
+            with naming(lambda values: classifier(values["x"]), {"x": inputs}):
+                parts.append(self._perturb(problem, inputs))
         return torch.cat(parts)
 
     @final
@@ -124,9 +127,11 @@ class Attack(ABC):
         return region.restrict(self.run(problem, region).detach())
 
     def _checked_inputs(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0 or x.numel() == 0:
-            what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"inputs must be a tensor of floating type [N, ...] with one row or more, not {what}")
+        if not need_tensor(x, "x", inputs=True).is_floating_point() or x.dim() == 0 or x.numel() == 0:
+            raise ValueError(
+                f"inputs must be a tensor of floating type [N, ...] with one row or more, not {x.dtype} {tuple(x.shape)}"
+                + (": give x.float()" if x.numel() and x.dim() and not x.is_complex() else "")
+            )
         low, high = x.new_tensor(self.clip or (-math.inf, math.inf)).tolist()  # rounded as the inputs are
         least, most = float(x.min()), float(x.max())
         if not (low <= least and most <= high and math.isfinite(least) and math.isfinite(most)):  # NaN fails, too
@@ -224,12 +229,7 @@ class Best:
 
 
 def _checked_labels(x: Tensor, y: Tensor) -> Tensor:
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        whole = isinstance(y, Tensor) and not y.is_complex() and torch.equal(y, y.floor() if y.is_floating_point() else y)
-        raise ValueError(f"labels must be a tensor of integers, not {getattr(y, 'dtype', type(y).__name__)}{': y.long()' if whole else ''}")
-    if y.shape != (len(x),):
-        raise ValueError(f"labels must be [{len(x)}], one for each input, not {list(y.shape)}")
-    return y.to(x.device, torch.int64)
+    return class_labels(y, len(x), "one for each input", "y").to(x.device)
 
 
 def _refuse_training_norms(classifier: Any) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+
+from pyro_advbayes.given import need_tensor
+from pyro_advbayes.refusals import told
 
 
 class GuideClassifier(nn.Module):
@@ -40,8 +43,11 @@ class GuideClassifier(nn.Module):
 
     def log_probs(self, x: Tensor) -> Iterator[Tensor]:
         """Log-probabilities ``[1, N, K]`` of new draws, one by one."""
+        need_tensor(x, "x", inputs=True)
         for _ in range(self.num_samples):
-            with poutine.block(), poutine.mask(mask=False):
-                trace = poutine.trace(self.guide).get_trace(x)
-                logits = poutine.replay(self.model, trace=trace)(x)
-            yield logits.log_softmax(-1).unsqueeze(0)
+            yield told(self._drawn, {"x": x}).log_softmax(-1).unsqueeze(0)
+
+    def _drawn(self, given: Mapping[str, Tensor]) -> Tensor:
+        with poutine.block(), poutine.mask(mask=False):
+            trace = poutine.trace(self.guide).get_trace(given["x"])
+            return poutine.replay(self.model, trace=trace)(given["x"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_advbayes.given import class_labels, need_tensor
+
 ROUNDING = 1e-4  # how far from 1 the probabilities of one prediction may sum
 
 
@@ -18,8 +20,8 @@ def check_probs(probs: Tensor, ranks: tuple[int, ...] = (2, 3)) -> Tensor:
     :param ranks: the numbers of dimensions that the caller takes.
     :raises ValueError: if the rank is another, an entry is negative or not finite, or a row does not sum to 1.
     """
-    if not isinstance(probs, Tensor) or not probs.is_floating_point():
-        raise ValueError(f"probs must be a tensor of floating type, not {getattr(probs, 'dtype', type(probs).__name__)}")
+    if not need_tensor(probs, "probs").is_floating_point():
+        raise ValueError(f"probs must be a tensor of floating type, not {probs.dtype}")
     shapes = {2: "[N, K]", 3: "[draws, N, K]"}
     if probs.dim() not in ranks:
         remedy = "; one draw is probs[None]" if probs.dim() == 2 else ""
@@ -58,17 +60,7 @@ def check_labels(labels: Tensor, probs: Tensor) -> Tensor:
     :raises ValueError: if the shape, type or range is another.
     """
     num_rows, num_classes = probs.shape[-2:]
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        whole = (
-            isinstance(labels, Tensor)
-            and not labels.is_complex()
-            and torch.equal(labels, labels.floor() if labels.is_floating_point() else labels)
-        )
-        remedy = ": labels.long()" if whole else ""
-        raise ValueError(f"labels must be a tensor of integers, not {getattr(labels, 'dtype', type(labels).__name__)}{remedy}")
-    if labels.shape != (num_rows,):
-        raise ValueError(f"labels must be [{num_rows}], one per input of probs, not {list(labels.shape)}")
-    labels = labels.to(probs.device, torch.int64)
+    labels = class_labels(labels, num_rows, "one per input of probs", "labels").to(probs.device)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise ValueError(f"labels run from {low} to {high}, but probs has the classes 0 to {num_classes - 1}")

@@ -23,6 +23,7 @@ from torch import Tensor
 from pyro_advbayes.diagnostics.checks import ROUNDING, check_labels, check_probs, predictive_mean
 from pyro_advbayes.diagnostics.robustness import Estimate, accuracy_under_attack
 from pyro_advbayes.diagnostics.uncertainty import predictive_entropy
+from pyro_advbayes.given import is_array, need_tensor
 
 
 class DrawQuality(NamedTuple):
@@ -75,10 +76,10 @@ def draw_quality(log_probs: Tensor | Iterable[Tensor], labels: Tensor) -> DrawQu
     :param labels: ``[N]``, integers from 0 to K - 1.
     :raises ValueError: if these are no logarithms of probabilities, there is no draw, or the labels do not fit.
     """
-    chunks = [log_probs] if isinstance(log_probs, Tensor) else log_probs
+    chunks = [log_probs] if isinstance(log_probs, Tensor) or is_array(log_probs) else log_probs
     right, total, count = [], 0.0, 0
     for chunk in chunks:
-        if not isinstance(chunk, Tensor) or not chunk.is_floating_point() or chunk.dim() != 3:
+        if not need_tensor(chunk, "log_probs").is_floating_point() or chunk.dim() != 3:
             raise ValueError("log_probs must be a tensor [draws, N, K] of floating type, or chunks of draws of this form")
         if chunk.numel() and not (chunk <= 1e-4).all():
             raise ValueError("log_probs has entries above 0: give logarithms of probabilities, logits.log_softmax(-1) or probs.log()")
@@ -129,7 +130,9 @@ def retained_accuracy(
     kept = [float(share) for share in shares]
     if not kept or not all(0 < share <= 1 for share in kept) or any(not low < high for low, high in pairwise(kept)):
         raise ValueError(f"shares must be numbers in (0, 1], growing, got {kept}")
-    score = predictive_entropy(mean) if uncertainty is None else uncertainty.detach().to(mean.device, torch.double)
+    score = (
+        predictive_entropy(mean) if uncertainty is None else need_tensor(uncertainty, "uncertainty").detach().to(mean.device, torch.double)
+    )
     if score.shape != right.shape or not score.isfinite().all():
         raise ValueError(f"uncertainty must be [{len(right)}], one finite number per input of probs, not {list(score.shape)}")
     accuracies = []

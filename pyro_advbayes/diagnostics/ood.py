@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_advbayes.diagnostics.checks import check_probs
 from pyro_advbayes.diagnostics.uncertainty import model_variance, mutual_information, predictive_entropy, variation_ratio
+from pyro_advbayes.given import need_tensor
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "entropy": predictive_entropy,
@@ -57,7 +58,7 @@ def ood_detection(in_probs: Tensor, out_probs: Mapping[str, Tensor]) -> dict[str
         raise ValueError(f"out_probs is {_kind(out_probs)}: give a dict, from a set's name to its probabilities")
     table = {}
     for name, probs in out_probs.items():
-        if not isinstance(probs, Tensor) or probs.dim() != in_probs.dim() or probs.shape[-1] != in_probs.shape[-1]:
+        if need_tensor(probs, f"out_probs[{name!r}]").dim() != in_probs.dim() or probs.shape[-1] != in_probs.shape[-1]:
             raise ValueError(f"{name}: probabilities {_kind(probs)} do not go with {_kind(in_probs)}: a tensor [draws, M, K] of the same K")
         others = _scores(probs)
         table[name] = {score: detection(own[score], others[score]) for score in own}
@@ -91,7 +92,7 @@ def adversarial_detection(clean_probs: Tensor, attacked_probs: Tensor, hit: Tens
     :raises ValueError: if these are no probabilities, no input was attacked, or ``hit`` does not fit.
     """
     for name, value in (("attacked_probs", attacked_probs), ("hit", hit)):
-        if not isinstance(value, Tensor) or not value.numel():
+        if not need_tensor(value, name).numel():
             raise ValueError(f"{name} is {_kind(value)}: a tensor is needed, of one attacked input at least")
     if hit.dtype != torch.bool or hit.shape != attacked_probs.shape[-2:-1]:
         raise ValueError(f"hit is {hit.dtype} {_kind(hit)}: a bool for each of the {attacked_probs.shape[-2]} attacked inputs is needed")
@@ -143,9 +144,9 @@ def fpr95(in_scores: Tensor, out_scores: Tensor) -> float:
 
 def _labelled(negative: Tensor, positive: Tensor) -> tuple:
     """Labels and scores of both kinds, as scikit-learn takes them."""
-    for scores in (negative, positive):
-        if not isinstance(scores, Tensor) or scores.dim() != 1 or len(scores) == 0:
-            raise ValueError(f"scores must be vectors with one score per input, not {getattr(scores, 'shape', scores)}")
+    for name, scores in (("in_scores", negative), ("out_scores", positive)):
+        if need_tensor(scores, name).dim() != 1 or len(scores) == 0:
+            raise ValueError(f"scores must be vectors with one score per input, not {scores.shape}")
         if not scores.isfinite().all():
             raise ValueError("scores has entries that are NaN or infinite")
     scores = torch.cat([negative.detach().cpu(), positive.detach().cpu()]).double()

@@ -14,6 +14,7 @@ from pyro_advbayes.diagnostics.calibration import Reliability
 from pyro_advbayes.diagnostics.draws import DrawQuality, RetainedAccuracy
 from pyro_advbayes.diagnostics.regression import IntervalCalibration
 from pyro_advbayes.diagnostics.robustness import AccuracyCurve, GradientNorms
+from pyro_advbayes.given import need_tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +73,7 @@ def plot_scores(
     :param xlabel: what the scores are.
     :raises ValueError: if there are no scores, or one is not finite.
     """
-    values = {name: score.detach().cpu().double() for name, score in scores.items()}
+    values = {name: need_tensor(score, f"scores[{name!r}]").detach().cpu().double() for name, score in scores.items()}
     for name, score in values.items():
         if score.dim() != 1 or len(score) == 0 or not score.isfinite().all():
             raise ValueError(f"scores[{name!r}] must be a vector of finite numbers, not {list(score.shape)}")
@@ -164,6 +165,8 @@ def plot_accuracy_robustness(points: dict[str, tuple[Tensor, Tensor]], *, ax: Ax
     if not points:
         raise ValueError("points must name at least one family of classifiers")
     for name, (accuracy, robustness) in points.items():
+        for i, values in enumerate((accuracy, robustness)):
+            need_tensor(values, f"points[{name!r}][{i}]")
         if accuracy.dim() != 1 or accuracy.shape != robustness.shape:
             raise ValueError(f"points[{name!r}] must be two vectors of one length, not {list(accuracy.shape)} and {list(robustness.shape)}")
     ax = ax if ax is not None else _axes()
@@ -263,6 +266,8 @@ def plot_uncertainty_map(
     :param limits: scores at both ends of the colours, so that maps can be compared; by default the smallest and the largest.
     :raises ValueError: if the scores do not fit the coordinates, or one is not finite.
     """
+    for name, values in (("scores", scores), ("x1", x1), ("x2", x2)):
+        need_tensor(values, name)
     if scores.shape != (len(x1) * len(x2),) or not bool(scores.isfinite().all()):
         raise ValueError(
             f"scores must be {len(x1) * len(x2)} finite numbers, one for each of cartesian_prod(x1, x2), not {list(scores.shape)}"
@@ -273,7 +278,7 @@ def plot_uncertainty_map(
     mesh = ax.pcolormesh(right, up, table, shading="nearest", vmin=low, vmax=high, cmap="viridis", rasterized=True)
     ax.figure.colorbar(mesh, ax=ax, label=label, shrink=0.8)
     if examples is not None:
-        x, y = (values.cpu().numpy() for values in examples)
+        x, y = (need_tensor(values, f"examples[{i}]").cpu().numpy() for i, values in enumerate(examples))
         ax.scatter(x[:, 0], x[:, 1], c=y, cmap="coolwarm", edgecolors="white", linewidths=0.7, s=25)
     ax.set(aspect="equal", title=f"mean {table.mean():.3f}")
     return ax

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_advbayes.diagnostics.checks import like
 from pyro_advbayes.diagnostics.robustness import Estimate
+from pyro_advbayes.given import need_tensor
 
 LEVELS = tuple(j / 20 for j in range(1, 20))  # 0.05, 0.10, ..., 0.95
 LAWS = ("mixture", "moments")
@@ -469,8 +470,7 @@ def _checked(name: str, value: Tensor, y: Tensor, ranks: tuple[int, ...]) -> tup
 
 
 def _check_tensor(name: str, value: object, *, floating: bool) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} is a {type(value).__name__}: give a tensor, torch.as_tensor({name})")
+    need_tensor(value, name)
     if value.is_complex() or value.dtype == torch.bool or (floating and not value.is_floating_point()):
         raise ValueError(f"{name} is of {value.dtype}: give real numbers{' of floating type' if floating else ''}")
 

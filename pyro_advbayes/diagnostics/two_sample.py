@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_advbayes.given import need_tensor
+
 
 class MMDTest(NamedTuple):
     """``mmd2``: the unbiased estimate of the squared distance, which can be negative; ``p_value``: of the hypothesis that it is 0."""
@@ -94,8 +96,8 @@ def _check_count(name: str, value: int) -> None:
 
 def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     for name, points in (("x", x), ("y", y)):
-        if not isinstance(points, Tensor) or points.dim() != 2 or 0 in points.shape or not points.is_floating_point():
-            raise ValueError(f"{name} must be points [n, d] of floating type, not {getattr(points, 'shape', type(points).__name__)}")
+        if need_tensor(points, name).dim() != 2 or 0 in points.shape or not points.is_floating_point():
+            raise ValueError(f"{name} must be points [n, d] of floating type, not {points.shape}")
         if not bool(points.isfinite().all()):
             raise ValueError(f"{name} has entries that are NaN or infinite")
     if x.shape[1] != y.shape[1]:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from pyro_advbayes.diagnostics import LearningCurve, RegressionCurve, acquire, acquire_regression, log_predictive_density, rmse
 from pyro_advbayes.diagnostics.acquisition import ACQUISITIONS, REGRESSION_ACQUISITIONS
+from pyro_advbayes.given import need_tensor
 from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, tensor_digest
 
@@ -116,6 +117,8 @@ def _check(settings: Mapping[str, Any], pool: tuple[Tensor, Tensor], test: tuple
     regression = "num_initial" in settings
     what, one, choices = ("targets", "target", REGRESSION_ACQUISITIONS) if regression else ("classes", "class", ACQUISITIONS)
     for name, (inputs, outcomes) in (("pool", pool), ("test", test)):
+        need_tensor(inputs, f"{name}[0]", inputs=True)
+        need_tensor(outcomes, f"{name}[1]")
         if len(inputs) != len(outcomes):
             raise ValueError(f"{name}: {len(inputs)} inputs and {len(outcomes)} {what}: one {one} an input")
     if settings["acquisition"] not in choices:

@@ -15,6 +15,7 @@ from pyro.distributions import Normal
 from pyro.infer import ELBO
 from pyro.infer.autoguide import init_to_value
 from pyro.nn import PyroModule
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
@@ -24,9 +25,11 @@ from pyro_advbayes.handlers import GivenMessenger, minibatch
 from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
 from pyro_advbayes.infer.likelihood import CLASSES, read_likelihood
+from pyro_advbayes.infer.predictive import RandomState
 from pyro_advbayes.nn import Classifier, bayesianize
 from pyro_advbayes.nn.bayesian import declared_sites
-from pyro_advbayes.structure import kept_statistics, refuse_random_layers
+from pyro_advbayes.refusals import Given, check_number, told
+from pyro_advbayes.structure import kept_statistics, prior_factors, refuse_random_layers, try_model
 
 Weights = nn.Module | Mapping[str, Tensor]
 Groups = list[dict[str, Any]]
@@ -174,6 +177,9 @@ def bayes_adapter(
     _check_numbers(num_epochs=num_epochs, lr=lr, scale_lr=scale_lr)
     batches = Loader(loader, num_data, _device(model))
     model = _as_model(model, weight_decay, batches)
+    check_number(model, batches.example)
+    given = Given(model, batches.example)
+    told(lambda values: _try(model, given.call(values)[0]), given.values)
     if uncertainty is not None:
         _check_classes(model, batches.example)
     values = _fitting_values(model, pretrained, batches.example)
@@ -183,7 +189,9 @@ def bayes_adapter(
     own = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     groups = [{"params": [*guide.locs.parameters(), *own], "lr": lr}, {"params": list(guide.scales.parameters()), "lr": scale_lr}]
     optimiser = torch.optim.SGD(groups, momentum=0.9, nesterov=True) if optim is None else optim(groups)
-    scaled, losses = minibatch(model, size=batches.num_data), []
+    with RandomState().again():
+        factors = prior_factors(model, (batches.example, {}), len(batches.example[0]))
+    scaled, losses = minibatch(model, size=batches.num_data, prior_factors=factors), []
     elbo = TraceAdversarial_ELBO(mix=0) if loss is None else loss
 
     def objective(*batch: Tensor) -> Tensor:
@@ -194,6 +202,11 @@ def bayes_adapter(
         for _ in range(num_epochs):
             losses.append(_epoch(objective, batches, optimiser, bar))
     return Adapted(model, guide, losses)
+
+
+def _try(model: Callable, batch: Batch) -> None:
+    with RandomState().again(), refuse_random_layers(model):
+        try_model(model, batch, {})
 
 
 def _epoch(objective: Callable[..., Tensor], batches: Loader, optimiser: torch.optim.Optimizer, bar: tqdm) -> float:
@@ -257,7 +270,7 @@ def _fitting_values(model: Callable, pretrained: Weights, batch: Batch) -> dict[
     # draws from the prior may overflow a deep network, and only names and shapes are wanted
     with torch.no_grad(), poutine.block(), refuse_random_layers(model), pyro.validation_enabled(False):
         trace = poutine.trace(model).get_trace(*batch)
-    sites = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes}
+    sites = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name])}
     module = poutine.unwrap(model)
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())} if isinstance(module, nn.Module) else {}
     known = {**tensors, **sites}

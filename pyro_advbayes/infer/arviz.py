@@ -14,10 +14,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_advbayes.diagnostics.arviz import to_inference_data
+from pyro_advbayes.graph import quiet_batching
 from pyro_advbayes.handlers import UnvalidatedMessenger
 from pyro_advbayes.infer.mcmc.runner import SGMCMC
-from pyro_advbayes.infer.predictive import Predictive
+from pyro_advbayes.infer.predictive import Predictive, RandomState
 from pyro_advbayes.infer.row_terms import Kept, data_rows, find_terms, is_observed, masked_variables, row_terms
+from pyro_advbayes.refusals import Given, told
+from pyro_advbayes.structure import try_model
 
 
 def to_arviz(
@@ -91,6 +94,9 @@ def to_arviz(
     groups["posterior"] = _chosen(samples, sites)
     if model is not None:
         every_draw = log_likelihood or posterior_predictive is True
+        given = Given(model, args, kwargs)
+        with RandomState().again():  # looking takes no random numbers
+            told(lambda values: try_model(model, *given.call(values)), given.values)
         nodes = _look(model, {name: value[0] for name, value in flat.items()}, args, kwargs, every_draw)
         observed = {name: node["value"] for name, node in nodes.items() if is_observed(node)}
         masked = masked_variables({name: holds[None] for name, holds in data_rows(nodes).items()})
@@ -138,7 +144,8 @@ def _row_terms(
         count = len(next(iter(samples.values())))
         if chunk_size != 1 and size <= 20_000:
             try:
-                return torch.func.vmap(one, chunk_size=chunk_size)(dict(samples))
+                with quiet_batching():
+                    return torch.func.vmap(one, chunk_size=chunk_size)(dict(samples))
             except RuntimeError:  # an operation without a batching rule: one draw after the other gives the same numbers
                 pass
         rows = [one({name: value[i] for name, value in samples.items()}) for i in range(count)]

@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_advbayes.given import need_tensor
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.likelihood import Origins
@@ -144,6 +145,7 @@ class PosteriorClassifier(nn.Module):
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, list[Tensor], bool]:
         """The inputs in the layout that a recording holds for; parameters of the model; whether gradients reach either."""
+        need_tensor(x, "x", inputs=True)
         leaves = [p for p in self.model.parameters() if p.requires_grad] if isinstance(self.model, nn.Module) else []
         return x.contiguous(), leaves, torch.is_grad_enabled() and bool(x.requires_grad or leaves)
 

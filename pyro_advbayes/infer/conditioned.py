@@ -13,6 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Categorical, Independent
 
+from pyro_advbayes.refusals import Given, Refused, told
 from pyro_advbayes.structure import refuse_random_layers
 
 
@@ -35,8 +36,18 @@ class ConditionedModel:
         Runs the model on the first draw, and brings the draws into the shapes of their sites: Pyro's ``Predictive`` inserts
         dimensions of size 1 in front, which a weight matrix must not have.
 
-        :raises ValueError: naming the site or the layer, if draws do not fit the model, or a layer is in training mode.
+        :raises ValueError: naming the site or the layer, if draws do not fit the model, or a layer is in training mode; or an argument in
+            whose place the model takes another form of it.
         """
+        given = Given(self.model, args, kwargs)
+
+        def look(values: Mapping[str, Any]) -> Trace:
+            args, kwargs = given.call(values)
+            return self._look(*args, **kwargs)
+
+        return told(look, given.values)
+
+    def _look(self, *args: Any, **kwargs: Any) -> Trace:
         fit, categorical = _Fit({name: sample[0] for name, sample in self.samples.items()}), _DrawCategorical()
         with refuse_random_layers(self.model), categorical, fit, poutine.mask(mask=False):
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
@@ -113,7 +124,7 @@ class _Fit(Messenger):
             value = self.values[name]
             shape = value.shape if site_is_subsample(msg) else msg["fn"].shape()
             if without_leading_ones(value.shape) != without_leading_ones(shape):
-                raise ValueError(
+                raise Refused(
                     f"site {name!r}: a draw in posterior_samples has shape {tuple(value.shape)}, the model's site has {tuple(shape)}"
                 )
             self.shapes[name] = torch.Size(shape)

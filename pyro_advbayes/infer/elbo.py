@@ -20,7 +20,9 @@ from torch.distributions import Bernoulli, Categorical, Normal
 
 from pyro_advbayes.attacks.base import Attack
 from pyro_advbayes.batches import Arguments
+from pyro_advbayes.given import is_array, need_tensor
 from pyro_advbayes.infer.likelihood import without_wrappers
+from pyro_advbayes.refusals import Given, refusing
 
 _JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 
@@ -102,7 +104,8 @@ class TraceRobust_ELBO(ELBO):
             return result
 
         def attacked_model(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = self._perturbed(model, draw, args, kwargs)
+            with refusing():
+                args, kwargs = self._perturbed(model, draw, args, kwargs)
             return model(*args, **kwargs)
 
         return attacked_model, seen_guide
@@ -133,7 +136,9 @@ class TraceRobust_ELBO(ELBO):
 def _inputs(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], perturb: str) -> tuple[Arguments, int]:
     """The model's arguments, and where among their tensors the inputs are."""
     model = poutine.unwrap(model)
-    arguments = Arguments(model, args, kwargs)
+    arguments, given = Arguments(model, args, kwargs), Given(model, args, kwargs).values
+    if is_array(given.get(perturb)):
+        need_tensor(given[perturb], perturb, inputs=True)
     if perturb not in arguments.labels:
         name = getattr(model, "__name__", type(model).__name__)
         raise ValueError(

@@ -17,9 +17,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_advbayes.batches import Arguments, TensorRows
-from pyro_advbayes.handlers import minibatch
+from pyro_advbayes.handlers import CoveredMessenger, minibatch
 from pyro_advbayes.infer.predictive import RandomState
 from pyro_advbayes.initialization import init_to_fan_in
+from pyro_advbayes.potential import Potential
+from pyro_advbayes.refusals import Given, told
+from pyro_advbayes.structure import prior_factors, try_model
 
 
 def deep_ensemble(
@@ -64,9 +67,8 @@ def deep_ensemble(
             raise ValueError(f"{name}={value!r}: an int >= 1")
     if isinstance(optim, PyroLRScheduler):
         raise ValueError("optim is a scheduler, which would never be stepped: give an optimiser, such as ClippedAdam with lrd")
-    arguments = Arguments(model, args, kwargs or {})
-    arguments.check_finite()
-    _refuse_parameters(model, *arguments.replace(arguments.tensors))
+    given = Given(model, args, kwargs)
+    arguments = told(lambda values: _examined(model, *given.call(values), batch_size), given.values)
     members = []
     with tqdm(total=num_members * num_steps, desc="deep ensemble", disable=None) as bar:
         for _ in range(num_members):
@@ -74,6 +76,22 @@ def deep_ensemble(
                 guide = AutoDelta(model, init_loc_fn=init_loc_fn)
                 members.append(_train(model, guide, arguments, num_steps, copy.deepcopy(optim), batch_size, loss or Trace_ELBO(), bar))
     return {site: torch.stack([member[site] for member in members]) for site in members[0]}
+
+
+def _examined(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], batch_size: int | None) -> Arguments:
+    """The model's arguments, once it has run on them."""
+    arguments = Arguments(model, args, kwargs)
+    if arguments.not_finite() is not None:
+        with RandomState().again():
+            Potential(model, args, kwargs, backend="handlers")  # refuses what no mask covers
+    if batch_size is not None:
+        _, size = arguments.rows(None)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= size:
+            raise ValueError(f"batch_size={batch_size!r}: an int from 1 to the number of rows, {size}")
+    with RandomState().again():  # looking takes no random numbers from the members
+        try_model(model, args, kwargs)
+    _refuse_parameters(model, args, kwargs)
+    return arguments
 
 
 def _refuse_parameters(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -101,11 +119,12 @@ def _train(
     tensors, places, batches = arguments.tensors, [], None
     if batch_size is not None:
         places, size = arguments.rows(None)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= size:
-            raise ValueError(f"batch_size={batch_size!r}: an int from 1 to the number of rows, {size}")
+        few = arguments.replace([t[: max(2, batch_size)] if i in places else t for i, t in enumerate(tensors)])
+        with RandomState().again():
+            factors = prior_factors(model, few, min(max(2, batch_size), size))
         batches = TensorRows([tensors[i] for i in places], batch_size, 1, seed=int(torch.randint(2**31 - 1, ())))
-        model = minibatch(model, size)
-    svi = SVI(model, guide, optim, loss)
+        model = minibatch(model, size, prior_factors=factors)
+    svi = SVI(CoveredMessenger()(model), guide, optim, loss)
     for _ in range(num_steps):
         if batches is not None:
             for place, rows in zip(places, batches.next(), strict=True):

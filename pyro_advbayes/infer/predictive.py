@@ -15,6 +15,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from pyro_advbayes.given import need_tensor
 from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.subsampled import predict_all_rows, subsampling_plate
 from pyro_advbayes.tape import Replays, Tape, record
@@ -95,7 +96,8 @@ class Predictive(pyro.infer.Predictive):
 def check_samples(samples: Mapping[str, Tensor]) -> None:
     """:raises ValueError: unless all are tensors, and as long as each other."""
     for name, sample in samples.items():
-        if not isinstance(sample, Tensor) or sample.dim() == 0 or len(sample) == 0:
+        sample = need_tensor(sample, f"posterior_samples[{name!r}]")
+        if sample.dim() == 0 or len(sample) == 0:
             raise ValueError(f"posterior_samples[{name!r}] must be a tensor [draws, *site] of one draw or more")
     sizes = {name: len(sample) for name, sample in samples.items()}
     if len(set(sizes.values())) > 1:

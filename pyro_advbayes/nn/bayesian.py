@@ -249,8 +249,9 @@ def _check_ties(parameters: dict[str, tuple[PyroModule, str]], priors: dict[str,
         other = first.setdefault(id(module._parameters[attribute]), name)
         if other != name and (other in priors or name in priors):
             raise ValueError(
-                f"Parameters {other!r} and {name!r} are one tensor, but would become two independent sites: exclude "
-                "both, or use one module in both places."
+                f"Parameters {other!r} and {name!r} are one tensor, but would become two independent sites: keep one of them and "
+                f"compute with it in both places (F.linear(h, self.{other}) in place of a tied Linear layer), use one module in both, "
+                "or exclude both."
             )
 
 

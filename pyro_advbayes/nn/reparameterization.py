@@ -22,6 +22,9 @@ from torch.distributions import Independent, Normal
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from pyro_advbayes.graph import quiet_batching
+from pyro_advbayes.refusals import Refused
+
 CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 LAYERS = (F.linear, *CONVOLUTIONS)
 NORMALISATIONS = (F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm)
@@ -129,7 +132,7 @@ class RowwiseMessenger(Messenger):
         other = {name: rows for name, rows in met.items() if rows not in plates} if plates else {}
         if other:
             name, rows = min(other.items())
-            raise ValueError(
+            raise Refused(
                 f"site {name!r} meets an input of {rows} rows, and {observed['name']!r} is observed in a plate of "
                 f"{' x '.join(map(str, sorted(plates)))}: {type(self).__name__} needs the rows of the minibatch in the first dimension, or "
                 f"parts of one row have weights apart; leave what meets other inputs one draw for all rows, shared={sorted(other)!r}"
@@ -137,7 +140,7 @@ class RowwiseMessenger(Messenger):
 
     def _check_met(self, unmet: Collection[str]) -> None:
         if unmet:
-            raise ValueError(
+            raise Refused(
                 f"{type(self).__name__} covers no function in which {', '.join(map(repr, sorted(unmet)))} is used, or the site was drawn "
                 f"in another form than it is used in. Leave it one draw for all rows: shared={sorted(unmet)!r}"
             )
@@ -174,7 +177,7 @@ class RowwiseMessenger(Messenger):
         options = dict(zip(names, args, strict=False)) | kwargs
         x, weight, bias = options.pop("input"), options.pop("weight"), options.pop("bias", None)
         if x.dim() < (CONVOLUTIONS[func] + 2 if func in CONVOLUTIONS else 2):
-            raise ValueError(f"{type(self).__name__}: {func.__name__} is given {tuple(x.shape)}, which has no dimension for rows")
+            raise Refused(f"{type(self).__name__}: {func.__name__} is given {tuple(x.shape)}, which has no dimension for rows")
         site = self._sites.get(id(weight))
         out = func(x, weight, None, **options) if site is None else self.layer(func, x, weight, site, options)
         return self._with(torch.add, out, bias, 1 if func in CONVOLUTIONS else out.dim() - 1)
@@ -205,7 +208,7 @@ class RowwiseMessenger(Messenger):
             site.own = rows, make()
         made, own = site.own
         if made != rows:
-            raise ValueError(
+            raise Refused(
                 f"site {site.name!r} meets inputs of {made} rows and of {rows}: {type(self).__name__} needs the rows of the minibatch in "
                 f"the first dimension everywhere; leave the site one draw for all rows, shared={site.name!r}"
             )
@@ -219,7 +222,7 @@ class RowwiseMessenger(Messenger):
         """
         fn = _base(site.fn)
         if not isinstance(fn, Normal):
-            raise ValueError(
+            raise Refused(
                 f"site {site.name!r} is drawn from {type(fn).__name__}, and {type(self).__name__} is for Normal ones: use "
                 f"ExemplarReparameterization, or leave the site one draw for all rows, shared={site.name!r}"
             )
@@ -289,7 +292,8 @@ class ExemplarReparameterization(RowwiseMessenger):
             given = {**values, **own}
             return func(row, *(given[i] for i in range(len(others))), **{name: given[name] for name in kwargs})
 
-        return torch.vmap(of_row)(x.unsqueeze(1), drawn).squeeze(1)  # a row is a minibatch of one
+        with quiet_batching():
+            return torch.vmap(of_row)(x.unsqueeze(1), drawn).squeeze(1)  # a row is a minibatch of one
 
 
 class Flipout(RowwiseMessenger):
@@ -355,13 +359,13 @@ class LocalReparameterization(RowwiseMessenger):
 
     def layer(self, func: Callable, x: Tensor, weight: Tensor, site: DrawnSite, options: dict[str, Any]) -> Tensor:
         if func is not F.linear or x.dim() != 2:
-            raise ValueError(
+            raise Refused(
                 f"site {site.name!r}: in {func.__name__} on {tuple(x.shape)}, several positions of a row share the weights, and "
                 "LocalReparameterization would draw them apart: use Flipout or ExemplarReparameterization, or leave the site one draw for "
                 f"all rows, shared={site.name!r}"
             )
         if site.uses:
-            raise ValueError(
+            raise Refused(
                 f"site {site.name!r} is used twice, and LocalReparameterization would draw the two outputs apart: use Flipout or "
                 f"ExemplarReparameterization, or leave the site one draw for all rows, shared={site.name!r}"
             )

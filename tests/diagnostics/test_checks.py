@@ -69,7 +69,7 @@ def test_what_needs_draws_says_so(f):
         (torch.tensor([[0], [1]]), r"must be \[2\]"),
         (torch.tensor([0.0, 1.0]), "integers, not torch.float32"),
         (torch.tensor([True, False]), "integers, not torch.bool"),
-        ([0, 1], "integers, not list"),
+        ([0, 1], "labels is a list: give a tensor"),
     ],
     ids=["high", "low", "too-many", "column", "floats", "bools", "list"],
 )

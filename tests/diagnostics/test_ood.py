@@ -114,7 +114,7 @@ def test_what_is_no_dict_of_tensors_and_an_attack_on_nothing_are_refused_by_name
     clean, attacked, hit = draws(8.0), draws(1.0), torch.arange(40) % 4 == 0
     with pytest.raises(ValueError, match="out_probs is a list: give a dict"):
         ood_detection(clean, [attacked])
-    with pytest.raises(ValueError, match="noise: probabilities a list do not go with"):
+    with pytest.raises(ValueError, match=r"out_probs\['noise'\] is a list: give a tensor"):
         ood_detection(clean, {"noise": attacked.tolist()})
     with pytest.raises(ValueError, match="hit is a list: a tensor is needed"):
         adversarial_detection(clean, attacked, hit.tolist())

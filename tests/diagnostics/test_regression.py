@@ -299,7 +299,7 @@ MEAN, Y = torch.zeros(3, 4), torch.arange(4.0)
         (lambda: rmse(MEAN[:, :3], Y), r"mean must be \[4\] or \[draws, 4\], as y is \[4\], not \[3, 3\]"),
         (lambda: crps(Y, Y), r"draws must be \[draws, 4\], as y is \[4\], not \[4\]"),
         (lambda: crps(MEAN[:1], Y), "one draw has no fair CRPS"),
-        (lambda: rmse(Y.numpy(), Y), r"mean is a ndarray: give a tensor, torch.as_tensor\(mean\)"),
+        (lambda: rmse(Y.numpy(), Y), r"mean is a numpy array: give a tensor, torch.as_tensor\(mean\)"),
         (lambda: rmse(MEAN, [0.0] * 4), r"y is a list: give a tensor"),
         (lambda: rmse(torch.zeros(4, dtype=torch.int64), Y), "mean is of torch.int64: give real numbers of floating type"),
         (lambda: rmse(MEAN, Y > 0), "y is of torch.bool: give real numbers"),

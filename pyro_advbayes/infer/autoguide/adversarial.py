@@ -19,10 +19,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, biject_to
+from torch.distributions import Distribution, Independent
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
-from pyro_advbayes.structure import kept_statistics, refuse_inference_mode
+from pyro_advbayes.refusals import Given, Refused, naming, refusing
+from pyro_advbayes.structure import kept_statistics, refuse_inference_mode, try_model
+from pyro_advbayes.supports import map_onto
 
 Tensors = Sequence[Tensor]
 
@@ -178,9 +180,10 @@ class BaseNoise(Messenger):
         name = msg["name"]
         if name not in self.noise or msg["is_observed"]:
             return
-        base, noise = BaseNormal(name, msg["fn"]), self.noise[name]
+        with refusing():
+            base, noise = BaseNormal(name, msg["fn"]), self.noise[name]
         if noise.shape != base.loc.shape:
-            raise ValueError(f"site {name!r}: the noise has shape {tuple(noise.shape)}, the site {tuple(base.loc.shape)} before transforms")
+            raise Refused(f"site {name!r}: the noise has shape {tuple(noise.shape)}, the site {tuple(base.loc.shape)} before transforms")
         msg["value"] = base.value(base.loc + noise * base.scale)
         msg["done"] = True
 
@@ -228,8 +231,11 @@ class AutoAdversarialNormal(AutoNormal):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         if self._given_model is not None:
-            _check_observations(self._given_model[0], args, kwargs)
-        super()._setup_prototype(*args, **kwargs)
+            with refusing():
+                _check_observations(self._given_model[0], args, kwargs)
+        given = Given(self.model, args, kwargs)
+        with naming(lambda values: try_model(self.model, *given.call(values)), given.values):
+            super()._setup_prototype(*args, **kwargs)
         for loc in self.locs.parameters():  # or learning would write into the tensors that init_loc_fn gave, a trained network's, say
             loc.data = loc.data.clone()
 
@@ -256,7 +262,7 @@ class AutoAdversarialNormal(AutoNormal):
             for frame in site["cond_indep_stack"]:
                 stack.enter_context(plates[frame.name])
             loc, scale = self._get_loc_and_scale(name) if parameters is None else parameters  # a plate takes its rows of them
-            return pyro.sample(name, _transformed(Normal(loc, scale), biject_to(site["fn"].support), self._event_dims[name]))
+            return pyro.sample(name, _transformed(Normal(loc, scale), map_onto(name, site["fn"]), self._event_dims[name]))
 
     @torch.no_grad()
     def noise(self) -> dict[str, Tensor]:

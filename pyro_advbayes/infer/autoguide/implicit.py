@@ -21,7 +21,7 @@ from torch.distributions.kl import register_kl
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import MLPGenerator, NetworkGenerator, RowGenerator
 from pyro_advbayes.infer.autoguide.hyper import HyperGenerator
-from pyro_advbayes.infer.autoguide.model_sites import check_support, declared_priors, map_onto, missing_sites, moved, refuse_grouped
+from pyro_advbayes.infer.autoguide.model_sites import check_support, declared_priors, missing_sites, moved, refuse_grouped
 from pyro_advbayes.infer.autoguide.rows import row_dtype, sites_of
 from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
 from pyro_advbayes.infer.conditioned import without_leading_ones
@@ -29,7 +29,9 @@ from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.infer.mcmc.fingerprint import model_name
 from pyro_advbayes.infer.predictive import RandomState
 from pyro_advbayes.potential import Potential
+from pyro_advbayes.refusals import Refused, refusing
 from pyro_advbayes.structure import Site
+from pyro_advbayes.supports import map_onto
 
 # Draws by which rounding is judged.
 ROUNDED = 32
@@ -160,7 +162,8 @@ class AutoImplicit(AutoGuide):
         :raises ValueError: naming a site that the model has not, or has in another shape or on another support, or that is drawn in
             a plate; or one that the model has and the guide has not.
         """
-        self.check(*args, **kwargs)
+        with refusing():
+            self.check(*args, **kwargs)
         with torch.no_grad():
             network = self.network
             values = self.constrain(network(network.latent(1)))
@@ -168,7 +171,7 @@ class AutoImplicit(AutoGuide):
         for name, value in values.items():
             drawn[name] = pyro.sample(name, Implicit(value[0], event_dim=value.dim() - 1))
             if drawn[name].shape != value[0].shape:
-                raise ValueError(
+                raise Refused(
                     f"site {name!r}: AutoImplicit draws once in a call, and would repeat it in the plate around it: draw one by one "
                     "(parallel=False, vectorize_particles=False), or take guide.sample(num_samples) for posterior_samples"
                 )

@@ -13,11 +13,12 @@ from pyro.nn import PyroModule
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import Transform
 
 from pyro_advbayes.infer.conditioned import without_leading_ones
 from pyro_advbayes.nn.bayesian import declared_sites, map_tensors
 from pyro_advbayes.structure import Site, same_map
+from pyro_advbayes.supports import map_onto
 
 
 def same_sites(one: Sequence[Site], two: Sequence[Site]) -> bool:
@@ -38,17 +39,6 @@ def _maps_like(site: Site, transform: Transform) -> bool:
 def moved(transform: Transform, device: torch.device) -> Transform:
     """With its bounds on a device."""
     return map_tensors(transform, lambda t: t.to(device))
-
-
-def map_onto(name: str, prior: Any) -> Transform:
-    """From unconstrained space onto the support of a site's prior."""
-    try:
-        return biject_to(prior.support)
-    except NotImplementedError:
-        raise ValueError(
-            f"site {name!r} ({type(prior).__name__}) has a support that is no image of unconstrained space, so that no generator can draw "
-            "it: give it a prior on another support (a Cholesky factor for a matrix), or sum it out"
-        ) from None
 
 
 def check_support(site: Site, prior: Any) -> None:

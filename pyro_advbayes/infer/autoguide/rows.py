@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
+from pyro_advbayes.given import need_tensor
 from pyro_advbayes.infer.conditioned import without_leading_ones
 from pyro_advbayes.infer.mcmc.draws import read_draws
 from pyro_advbayes.structure import Site
@@ -32,7 +33,7 @@ def read_samples(samples: Mapping[str, Tensor] | str | Path) -> tuple[dict[str, 
     grouped = grouped or any(name.startswith("sample_stats/") for name in samples)
     values = {name: value for name, value in samples.items() if not name.startswith(("sample_stats/", "extras/"))}
     for name, value in values.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 1 + grouped:
+        if not need_tensor(value, f"{source}[{name!r}]").is_floating_point() or value.dim() < 1 + grouped:
             raise ValueError(f"{source}: site {name!r} must be a tensor [draws, *shape] of floating type")
     values = {name: value if grouped else value.unsqueeze(0) for name, value in values.items()}
     lengths = {name: value.shape[0] * value.shape[1] for name, value in values.items()}

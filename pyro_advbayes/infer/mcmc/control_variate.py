@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_advbayes.batches import Batch
+from pyro_advbayes.given import need_tensor
 from pyro_advbayes.potential import Potential
 
 
@@ -28,7 +29,9 @@ class ControlVariate:
 
     def __init__(self, potential: Potential, anchor: Mapping[str, Tensor]) -> None:
         self.potential = potential
-        self.anchor = potential.unconstrain({name: value.detach().unsqueeze(0) for name, value in anchor.items()})[0]
+        self.anchor = potential.unconstrain(
+            {name: need_tensor(value, f"control_variate[{name!r}]").detach().unsqueeze(0) for name, value in anchor.items()}
+        )[0]
         total, seen = torch.zeros_like(self.anchor), 0
         for batch, rows in potential.batches.epoch():
             # each batch's gradient stands for the whole data set: weigh it by its share of the rows

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_advbayes.batches import Batch
 from pyro_advbayes.functions import BACKENDS
+from pyro_advbayes.given import refuse_unknown
 from pyro_advbayes.graph import autocast_state
 from pyro_advbayes.infer.mcmc.control_variate import ControlVariate
 from pyro_advbayes.infer.mcmc.files import random_state, set_random_state
@@ -63,6 +64,10 @@ class SGMCMCKernel(MCMCKernel):
     update_rule: Rule
     # Whether its chains are draws of one law, which must agree with each other in the end.
     mixes = True
+
+    def __new__(cls, *args: Any, **options: Any) -> SGMCMCKernel:
+        refuse_unknown(cls, options)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -115,6 +120,7 @@ class SGMCMCKernel(MCMCKernel):
         """
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
             raise ValueError(f"num_steps={num_steps!r}: an int >= 1")
+        refuse_unknown(cls.rule_type, settings)
         return Updates(cls.rule_type(**settings), as_schedule(step_size, "step_size"), num_steps)
 
     @property

@@ -1,0 +1,237 @@
+"""Errors that say what is wrong with a model's arguments, and no more than that; remedies are tried before they are given."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_advbayes.given import Form, as_tensor, forms, is_array, kind
+
+T = TypeVar("T")
+
+ATTEMPTS = 40  # runs of a model that look for the form of its arguments that it takes
+
+
+class Refused(ValueError):
+    """
+    A refusal from inside a model that Pyro runs, without the table of shapes that Pyro adds to errors there: it makes a new error of the
+    same class from the message and the table.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_table(message))
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Within it, which runs inside a model, a ValueError becomes :class:`Refused`."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error)) from original(error).__cause__
+
+
+class Mismatch(ValueError):
+    """
+    A refusal of which the form of an argument (a shape, a dtype) may be the cause.
+
+    :param what: does not fit.
+    :param why: it mostly does not, and what to do; gives way to the argument at fault where that can be shown.
+    """
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}: {why}")
+        self.what = what
+
+
+def without_table(message: str) -> str:
+    """A message without the table of shapes that Pyro adds to errors from inside a model."""
+    return re.split(r"\s*Trace Shapes:", message)[0]
+
+
+def in_a_line(error: BaseException) -> str:
+    """The first line of a message."""
+    return (without_table(str(error)).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def original(error: BaseException) -> BaseException:
+    """An error as it was raised inside a model, of which Pyro may have made a copy with a table of shapes."""
+    while type(error.__cause__) is type(error) and str(error).startswith(str(error.__cause__)):
+        error = error.__cause__
+    return error
+
+
+def signature_of(model: Callable) -> inspect.Signature | None:
+    """The signature of a model's call, where it can be told."""
+    model = poutine.unwrap(model)
+    try:
+        return inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except (TypeError, ValueError):
+        return None
+
+
+def label_of(model: Callable, key: int | str) -> str:
+    """The name of an argument in messages: that of the model's parameter, or its position."""
+    if isinstance(key, str):
+        return key
+    signature = signature_of(model)
+    names = [] if signature is None else list(signature.parameters)
+    return names[key] if key < len(names) else f"args[{key}]"
+
+
+def not_given(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """Arguments that a call leaves at their default of None, where that can be told."""
+    signature = signature_of(model)
+    try:
+        bound = {} if signature is None else signature.bind(*args, **kwargs).arguments
+    except TypeError:
+        return []
+    parameters = {} if signature is None else signature.parameters
+    return [name for name, parameter in parameters.items() if parameter.default is None and bound.get(name) is None]
+
+
+def check_number(model: Callable, item: Sequence[Any]) -> None:
+    """:raises ValueError: if a loader's item holds more or fewer values than the model has arguments."""
+    signature = signature_of(model)
+    try:
+        if signature is not None:
+            signature.bind(*item)
+    except TypeError:
+        names, held = list(signature.parameters), f"{len(item)} tensor" + "s" * (len(item) != 1)
+        remedy = f": leave the others out, collate_fn=lambda rows: default_collate(rows)[:{len(names)}]" if len(item) > len(names) else ""
+        raise ValueError(f"the loader's items hold {held} and the model takes {len(names)} ({', '.join(names)}){remedy}") from None
+
+
+class Given:
+    """
+    A call's arguments, by the names that messages use.
+
+    :param model: what is called.
+    :param args: positional arguments.
+    :param kwargs: keyword arguments.
+    """
+
+    def __init__(self, model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> None:
+        self._args, self._kwargs = tuple(args), dict(kwargs or {})
+        self._keys = {label_of(model, key): key for key in (*range(len(self._args)), *self._kwargs)}
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Every argument by its name."""
+        return {name: self._args[key] if isinstance(key, int) else self._kwargs[key] for name, key in self._keys.items()}
+
+    def call(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` with other values."""
+        new = {self._keys[name]: value for name, value in values.items()}
+        args = tuple(new.get(i, value) for i, value in enumerate(self._args))
+        return args, {name: new.get(name, value) for name, value in self._kwargs.items()}
+
+
+def told(attempt: Callable[[Mapping[str, Any]], T], given: Mapping[str, Any]) -> T:
+    """
+    What an attempt returns. Where it fails, the argument at fault is named if that can be shown: what fails with the arguments as they are
+    succeeds with one of them as a tensor, or in another dtype or shape.
+
+    :param attempt: function of arguments by name that raises where they do not fit.
+    :param given: the arguments.
+    :raises ValueError: naming arguments and what to give in their place, which has been tried. Else what the attempt raised goes on.
+    """
+    with naming(attempt, given):
+        return attempt(given)
+
+
+@contextlib.contextmanager
+def naming(attempt: Callable[[Mapping[str, Any]], Any], given: Mapping[str, Any]) -> Iterator[None]:
+    """:func:`told` of an error from within the context, where the attempt is a part of what is done there."""
+    try:
+        yield
+    except Exception as error:  # whatever a model's Python does with arguments that it was not written for
+        _explain(error, attempt, given)
+        if isinstance(error, Mismatch):
+            raise ValueError(str(error)) from error.__cause__
+        raise
+
+
+def _explain(error: Exception, attempt: Callable[[Mapping[str, Any]], Any], given: Mapping[str, Any]) -> None:
+    ours = isinstance(error, ValueError) and not isinstance(error, Mismatch) and raised_here(error)
+    if ours and not any(is_array(value) for value in given.values()):
+        return
+    if _runs(attempt, given):
+        return
+    found = _find(attempt, given)
+    if found is None:
+        return _explain_arrays(error, attempt, given)
+    causes = " and ".join(_cause(name, given[name], form.value) for name, form in found.items())
+    remedies = ", ".join(form.expression for form in found.values())
+    if any(is_array(given[name]) for name in found):
+        message = f"{causes}: give {remedies}"
+    elif isinstance(error, Mismatch):
+        message = f"{error.what}: {causes}, give {remedies}"
+    else:
+        message = f"{causes}, which the model cannot take ({in_a_line(error)}): give {remedies}"
+    raise ValueError(message) from original(error)
+
+
+def _explain_arrays(error: Exception, attempt: Callable[[Mapping[str, Any]], Any], given: Mapping[str, Any]) -> None:
+    """:raises ValueError: naming arrays that are no tensors, if what is wrong changes when they are."""
+    tensors: dict[str, Form] = {}
+    for name, value in given.items():
+        if is_array(value):
+            form = as_tensor(name, value, torch.get_default_dtype())
+            if form is None:
+                message = f"argument {name} is {kind(value)} with entries that are no numbers: encode them first"
+                raise ValueError(message) from original(error)
+            tensors[name] = form
+    try:
+        attempt({**given, **{name: form.value for name, form in tensors.items()}})
+    except Exception as other:  # whatever a model's Python does with such arguments
+        if in_a_line(other) == in_a_line(error):
+            return
+    if tensors:
+        causes = " and ".join(_cause(name, given[name], form.value) for name, form in tensors.items())
+        raise ValueError(f"{causes}: give {', '.join(form.expression for form in tensors.values())}") from original(error)
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether an error is this package's own, and not one of a model's code or of PyTorch."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("pyro_advbayes.")
+
+
+def _find(attempt: Callable[[Mapping[str, Any]], Any], given: Mapping[str, Any]) -> dict[str, Form] | None:
+    """The fewest changes with which an attempt succeeds."""
+    options = {name: list(forms(name, value)) for name, value in given.items()}
+    options = {name: found for name, found in options.items() if found}
+    several = (names for count in range(1, len(options) + 1) for names in itertools.combinations(options, count))
+    changes = (dict(zip(names, each, strict=True)) for names in several for each in itertools.product(*(options[n] for n in names)))
+    for change in itertools.islice(changes, ATTEMPTS):
+        if _runs(attempt, {**given, **{name: form.value for name, form in change.items()}}):
+            return change
+    return None
+
+
+def _runs(attempt: Callable[[Mapping[str, Any]], Any], given: Mapping[str, Any]) -> bool:
+    with torch.no_grad(), warnings.catch_warnings(), contextlib.suppress(Exception):  # whatever a model's Python does with such arguments
+        warnings.simplefilter("ignore")
+        attempt(given)
+        return True
+    return False
+
+
+def _cause(name: str, value: Any, form: Tensor) -> str:
+    if not isinstance(value, Tensor):
+        return f"argument {name} is {kind(value)}, not a tensor"
+    if value.dim() != form.dim():
+        return f"argument {name} has shape {tuple(value.shape)}"
+    return f"argument {name} is of {value.dtype}"

@@ -1,0 +1,53 @@
+"""Maps from unconstrained space onto the supports of priors, those for which PyTorch registers none included."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor
+from torch.distributions import Transform, biject_to, transform_to
+from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
+
+
+def map_onto(name: str, prior: Any) -> Transform:
+    """
+    The map from unconstrained space onto the support of a site's prior.
+
+    :raises ValueError: naming the site, if there is none.
+    """
+    try:
+        return biject_to(prior.support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"site {name!r} ({type(prior).__name__}) has a support that is no image of unconstrained space ({error}): give it a prior on "
+            "another support (a Cholesky factor for a matrix, components of a mixture on one support), or sum it out"
+        ) from None
+
+
+@biject_to.register(MixtureSameFamilyConstraint)
+def _onto_mixture(constraint: MixtureSameFamilyConstraint) -> Transform:
+    return biject_to(_of_one_component(constraint.base_constraint, -1 - constraint.event_dim))
+
+
+@transform_to.register(MixtureSameFamilyConstraint)
+def _to_mixture(constraint: MixtureSameFamilyConstraint) -> Transform:
+    return transform_to(_of_one_component(constraint.base_constraint, -1 - constraint.event_dim))
+
+
+def _of_one_component(constraint: Constraint, dim: int) -> Constraint:
+    """
+    The support that all components share: the constraint without the dimension ``dim`` of components in its bounds.
+
+    :raises NotImplementedError: if the components' bounds differ, so that the density jumps inside the support of the mixture.
+    """
+    constraint = copy.copy(constraint)
+    for name, bound in vars(constraint).items():
+        if isinstance(bound, Constraint):
+            setattr(constraint, name, _of_one_component(bound, dim))
+        elif isinstance(bound, Tensor) and bound.dim() >= -dim:
+            first = bound.narrow(dim, 0, 1)
+            if not bool((bound == first).all()):
+                raise NotImplementedError("the components of the mixture have different supports")
+            setattr(constraint, name, first.squeeze(dim))
+    return constraint
