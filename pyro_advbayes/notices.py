@@ -20,7 +20,8 @@ from pyro_advbayes.handlers import UnvalidatedMessenger, kept_random_state
 
 def never_seen_data(module: nn.Module) -> bool:
     """Whether a layer is a BatchNorm whose running statistics are those that it was made with."""
-    return isinstance(module, _BatchNorm) and module.num_batches_tracked is not None and int(module.num_batches_tracked) == 0
+    counted = module.num_batches_tracked if isinstance(module, _BatchNorm) else None
+    return counted is not None and not counted.is_meta and int(counted) == 0
 
 
 def statistics_message(layers: Sequence[str]) -> str:

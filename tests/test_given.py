@@ -378,6 +378,10 @@ FUNCTIONS = {
     "vote_variation_ratio": (lambda probs: diagnostics.vote_variation_ratio(probs), {"probs": PROBS}),
     "expected_entropy": (lambda probs: diagnostics.expected_entropy(probs), {"probs": PROBS}),
     "acquire": (lambda probs: diagnostics.acquire(probs, 3), {"probs": PROBS}),
+    "acquire_regression": (
+        lambda mean, scale: diagnostics.acquire_regression(mean, scale, 3),
+        {"mean": SCORES.expand(2, -1), "scale": 1.0 + SCORES.expand(2, -1).abs()},
+    ),
     "batch_bald": (lambda probs: diagnostics.batch_bald(probs, 3), {"probs": PROBS}),
     "accuracy_under_attack": (lambda probs, labels: diagnostics.accuracy_under_attack(probs, labels), {"probs": PROBS, "labels": CLASSES}),
     "accuracy_curve": (lambda probs, labels: diagnostics.accuracy_curve([0.1], [probs], labels), {"probs": PROBS, "labels": CLASSES}),

@@ -96,9 +96,9 @@ def test_a_zero_gradient_of_two_classes_is_not_answered_with_the_ratio_of_three(
 def test_labels_as_a_bernoulli_has_them_are_refused_with_the_remedy(pair):
     one, _, x, y = pair
     for labels, dtype in ((y.float(), "float32"), (y.bool(), "bool")):
-        with pytest.raises(ValueError, match=rf"labels must be a tensor of integers, not torch.{dtype}: y.long\(\)"):
+        with pytest.raises(ValueError, match=rf"labels must be a tensor of integers, not torch.{dtype}: give y.long\(\)"):
             FGSM(0.1)(one, x, labels)
-        with pytest.raises(ValueError, match=rf"labels must be a tensor of integers, not torch.{dtype}: labels.long\(\)"):
+        with pytest.raises(ValueError, match=rf"labels must be a tensor of integers, not torch.{dtype}: give labels.long\(\)"):
             diagnostics.ece(one(x).exp(), labels)
     with pytest.raises(ValueError, match=r"not torch.float32$"):  # for which there is no such remedy
         FGSM(0.1)(one, x, torch.full((N,), 0.5))

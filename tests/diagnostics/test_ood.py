@@ -116,9 +116,9 @@ def test_what_is_no_dict_of_tensors_and_an_attack_on_nothing_are_refused_by_name
         ood_detection(clean, [attacked])
     with pytest.raises(ValueError, match=r"out_probs\['noise'\] is a list: give a tensor"):
         ood_detection(clean, {"noise": attacked.tolist()})
-    with pytest.raises(ValueError, match="hit is a list: a tensor is needed"):
+    with pytest.raises(ValueError, match="hit is a list: give a tensor"):
         adversarial_detection(clean, attacked, hit.tolist())
-    with pytest.raises(ValueError, match="attacked_probs is a list: a tensor is needed"):
+    with pytest.raises(ValueError, match="attacked_probs is a list: give a tensor"):
         adversarial_detection(clean, attacked.tolist(), hit)
     with pytest.raises(ValueError, match=r"attacked_probs is \[5, 0, 3\]: .* one attacked input at least"):
         adversarial_detection(clean, attacked[:, :0], hit[:0])

@@ -196,7 +196,7 @@ def energy_rises(kernel: SGMCMCKernel, step_size: float) -> bool:
     metric = kernel.update_rule.metric(kernel.variables)
     step = kernel.update_rule.leapfrog_step(step_size) * (1.0 if metric is None else metric)
     generator = torch.Generator().manual_seed(kernel.steps)
-    momentum = T**0.5 * torch.randn(theta.shape, generator=generator, dtype=theta.dtype).to(theta.device)
+    momentum = T**0.5 * torch.randn(theta.shape, generator=generator, dtype=theta.dtype, device="cpu").to(theta.device)
     gradient, energy = potential.evaluate("both", theta, batch, T)
     start = energy + 0.5 * momentum.square().sum(-1)
     allowed = T * (1.0 + 0.3 * potential.size**0.5) + 1e-5 * start.abs()
