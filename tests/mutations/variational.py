@@ -286,7 +286,7 @@ MUTATIONS = [
     *of(
         f"{INFER}/ensemble.py",
         f"{T}/test_ensemble.py::test_minibatches_are_scaled_to_all_rows_so_that_the_prior_counts_once",
-        ("ensemble: minibatches are not scaled", "model = minibatch(model, size)", "model = minibatch(model, batch_size)"),
+        ("ensemble: minibatches are not scaled", "model = minibatch(model, size, prior", "model = minibatch(model, batch_size, prior"),
     ),
     *of(
         f"{INFER}/adapter.py",

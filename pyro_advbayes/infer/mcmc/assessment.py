@@ -55,13 +55,16 @@ def assess(mcmc: SGMCMC) -> Assessment:
     stats = mcmc.sample_stats()
     temperature = float(stats["temperature"][0, -1])
     found: dict[str, float] | None = None
+    # where the rule was clamped, T is a name: what is asked for is no law in which chains could agree
+    sampled = temperature > 0.0 and about["clamped"] == 0.0
     constant = all(bool((stats[name] == stats[name][0, 0]).all()) for name in ("step_size", "temperature"))
     if mcmc.num_samples >= LEAST_DRAWS and temperature > 0.0:
         if constant:
             found = drift(stats["energy"])
             findings += _drifting(found)
-        findings += _mixing(mcmc, stats["energy"], constant)
-    if temperature > 0.0 and about["clamped"] == 0.0:
+        if sampled:
+            findings += _mixing(mcmc, stats["energy"], constant)
+    if sampled:
         findings += _heat(kernel, about, temperature)
     fell = about["step fell"]
     if fell is not None and fell > LARGEST_FALL:
