@@ -103,7 +103,7 @@ def _run(
         diagnostics = mcmc.diagnostics()
     told = [w for w in caught if not issubclass(w.category, (DeprecationWarning, FutureWarning))]
     lost = sum(bool(rows) for rows in diagnostics["divergences"].values())
-    messages = sorted({f"{w.category.__name__}: {w.message}"[:200] for w in told})
+    messages = sorted({f"{w.category.__name__}: {w.message}"[:400] for w in told})
     return find(samples, problem.moments, case.num_chains, lost), diagnostics, messages
 
 
