@@ -16,7 +16,7 @@ Runs are appended to ``--out``, a line of JSON each, and are not repeated; the t
 - warned: wrong, or too short to tell (effective sample size under 25 a chain, R-hat above 1.05), and a Python warning said so;
 - refused: ended by an error;
 - false alarm: right, long enough, and yet warned;
-- SILENT: wrong, or not mixed at all (under 5 a chain, R-hat above 1.1, chains lost), without a warning.
+- SILENT: wrong, or not mixed at all (under 3 a chain, R-hat above 1.2, chains lost), without a warning.
 """
 
 from __future__ import annotations
