@@ -10,10 +10,8 @@ import pytest
 from tests.benchmarks.trust import KERNELS, run_once
 
 KINDS = [
-    ("linear 200x3 N/B=4", "SGAdaLD"),  # V still adapts when samples are kept
     ("linear 100x10 N/B=10", "SGHMC"),  # noise ignored in warm-up
-    ("linear 40x3 loader N/B=5", "SGHMC"),  # the same, by a loader
-    ("poisson 100x3 N/B=1", "SGHMC"),  # chains lost within a few updates
+    ("poisson 100x10 N/B=1", "SGHMC"),  # chains lost within a few updates
     ("eight schools non-centred", "SGHMC"),  # chains that run away to where U is flat
     ("collinear 100x5 16 chains", "SGHMC"),  # lost chains among the samples
     ("input around 100", "SGAdaLD"),  # a refusal that advises what is in force
@@ -30,5 +28,5 @@ def test_a_first_run_is_right_or_says_that_it_is_not(case, kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_good_first_run_does_not_warn(kernel):
-    row = run_once(("linear 200x3 N/B=1", kernel, 0), num_samples=300, warmup_steps=300)
+    row = run_once(("linear 200x3 N/B=1", kernel, 0), num_samples=200, warmup_steps=200)
     assert row["verdict"] == "right" and not row["warned"], row
