@@ -16,7 +16,7 @@ Runs are appended to ``--out``, a line of JSON each, and are not repeated; the t
 - warned: wrong, or too short to tell (effective sample size under 25 a chain, R-hat above 1.05), and a Python warning said so;
 - refused: ended by an error;
 - false alarm: right, long enough, and yet warned;
-- SILENT: wrong, or not mixed at all (under 5 a chain, R-hat above 1.1, chains lost), without a warning.
+- SILENT: wrong, or not mixed at all (under 3 a chain, R-hat above 1.2, chains lost), without a warning.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _run(
         diagnostics = mcmc.diagnostics()
     told = [w for w in caught if not issubclass(w.category, (DeprecationWarning, FutureWarning))]
     lost = sum(bool(rows) for rows in diagnostics["divergences"].values())
-    messages = sorted({f"{w.category.__name__}: {w.message}"[:200] for w in told})
+    messages = sorted({f"{w.category.__name__}: {w.message}"[:400] for w in told})
     return find(samples, problem.moments, case.num_chains, lost), diagnostics, messages
 
 

@@ -14,7 +14,7 @@ from tests.benchmarks.trust_references import Moments
 
 MEAN_SLACK, SD_SLACK = 0.1, 0.1  # what a run may be off by, in posterior standard deviations and as a share, beside its own error
 ERRORS = 4.0  # Monte-Carlo standard errors allowed: a run is the worst of up to 42 comparisons
-POOR_ESS, POOR_R_HAT = 5.0, 1.1  # per chain; worse than this a run has to warn even where it happens to be right
+POOR_ESS, POOR_R_HAT = 3.0, 1.2  # per chain; worse than this a run has to warn even where it happens to be right
 GOOD_ESS, GOOD_R_HAT = 25.0, 1.05  # better than this a warning is a false alarm where the run is right
 
 VERDICTS = ("right", "warned", "refused", "false alarm", "SILENT")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 _COUNT = "draws written"  # the name of a tensor in the file
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Field(NamedTuple):
@@ -92,8 +95,10 @@ class FileDraws:
         if resume is None:
             refuse_existing(path, overwrite)
             with replacing(path) as part, open(part, "wb") as new:
-                new.write(header)
-                new.truncate(size)
+                with self._room():
+                    new.write(header)
+                    new.flush()
+                    _reserve(new.fileno(), size)
         else:
             with open(path, "rb") as old:
                 if old.read(len(header)) != header or path.stat().st_size != size:
@@ -127,17 +132,37 @@ class FileDraws:
             size = field.shape.numel() * field.dtype.itemsize
             for chain, row in enumerate(rows):
                 at = self._starts[name] + (chain * self._num_samples + self.count) * size
-                os.pwrite(self._file.fileno(), row.reshape(-1).view(torch.uint8).numpy().data, at)
+                self._write(row.reshape(-1).view(torch.uint8).numpy().data, at)
         self.count += 1
         self._write_count()
 
     def flush(self) -> None:
         """Makes the draws so far safe from a crash of the machine too; one of the process never costs any."""
         self._write_count()
-        os.fsync(self._file.fileno())
+        with self._room():
+            os.fsync(self._file.fileno())
 
     def _write_count(self) -> None:
-        os.pwrite(self._file.fileno(), struct.pack("<q", self.count), self._starts[_COUNT])
+        self._write(memoryview(struct.pack("<q", self.count)), self._starts[_COUNT])
+
+    def _write(self, data: memoryview, at: int) -> None:
+        """All of it: one call may write less, of more than 2 GiB always, of less when the disk becomes full."""
+        with self._room():
+            while len(data):
+                done = os.pwrite(self._file.fileno(), data, at)
+                if done == 0:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                data, at = data[done:], at + done
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """:raises OSError: that says how many draws are safe, where there is no room for more."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise OSError(error.errno, f"disk full: {self.count} draws are safe in {self.path} ({os.strerror(error.errno)})") from error
 
     def get(self) -> dict[str, Tensor]:
         """``[chains, draws, *shape]`` by name, mapped from the file."""
@@ -150,6 +175,16 @@ class FileDraws:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._file = open(self.path, "r+b", buffering=0)
+
+
+def _reserve(file: int, size: int) -> None:
+    """Gives a file its size, and the room for it where the system can: a disk that becomes full later takes no draw."""
+    try:
+        os.posix_fallocate(file, 0, size)
+    except (AttributeError, OSError) as error:  # macOS has no such call, some file systems refuse it
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise
+        os.truncate(file, size)
 
 
 def read_draws(path: str | Path) -> dict[str, Tensor]:

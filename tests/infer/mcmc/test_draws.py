@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import random
+import re
+import resource
 import subprocess
 import sys
 
@@ -143,6 +146,93 @@ def test_a_pickled_file_of_draws_reads_the_same_file(tmp_path):
     draws = FileDraws(tmp_path / "draws", FIELDS, 2, 7)
     draws.append(values(0))
     assert same(pickle.loads(pickle.dumps(draws)).get(), expected(1))
+
+
+# ------------------------------------------------------------------------------------------------------------------- full disks
+
+
+def no_reserve(*_):
+    raise OSError(errno.EOPNOTSUPP, "not supported")
+
+
+def test_a_write_that_is_cut_short_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: write(file, data[:5], at))
+    draws = FileDraws(tmp_path / "draws", FIELDS, 2, 7)
+    for i in range(7):
+        draws.append(values(i))
+    assert same(draws.get(), expected(7))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_that_becomes_full_costs_no_draw_and_says_how_many_there_are(tmp_path, monkeypatch, number):
+    write, left = os.pwrite, [400]
+
+    def full(file, data, at):
+        done = min(len(data), left[0])
+        if not done:
+            raise OSError(number, os.strerror(number))
+        left[0] -= done
+        return write(file, data[:done], at)
+
+    draws = FileDraws(tmp_path / "draws", FIELDS, 2, 7)
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match=r"disk full: (\d) draws are safe in .*draws") as caught:
+        for i in range(7):
+            draws.append(values(i))
+    safe = int(re.search(r"(\d) draws are safe", str(caught.value))[1])
+    assert caught.value.errno == number and 0 < safe < 7
+    assert same(read_draws(tmp_path / "draws"), expected(safe))
+
+
+def test_a_write_that_writes_nothing_is_a_full_disk(tmp_path, monkeypatch):
+    draws = FileDraws(tmp_path / "draws", FIELDS, 2, 7)
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: 0)
+    with pytest.raises(OSError, match="disk full: 0 draws are safe"):
+        draws.append(values(0))
+
+
+def test_room_for_all_draws_is_reserved_before_the_first(tmp_path):
+    FileDraws(tmp_path / "draws", FIELDS, 2, 10_000)
+    status = (tmp_path / "draws").stat()
+    assert status.st_blocks * 512 >= status.st_size
+
+
+def test_draws_that_do_not_fit_are_refused_before_sampling_and_leave_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="disk full: 0 draws are safe"):
+        FileDraws(tmp_path / "draws", FIELDS, 2, 7)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_system_that_reserves_nothing_writes_the_same_file(tmp_path, monkeypatch):
+    FileDraws(tmp_path / "one", FIELDS, 2, 7).append(values(0))
+    monkeypatch.setattr(os, "posix_fallocate", no_reserve)
+    FileDraws(tmp_path / "two", FIELDS, 2, 7).append(values(0))
+    monkeypatch.delattr(os, "posix_fallocate")
+    FileDraws(tmp_path / "three", FIELDS, 2, 7).append(values(0))
+    assert len({(tmp_path / name).read_bytes() for name in ("one", "two", "three")}) == 1
+
+
+def test_a_limit_on_the_size_of_files_is_a_full_disk(tmp_path, monkeypatch):
+    """Of a real system: a write across the limit is cut short by it, and the next one fails."""
+    monkeypatch.setattr(os, "posix_fallocate", no_reserve)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            draws = FileDraws(tmp_path / "draws", {"w": FIELDS["w"]}, 1, 1000)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (draws._starts["w"] + 10 * 24 + 7, resource.RLIM_INFINITY))
+            for i in range(1000):
+                draws.append(values(i, chains=1))
+        except OSError as error:
+            os._exit(0 if "disk full: 10 draws are safe" in str(error) else 2)
+        finally:
+            os._exit(3)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert torch.equal(read_draws(tmp_path / "draws")["w"], expected(10, chains=1)["w"])
 
 
 # ---------------------------------------------------------------------------------------------------------- through the runner
