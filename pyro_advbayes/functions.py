@@ -120,19 +120,18 @@ class Functions:
 
     def _agrees(self, graph: Callable, looped: Callable, state: Tensor, tensors: Sequence[Tensor]) -> bool:
         """
-        Compares with the handlers on a second state, and on a second batch where there is one of this shape; of many chains, on three.
+        Compares with the handlers on a second state, and on two more batches where they are of this shape; of many chains, on three.
         """
         potential = self.potential
         other = state.detach() + torch.linspace(-0.05, 0.05, state.shape[-1], dtype=state.dtype, device=state.device)
         candidates = [tensors]
         for probe in potential.probe_batches:
-            for _, inputs in potential.chunks(potential.num_chains, probe):
-                if [t.shape for t in inputs] == [t.shape for t in tensors]:
-                    candidates.append(inputs)
+            chunks = (inputs for _, inputs in potential.chunks(potential.num_chains, probe))
+            candidates += [inputs for inputs in chunks if [t.shape for t in inputs] == [t.shape for t in tensors]][:1]
         tolerance = 1e-3 if state.dtype in (torch.float32, torch.bfloat16, torch.float16) else 1e-7
         varying = self._varying(state, len(tensors))
         rows = slice(None) if state.dim() == 1 else sorted({0, len(state) // 2, len(state) - 1})
-        for inputs in (candidates[0], candidates[-1]):
+        for inputs in candidates:
             temperature = potential.scalar(0.5)
             theirs = looped(other[rows], temperature, *(t[rows] if i in varying else t for i, t in enumerate(inputs)))
             if not all(bool(part.isfinite().all()) for part in (theirs if isinstance(theirs, tuple) else (theirs,))):

@@ -95,7 +95,7 @@ def drift(energy: Tensor) -> dict[str, float]:
     draws = energy.shape[1]
     last = energy[:, draws // 2 :]
     sd = float(last.var(1).mean().sqrt().clamp_min(1e-300))
-    tau = max(1.0, last.numel() / max(1.0, float(effective_size(last.unsqueeze(-1)).nan_to_num(1.0))))
+    tau = max(1.0, last.numel() / max(1.0, _effective(last)))
     worst: dict[str, float] = {}
     for part in FIRST_PARTS:
         first = energy[:, : max(1, int(part * draws))]
@@ -104,6 +104,12 @@ def drift(energy: Tensor) -> dict[str, float]:
         if not worst or abs(z) > abs(worst["z"]):
             worst = {"z": z, "shift": shift, "first": float(first.mean()), "last": float(last.mean())}
     return worst
+
+
+def _effective(energy: Tensor) -> float:
+    """Effective draws of all chains together; of more than 1000 draws, of so many: Pyro's estimate takes memory in their square."""
+    thinned = energy[:, :: -(-energy.shape[1] // 1000)].double()
+    return float(effective_size(thinned.unsqueeze(-1)).nan_to_num(1.0))
 
 
 def _drifting(found: dict[str, float]) -> list[str]:
@@ -160,7 +166,7 @@ def _mixing(mcmc: SGMCMC, energy: Tensor, constant: bool) -> list[str]:
     if not mcmc.kernel.mixes:
         return findings
     slow = "take more samples, or more num_steps_per_sample"
-    effective = float(effective_size(energy.double().unsqueeze(-1))) / len(energy)
+    effective = _effective(energy) / len(energy)
     if constant and effective < LEAST_ENERGIES:
         findings.append(f"the kept energies hardly move: {effective:.1f} effective draws a chain: {slow}")
     looked: dict[str, Tensor] = {f"site {name!r}": value for name, value in samples.items() if value.shape[2:].numel() == 1}

@@ -145,7 +145,7 @@ def test_a_model_whose_graph_was_given_up_goes_on(tmp_path):
             pyro.sample("obs", dist.Normal(x @ w, float(classes)), obs=y)
 
     with pytest.warns(UserWarning, match="falls back to 'handlers'"):
-        check(tmp_path, lambda: ab.SGLD(counts, 1e-3, batch_size=3), rows, IN_SAMPLING)
+        check(tmp_path, lambda: ab.SGLD(counts, 1e-3, batch_size=3, batch_dependent=True), rows, IN_SAMPLING)
 
 
 def test_a_lost_chain_stays_lost(tmp_path):
