@@ -583,19 +583,18 @@ def test_a_run_on_the_files_of_another_is_refused_before_the_model_is_looked_at(
     seen = []
 
     def hook(kernel, params, stage, i):
-        if kernel._samples == IN_SAMPLING:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(ab.SGLD, "setup_chains", lambda *_: pytest.fail("the model was looked at first"))
-                with pytest.raises(RuntimeError, match=r"run\.checkpoint\.draws\.safetensors is in use") as caught:
-                    runner(sgld(), checkpoint=checkpoint, overwrite=True).run(X, Y)
-            seen.append(caught.value)
-            assert checkpoint.exists()
-            with pytest.raises(RuntimeError, match="is in use"):
-                random = files.random_state(X.device)
-                try:
-                    resumed(checkpoint, sgld(), (X, Y))
-                finally:
-                    files.set_random_state(random, X.device)
+        if kernel._samples != IN_SAMPLING:
+            return
+        random = files.random_state(X.device)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ab.SGLD, "setup_chains", lambda *_: pytest.fail("the model was looked at first"))
+            with pytest.raises(RuntimeError, match=r"run\.checkpoint\.draws\.safetensors is in use") as caught:
+                runner(sgld(), checkpoint=checkpoint, overwrite=True).run(X, Y)
+        seen.append(caught.value)
+        assert checkpoint.exists()
+        with pytest.raises(RuntimeError, match="is in use"):
+            resumed(checkpoint, sgld(), (X, Y))
+        files.set_random_state(random, X.device)
 
     mcmc = runner(sgld(), checkpoint=checkpoint, checkpoint_every=EVERY, hook_fn=hook)
     mcmc.run(X, Y)
