@@ -8,6 +8,7 @@ import json
 import math
 import os
 import struct
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pyro_advbayes.infer.mcmc.files import refuse_existing, replacing
+from pyro_advbayes.infer.mcmc.files import refuse_existing, refuse_missing, replacing, try_lock, unused
 
 _NAMES = {
     torch.float64: "F64",
@@ -60,8 +61,10 @@ class MemoryDraws:
         """``[chains, draws, *shape]`` by name."""
         return {name: kept[:, : self.count] for name, kept in self._values.items()}
 
-    def flush(self) -> None:
+    def close(self) -> None:
         """Nothing is held back."""
+
+    flush = close
 
 
 class FileDraws:
@@ -76,7 +79,8 @@ class FileDraws:
     :param overwrite: whether an existing file may be replaced.
     :param resume: how many draws of an existing file stay; None makes a new file.
     :raises FileExistsError: if the file exists and may not be overwritten.
-    :raises ValueError: if the file to resume holds other draws than these, or fewer.
+    :raises ValueError: if the path is no file's, or the file to resume holds other draws than these, or fewer.
+    :raises RuntimeError: if another run writes to the file.
     """
 
     def __init__(
@@ -94,21 +98,33 @@ class FileDraws:
         header, self._starts, size = self._layout()
         if resume is None:
             refuse_existing(path, overwrite)
-            with replacing(path) as part, open(part, "wb") as new:
+            with unused(path), replacing(path) as part:
+                # of the same open file, so that the lock goes on
+                self._file = os.fdopen(os.dup(part.fileno()), "r+b", buffering=0)
                 with self._room():
-                    new.write(header)
-                    new.flush()
-                    _reserve(new.fileno(), size)
+                    _reserve(part.fileno(), size)
+                self._write(memoryview(header), 0)
+                self._write_count()
         else:
-            with open(path, "rb") as old:
-                if old.read(len(header)) != header or path.stat().st_size != size:
-                    raise ValueError(f"{path} does not hold the draws of this run, or is truncated")
-                old.seek(self._starts[_COUNT])
-                (written,) = struct.unpack("<q", old.read(8))
-            if written < resume:
-                raise ValueError(f"{path} holds {written} draws, where the checkpoint was written after {resume}: it is of another run")
-        self._file = open(path, "r+b", buffering=0)
+            self._file = open(path, "r+b", buffering=0)
+            try:
+                self._check_resumed(header, size)
+            except BaseException:
+                self._file.close()
+                raise
+        _open_files.add(self)
         self.flush()
+
+    def _check_resumed(self, header: bytes, size: int) -> None:
+        if not try_lock(self._file.fileno()):
+            raise RuntimeError(f"{self.path} is in use: another run writes to it")
+        if os.pread(self._file.fileno(), len(header), 0) != header or os.fstat(self._file.fileno()).st_size != size:
+            raise ValueError(f"{self.path} does not hold the draws of this run, or is truncated")
+        (written,) = struct.unpack("<q", os.pread(self._file.fileno(), 8, self._starts[_COUNT]))
+        if written < self.count:
+            raise ValueError(
+                f"{self.path} holds {written} draws, where the checkpoint was written after {self.count}: it is of another run"
+            )
 
     def _layout(self) -> tuple[bytes, dict[str, int], int]:
         entries: dict[str, Any] = {}
@@ -137,10 +153,23 @@ class FileDraws:
         self._write_count()
 
     def flush(self) -> None:
-        """Makes the draws so far safe from a crash of the machine too; one of the process never costs any."""
+        """
+        Makes the draws so far safe from a crash of the machine too; one of the process never costs any.
+
+        :raises RuntimeError: if the file was removed or replaced by another in the meantime.
+        """
         self._write_count()
         with self._room():
             os.fsync(self._file.fileno())
+        if not self.path.exists() or not os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
+            raise RuntimeError(f"{self.path} was removed or replaced by another file while draws were written to it: they are lost")
+
+    def close(self) -> None:
+        """The last flush; releases the file for others. What it holds can still be read."""
+        try:
+            self.flush()
+        finally:
+            self._file.close()
 
     def _write_count(self) -> None:
         self._write(memoryview(struct.pack("<q", self.count)), self._starts[_COUNT])
@@ -166,15 +195,23 @@ class FileDraws:
 
     def get(self) -> dict[str, Tensor]:
         """``[chains, draws, *shape]`` by name, mapped from the file."""
-        self.flush()
         return read_draws(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
+        return {**self.__dict__, "_file": None}  # a copy reads, the original alone writes
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._file = open(self.path, "r+b", buffering=0)
+
+_open_files: weakref.WeakSet[FileDraws] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """A process forked in a run, e.g. a loader's worker, would hold the lock for longer than the run lives."""
+    for draws in _open_files:
+        draws._file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _reserve(file: int, size: int) -> None:
@@ -195,8 +232,7 @@ def read_draws(path: str | Path) -> dict[str, Tensor]:
     :raises FileNotFoundError: if there is no such file.
     :raises ValueError: if it is truncated or no file of draws.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: there is no such file")
+    refuse_missing(Path(path))
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
+import re
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -16,25 +19,115 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """:raises FileExistsError: if there is such a file and it may not be overwritten; FileNotFoundError: if its folder is missing."""
+    """
+    Refuses a path to which no file can be written.
+
+    :raises FileExistsError: if there is such a file and it may not be overwritten.
+    :raises FileNotFoundError: if its folder is missing.
+    :raises PermissionError: if nothing may be written to its folder.
+    :raises ValueError: if it is a directory, a device or a dangling link, or its name is no UTF-8 or too long.
+    """
+    try:
+        size = len(path.name.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{str(path)!r} has a name that is no UTF-8: choose another path") from error
+    if "\0" in str(path) or size > 255 - len(_part_of("")):
+        raise ValueError(f"{str(path)!r} has a name that is too long or holds a zero byte: choose another path")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to {os.readlink(path)}, which does not exist: delete it, or choose another path")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is {'a directory' if path.is_dir() else 'no regular file'}: give the path of a file")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: choose another path, delete it, or say overwrite=True")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path}: no file can be written to the folder {path.parent}")
+
+
+def refuse_missing(path: Path) -> None:
+    """:raises FileNotFoundError: if there is no such file; ValueError: if it is no regular one, e.g. a directory or a pipe."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    if not path.is_file():
+        raise ValueError(f"{path} is {'a directory' if path.is_dir() else 'no regular file'}: give the path of a file")
+
+
+def try_lock(file: int) -> bool:
+    """Locks an open file until it is closed, here and in processes forked from this one; False if it is locked elsewhere."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # file systems without locks
+        return True
+    return True
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, which takes the place of ``path`` when all is written, and is removed if that fails."""
-    part = path.with_name(path.name + ".part")
+def unused(path: Path) -> Iterator[None]:
+    """
+    Holds the lock of a file, if there is one.
+
+    :raises RuntimeError: if another run holds it.
+    """
     try:
-        yield part
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        if not try_lock(file):
+            raise RuntimeError(f"{path} is in use: another run writes to it. Wait for its end, or choose another path")
+        yield
+    finally:
+        os.close(file)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """
+    Gives a new, locked file to write to, which takes the place of ``path`` when all is written, and is removed if that fails. Removes
+    what a killed process left of such a file.
+    """
+    _remove_left_over(path)
+    part = path.with_name(_part_of(path.name))
+    # O_EXCL: a file or link that somebody put there is neither written to nor followed
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    with open(part, "r+b", buffering=0, opener=lambda name, _: os.open(name, flags, 0o666)) as file:
+        try_lock(file.fileno())
+        try:
+            yield file
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def _part_of(name: str) -> str:
+    return f"{name}.{secrets.token_hex(8)}.part"
+
+
+def _remove_left_over(path: Path) -> None:
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        if fcntl is None or not re.fullmatch(r"\.[0-9a-f]{16}\.part", left.name.removeprefix(path.name)):
+            continue
+        with contextlib.suppress(OSError):
+            file = os.open(left, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if try_lock(file):  # nobody writes to it any more
+                    left.unlink(missing_ok=True)
+            finally:
+                os.close(file)
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
@@ -45,9 +138,8 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_pack(content, tensors))
     with replacing(path) as part:
-        save_file(tensors, str(part), metadata={"content": plain})
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
+        save_file(tensors, str(part.name), metadata={"content": plain})
+        os.fsync(part.fileno())
 
 
 def load(path: Path) -> Any:
@@ -55,10 +147,9 @@ def load(path: Path) -> Any:
     Reads what :func:`save` wrote.
 
     :raises FileNotFoundError: if there is no such file.
-    :raises ValueError: if it is truncated or was not written by :func:`save`.
+    :raises ValueError: if it is a directory, truncated, or was not written by :func:`save`.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file")
+    refuse_missing(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,8 @@ class SGMCMC(AbstractMCMC):
     :param int checkpoint_every: samples between checkpoints, >= 1; those of warm-up count.
     :param bool overwrite: whether the files may replace existing ones.
     :raises ValueError: naming an argument out of range.
-    :raises FileExistsError: at ``run``, before any sampling, if a file exists.
+    :raises FileExistsError: at ``run``, before any sampling, if a file exists. What else may be wrong with a path (no folder, a directory,
+        a dangling link, a file in use by another run) is refused there, too.
     """
 
     def __init__(
@@ -91,13 +93,17 @@ class SGMCMC(AbstractMCMC):
             # with_suffix would give the checkpoints lr0.1 and lr0.2 one file
             draws = self.checkpoint.with_name(self.checkpoint.name.removesuffix(".safetensors") + ".draws.safetensors")
         self.draws_path = None if draws is None else Path(draws)
-        if self.draws_path is not None and self.draws_path == self.checkpoint:
-            raise ValueError(f"draws={str(draws)!r} is the path of the checkpoint too: they are two files")
+        self._refuse_one_file()
         self._initial = initial_params
         self._draws: MemoryDraws | FileDraws | None = None
         self._assessment = Assessment()
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
+
+    def _refuse_one_file(self) -> None:
+        """Under two names, too: a link may lead from one to the other."""
+        if None not in (self.draws_path, self.checkpoint) and os.path.realpath(self.draws_path) == os.path.realpath(self.checkpoint):
+            raise ValueError(f"draws={str(self.draws_path)!r} is the path of the checkpoint too: they are two files")
 
     @property
     def num_chains(self) -> int:
@@ -116,17 +122,23 @@ class SGMCMC(AbstractMCMC):
 
         :param args: the model's arguments, or one loader of them.
         :param kwargs: the model's keyword arguments.
+        :raises OSError: if the disk becomes full; says how many draws are safe.
+        :raises RuntimeError: if another run writes to the file of draws.
         """
         self._left_out = []
         if self.checkpoint is not None:
             files.refuse_existing(self.checkpoint, self.overwrite)
         if self.draws_path is not None:
             files.refuse_existing(self.draws_path, self.overwrite)
+            self._refuse_one_file()
+            with files.unused(self.draws_path):
+                pass  # before the model is looked at
         with poutine.block(), pyro.validation_enabled(False):
             self._setup(args, kwargs)
             if self.checkpoint is not None:
                 # one of an earlier run, beside the draws of this one, would be resumed from with draws that nobody made
-                self.checkpoint.unlink(missing_ok=True)
+                with files.unused(self.draws_path):
+                    self.checkpoint.unlink(missing_ok=True)
             self._draws = self._new_draws()
             self._loop(self.kernel.initial_params, 0)
         self._warn()
@@ -222,11 +234,13 @@ class SGMCMC(AbstractMCMC):
             if self.checkpoint is not None:
                 self._save_checkpoint()
         finally:  # what an interrupted run has is there to be looked at
-            self._draws.flush()
-            self._diagnostics = kernel.diagnostics()
-            self._left_out = (~kernel.alive).nonzero().flatten().tolist() if bool(kernel.alive.any()) else []
-            self.transforms = kernel.transforms
-            kernel.cleanup()
+            try:
+                self._draws.close()
+            finally:
+                self._diagnostics = kernel.diagnostics()
+                self._left_out = (~kernel.alive).nonzero().flatten().tolist() if bool(kernel.alive.any()) else []
+                self.transforms = kernel.transforms
+                kernel.cleanup()
 
     def _warn(self) -> None:
         """Looks at what came out, and says in one warning what is wrong with it."""

@@ -8,8 +8,11 @@ import pickle
 import random
 import re
 import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -82,6 +85,7 @@ def test_a_file_goes_on_after_the_draws_that_count(tmp_path):
     draws = FileDraws(tmp_path / "draws", FIELDS, 2, 7)
     for i in range(5):
         draws.append(values(100 + i) if i > 2 else values(i))
+    draws.close()
     draws = FileDraws(tmp_path / "draws", FIELDS, 2, 7, resume=3)
     assert same(read_draws(tmp_path / "draws"), expected(3))
     for i in range(3, 7):
@@ -146,6 +150,67 @@ def test_a_pickled_file_of_draws_reads_the_same_file(tmp_path):
     draws = FileDraws(tmp_path / "draws", FIELDS, 2, 7)
     draws.append(values(0))
     assert same(pickle.loads(pickle.dumps(draws)).get(), expected(1))
+
+
+# ----------------------------------------------------------------------------------------------------------- one file, one run
+
+
+def attempts(path):
+    """Every way to begin to write to a file."""
+    return [lambda: FileDraws(path, FIELDS, 2, 7, overwrite=True), lambda: FileDraws(path, FIELDS, 2, 7, resume=1)]
+
+
+def test_a_second_run_on_the_same_file_is_refused_until_the_first_has_ended(tmp_path):
+    path = tmp_path / "draws"
+    first = FileDraws(path, FIELDS, 2, 7)
+    first.append(values(0))
+    for attempt in attempts(path):
+        with pytest.raises(RuntimeError, match="draws is in use: another run writes to it"):
+            attempt()
+    assert same(read_draws(path), expected(1)), "anybody may read"
+    assert [each.name for each in tmp_path.iterdir()] == ["draws"]
+    first.append(values(1))
+    first.close()
+    assert same(first.get(), expected(2))
+    for attempt in reversed(attempts(path)):
+        attempt().close()
+
+
+def test_a_process_that_is_killed_releases_its_file_even_if_its_children_live_on(tmp_path):
+    path = tmp_path / "draws"
+    ready, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        draws = FileDraws(path, FIELDS, 2, 7)
+        draws.append(values(0))
+        child = os.fork()  # as the workers of a loader are
+        if child == 0:
+            os.write(write, b"%d" % os.getpid())
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(60)
+        os._exit(0)
+    child = int(os.read(ready, 20))
+    try:
+        with pytest.raises(RuntimeError, match="in use"):
+            FileDraws(path, FIELDS, 2, 7, resume=1)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.kill(child, 0)
+        FileDraws(path, FIELDS, 2, 7, resume=1).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_a_file_that_was_taken_away_meanwhile_is_missed_at_the_next_flush(tmp_path, change):
+    path = tmp_path / "draws"
+    draws = FileDraws(path, FIELDS, 2, 7)
+    path.unlink()
+    if change == "replaced":
+        path.touch()
+    with pytest.raises(RuntimeError, match="draws was removed or replaced by another file"):
+        draws.flush()
 
 
 # ------------------------------------------------------------------------------------------------------------------- full disks
@@ -215,6 +280,51 @@ def test_a_system_that_reserves_nothing_writes_the_same_file(tmp_path, monkeypat
     monkeypatch.delattr(os, "posix_fallocate")
     FileDraws(tmp_path / "three", FIELDS, 2, 7).append(values(0))
     assert len({(tmp_path / name).read_bytes() for name in ("one", "two", "three")}) == 1
+
+
+TMPFS = """
+import errno, os, sys, torch
+from pathlib import Path
+from pyro_advbayes.infer.mcmc.draws import Field, FileDraws, read_draws
+path, fields = Path(sys.argv[1]) / "draws", {"w": Field(torch.Size([512]), torch.float32)}
+def refused(draws):
+    try:
+        FileDraws(path, fields, 1, draws)
+    except OSError as error:
+        return "disk full: 0 draws are safe" in str(error) and not list(path.parent.iterdir())
+assert refused(1000)
+def no_reserve(*_):
+    raise OSError(errno.EOPNOTSUPP, "not supported")
+os.posix_fallocate = no_reserve
+for left in (4096, 8192, 12288, 65536):  # bytes that are free when the run begins
+    filler, said = path.with_name("filler"), ""
+    filler.write_bytes(bytes(512 * 1024 - left))
+    try:
+        draws = FileDraws(path, fields, 1, 1000)
+        for i in range(1000):
+            draws.append({"w": torch.full((1, 512), i + 1.0)})
+    except OSError as error:
+        said = str(error)
+    found = read_draws(path)["w"] if path.exists() else torch.zeros(1, 0, 512)
+    assert torch.equal(found[0, :, -1], torch.arange(found.shape[1]) + 1.0)
+    assert f"disk full: {found.shape[1]} draws are safe" in said, said
+    path.unlink(missing_ok=True)
+    filler.unlink()
+print("done")
+"""
+
+
+def test_a_full_tmpfs_kills_neither_writer_nor_reader(tmp_path):
+    """A page of a tmpfs to which nothing was written cannot be read, either, when it is full: that is a SIGBUS."""
+    script = f'mount -t tmpfs -o size=512k none "{tmp_path}" && exec "$0" -c "$1" "{tmp_path}"'
+    mounts = ["unshare", "--user", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*mounts, "true"], capture_output=True).returncode:
+        pytest.skip("unshare cannot make a name space for mounts here")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([*mounts, "sh", "-c", script, sys.executable, TMPFS], capture_output=True, text=True, env=environment)
+    if "mount:" in done.stderr:
+        pytest.skip("no tmpfs can be mounted here")
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
 def test_a_limit_on_the_size_of_files_is_a_full_disk(tmp_path, monkeypatch):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
 import math
+import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ from safetensors.torch import save_file
 
 import pyro_advbayes
 from pyro_advbayes.infer.mcmc import files
+from pyro_advbayes.infer.mcmc.draws import read_draws
 
 CONTENT = {
     "tensors": [torch.arange(3), (torch.rand(2, 2), torch.tensor(True)), {"half": torch.ones(2, dtype=torch.bfloat16)}],
@@ -72,10 +77,34 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and files.load(tmp_path / "file") == {"value": 1}
 
 
-def test_a_part_that_a_killed_process_left_is_in_nobodys_way(tmp_path):
-    (tmp_path / "file.part").write_bytes(b"half")
+def test_a_part_that_a_killed_process_left_is_in_nobodys_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "save_file", lambda tensors, path, metadata: os.kill(os.getpid(), signal.SIGKILL))
+    pid = os.fork()
+    if pid == 0:
+        files.save(tmp_path / "file", {"value": 0})
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    monkeypatch.undo()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("file.") and left.suffix == ".part"
     files.save(tmp_path / "file", {"value": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and files.load(tmp_path / "file") == {"value": 1}
+
+
+def test_a_part_that_is_being_written_is_left_alone(tmp_path):
+    with files.replacing(tmp_path / "file") as part:
+        files.save(tmp_path / "file", {"value": 1})
+        assert {path.name for path in tmp_path.iterdir()} == {"file", Path(part.name).name}
+
+
+@pytest.mark.parametrize("plant", ["file.part", "file.0123456789abcdef.part"])
+def test_a_planted_link_or_another_persons_file_is_not_written_to(tmp_path, plant, monkeypatch):
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "0123456789abcdef")
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (tmp_path / plant).symlink_to(victim)
+    with contextlib.suppress(FileExistsError):
+        files.save(tmp_path / "file", {"value": 1})
+    assert victim.read_bytes() == b"precious" and (tmp_path / plant).is_symlink()
 
 
 def test_a_truncated_file_is_refused_at_every_length(tmp_path):
@@ -137,6 +166,52 @@ def test_an_existing_file_is_refused_unless_asked(tmp_path):
         files.refuse_existing(path, overwrite=False)
     with pytest.raises(FileNotFoundError, match=r"the folder .*nowhere does not exist"):
         files.refuse_existing(tmp_path / "nowhere" / "file", overwrite=True)
+
+
+def make_directory(path):
+    path.mkdir()
+
+
+def make_pipe(path):
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("make,says", [(make_directory, "file is a directory"), (make_pipe, "file is no regular file")])
+@pytest.mark.parametrize("do", [functools.partial(files.refuse_existing, overwrite=True), files.load, read_draws])
+def test_what_is_no_file_is_neither_read_nor_written(tmp_path, make, says, do):
+    make(tmp_path / "file")
+    with pytest.raises(ValueError, match=says):
+        do(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "name,says", [("n\udcff", "no UTF-8"), ("n\ud800", "no UTF-8"), ("n\0", "zero byte"), ("n" * 240, "too long"), ("n" * 300, "too long")]
+)
+def test_a_name_that_no_file_can_have_is_refused(tmp_path, name, says):
+    with pytest.raises(ValueError, match=says):
+        files.refuse_existing(tmp_path / name, overwrite=False)
+
+
+def test_a_name_as_long_as_any_that_is_accepted_can_be_written(tmp_path):
+    path = tmp_path / ("n" * (255 - len(".0123456789abcdef.part")))
+    files.refuse_existing(path, overwrite=False)
+    files.save(path, {"value": 1})
+    assert files.load(path) == {"value": 1}
+
+
+def test_a_link_that_leads_nowhere_is_refused_and_one_to_a_file_is_that_file(tmp_path):
+    (tmp_path / "file").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"file is a link to .*gone, which does not exist"):
+        files.refuse_existing(tmp_path / "file", overwrite=True)
+    (tmp_path / "gone").touch()
+    with pytest.raises(FileExistsError, match="file exists"):
+        files.refuse_existing(tmp_path / "file", overwrite=False)
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(PermissionError, match="no file can be written to the folder"):
+        files.refuse_existing(tmp_path / "file", overwrite=False)
 
 
 def test_all_random_generators_go_on_from_their_state(tmp_path):

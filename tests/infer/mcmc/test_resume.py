@@ -19,6 +19,7 @@ from pyro import poutine
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_advbayes as ab
+from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.infer.mcmc.draws import read_draws
 from pyro_advbayes.infer.mcmc.schedules import Cyclical
 from tests.small_models import data, logistic, regression, subsampling, weights
@@ -557,6 +558,61 @@ def test_a_folder_that_is_not_there_is_missed_before_sampling(tmp_path):
 def test_checkpoint_and_draws_are_two_files(tmp_path):
     with pytest.raises(ValueError, match="is the path of the checkpoint too"):
         runner(sgld(), checkpoint=tmp_path / "run", draws=tmp_path / "run")
+
+
+@pytest.mark.parametrize("spelling", ["folder/../run", "link", "linked/run"])
+def test_checkpoint_and_draws_are_two_files_however_they_are_spelt(tmp_path, spelling):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="is the path of the checkpoint too"):
+        runner(sgld(), checkpoint=tmp_path / "run", draws=tmp_path / spelling)
+
+
+def test_a_link_made_later_makes_no_one_file_of_two(tmp_path):
+    (tmp_path / "other").write_bytes(b"precious")
+    mcmc = runner(sgld(), checkpoint=tmp_path / "run", draws=tmp_path / "link", overwrite=True)
+    (tmp_path / "run").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with pytest.raises(ValueError, match="is the path of the checkpoint too"):
+        mcmc.run(X, Y)
+
+
+def test_a_run_on_the_files_of_another_is_refused_before_the_model_is_looked_at(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "run.checkpoint"
+    seen = []
+
+    def hook(kernel, params, stage, i):
+        if kernel._samples != IN_SAMPLING:
+            return
+        random = files.random_state(X.device)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ab.SGLD, "setup_chains", lambda *_: pytest.fail("the model was looked at first"))
+            with pytest.raises(RuntimeError, match=r"run\.checkpoint\.draws\.safetensors is in use") as caught:
+                runner(sgld(), checkpoint=checkpoint, overwrite=True).run(X, Y)
+        seen.append(caught.value)
+        assert checkpoint.exists()
+        with pytest.raises(RuntimeError, match="is in use"):
+            resumed(checkpoint, sgld(), (X, Y))
+        files.set_random_state(random, X.device)
+
+    mcmc = runner(sgld(), checkpoint=checkpoint, checkpoint_every=EVERY, hook_fn=hook)
+    mcmc.run(X, Y)
+    whole = runner(sgld())
+    whole.run(X, Y)
+    assert seen
+    assert_same(whole, mcmc)
+    assert_same(whole, resumed(checkpoint, sgld(), (X, Y)))
+
+
+@pytest.mark.parametrize("which", ["checkpoint", "draws"])
+def test_a_path_that_is_no_files_is_refused_before_the_model_is_looked_at(tmp_path, monkeypatch, which):
+    monkeypatch.setattr(ab.SGLD, "setup_chains", lambda *_: pytest.fail("the model was looked at first"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name, says in (("folder", "is a directory"), ("link", "is a link to"), ("n\udcff", "no UTF-8")):
+        with pytest.raises(ValueError, match=says):
+            runner(sgld(), overwrite=True, **{which: tmp_path / name}).run(X, Y)
 
 
 @pytest.mark.parametrize(
