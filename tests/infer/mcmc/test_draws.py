@@ -404,7 +404,7 @@ print(run(10_000) - before, peak() - before)
 
 
 def test_ten_thousand_draws_take_no_more_memory_than_three_thousand(tmp_path):
-    """In memory they would take 40 MiB more; an eighth of that is left for what an allocator does."""
+    """In memory they would take 40 MiB more; a quarter of that is left for pages of the file and what an allocator does."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path / "draws")],
         capture_output=True,
@@ -413,4 +413,4 @@ def test_ten_thousand_draws_take_no_more_memory_than_three_thousand(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     running, reading = map(float, done.stdout.split())
-    assert running < 5 and reading < 5, f"MiB more while running and when reading: {running:.1f}, {reading:.1f}"
+    assert running < 10 and reading < 10, f"MiB more while running and when reading: {running:.1f}, {reading:.1f}"
