@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -423,6 +424,12 @@ def _rows_behind(loader: Any) -> int:
         rows = sampler.data_source  # an epoch may be shorter than these (num_samples=), or longer
     elif isinstance(sampler, WeightedRandomSampler):
         rows = sampler.weights
+        if bool((rows != rows[0]).any()):
+            warnings.warn(
+                "the loader draws its rows with unequal weights (WeightedRandomSampler): the posterior is that of data in which each row "
+                "counts so often, and not of the data. Draw rows evenly (shuffle=True), or weigh their log-likelihood if that is meant",
+                stacklevel=2,
+            )
     elif isinstance(dataset, IterableDataset) or (sampler is None and not isinstance(loader, DataLoader)):
         rows = dataset
     else:

@@ -259,9 +259,16 @@ class Potential:
             return batch
         return tuple(t.repeat_interleave(self.copies, dim=int(self.batches.per_chain)) for t in batch)
 
-    def first_rows(self, count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The model's ``(args, kwargs)`` with the first rows of the data; all of them where nothing is cut into minibatches."""
-        return self.arguments.replace(self._rows(count))
+    def some_rows(self, count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """
+        The model's ``(args, kwargs)`` with evenly spaced rows of the data, of a loader those of its first batch; with all rows where
+        nothing is cut into minibatches.
+        """
+        tensors = list(self.arguments.tensors)
+        for i in self.places:
+            chosen = torch.linspace(0, len(tensors[i]) - 1, min(count, len(tensors[i])), device=tensors[i].device).round().long()
+            tensors[i] = tensors[i][chosen]
+        return self.arguments.replace(tensors)
 
     def _rows(self, count: int) -> list[Tensor]:
         return [t[:count] if i in self.places else t for i, t in enumerate(self.arguments.tensors)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pyro
 import pytest
 import torch
@@ -337,3 +339,15 @@ def test_every_tensor_as_long_as_the_first_holds_data():
 
 def test_lengths_in_words():
     assert in_words({"x": 60, "y": 59}) == "x has 60 rows, y has 59 rows"
+
+
+def test_a_loader_that_draws_rows_with_unequal_weights_is_told():
+    """The usual recipe for rare classes samples another posterior: that of data in which they are not rare."""
+    y = torch.cat([torch.ones(10), torch.zeros(90)])
+    dataset = TensorDataset(torch.randn(100, 2), y)
+    even, uneven = (WeightedRandomSampler(weights, 100) for weights in (torch.ones(100), 1.0 + 9.0 * y))
+    with pytest.warns(UserWarning, match="rows with unequal weights"):
+        Loader(DataLoader(dataset, 20, sampler=uneven), None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Loader(DataLoader(dataset, 20, sampler=even), None)

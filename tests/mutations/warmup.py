@@ -58,13 +58,13 @@ MUTATIONS = [
         ("auto: noise is held to its share at once", "elif not rest:", "elif False:"),
         ("auto: noise never counts", "if T == 0.0:", "if True:"),
         ("auto: the excess is twice as large", "noise.slope / (2.0 * self.curvature)", "noise.slope / self.curvature"),
-        ("auto: the rest begins with warm-up", "rest=due >= REST_FROM", "rest=True"),
-        ("auto: the rest never begins", "rest=due >= REST_FROM", "rest=False"),
+        ("auto: the rest begins with warm-up", "rest=place >= REST_FROM", "rest=True"),
+        ("auto: the rest never begins", "rest=place >= REST_FROM", "rest=False"),
     ),
     *of(
         f"{M}/step_size.py",
         f"{WARMUP}::test_the_rate_grows_by_four_at_most_from_one_measurement_to_the_next",
-        ("auto: growth without a bound", "if before is not None:", "if False:"),
+        ("auto: growth without a bound", "self.value = min(self.value, most)", "pass"),
         ("auto: growth by eight", "GROWTH = 4.0", "GROWTH = 6.0"),
     ),
     *of(

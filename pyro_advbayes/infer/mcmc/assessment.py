@@ -26,8 +26,6 @@ LARGEST_FALL = 100.0
 FIRST_PARTS = (0.1, 0.2, 0.33)
 # Predictions are looked at on so many rows and draws, and for at most this share of the work that the run itself was.
 ROWS, DRAWS, SHARE = 50, 250, 0.05
-# Where there are no predictions, sites of models as small as this are compared: a network's weights may be permuted.
-FEW_WEIGHTS = 50
 
 
 class SamplingWarning(UserWarning):
@@ -166,15 +164,19 @@ def _mixing(mcmc: SGMCMC, energy: Tensor, constant: bool) -> list[str]:
     if not mcmc.kernel.mixes:
         return findings
     slow = "take more samples, or more num_steps_per_sample"
+    if mcmc.kernel.automatic and mcmc.kernel.step_size.growing:
+        step = mcmc.kernel.step_size.value
+        slow = f"the step size, {step:.1e}, was still growing at the end of warm-up: take more warmup_steps, or another init_strategy"
     effective = _effective(energy) / len(energy)
     if constant and effective < LEAST_ENERGIES:
         findings.append(f"the kept energies hardly move: {effective:.1f} effective draws a chain: {slow}")
-    looked: dict[str, Tensor] = {f"site {name!r}": value for name, value in samples.items() if value.shape[2:].numel() == 1}
+    # hidden units of a network may change places, with which its weights do: two matrices tell it from a regression
+    network = sum(value.dim() >= 4 for value in samples.values()) >= 2
+    compared = {name: v for name, v in samples.items() if not network or (v.shape[2:].numel() == 1 and "." not in name)}
+    looked = {f"site {name!r}": value for name, value in compared.items()}
     predictions = fitted_values(mcmc)
     if predictions is not None:
         looked["the predicted means of the data"] = predictions
-    elif mcmc.kernel.potential.size <= FEW_WEIGHTS:
-        looked |= {f"site {name!r}": value for name, value in samples.items()}
     worst, where_worst = 0.0, ""
     for name, values in looked.items():
         r_hat = shrink_factor(spaced(values, ROWS)[0])
@@ -188,7 +190,7 @@ def _mixing(mcmc: SGMCMC, energy: Tensor, constant: bool) -> list[str]:
 
 def fitted_values(mcmc: SGMCMC) -> Tensor | None:
     """
-    The means of the model's observed sites at the first rows of its data, ``[chains, draws, k]``, in which chains of a network can be
+    The means of the model's observed sites at some rows of its data, ``[chains, draws, k]``, in which chains of a network can be
     compared. None where they cannot be had: a model that draws its own rows, laws without a finite mean, or a run so short that
     this would take a large part of its time.
     """
@@ -202,7 +204,7 @@ def fitted_values(mcmc: SGMCMC) -> Tensor | None:
     draws = min(DRAWS, mcmc.num_samples, int(work / (rows * mcmc.num_chains)))
     if draws < LEAST_DRAWS:
         return None
-    args, kwargs = potential.first_rows(rows)
+    args, kwargs = potential.some_rows(rows)
     kept = torch.linspace(0, mcmc.num_samples - 1, draws).round().long()
     samples = {name: value[:, kept].flatten(0, 1) for name, value in mcmc.get_samples(group_by_chain=True).items()}
     values = function_values(_means(kernel.model, set(samples)), samples, mcmc.num_chains, args, kwargs)

@@ -19,6 +19,8 @@ MEASURE_AT = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.6)
 # Until then minibatch noise may double the temperature, which is soon forgotten; after it, noise keeps to its share.
 REST_FROM = 0.6
 EARLY_SHARE = 1.0
+# A step that is still held back by the bound on its growth is measured again after so much of warm-up, up to so far.
+GROWS_AFTER, GROWS_UNTIL = 0.01, 0.8
 GROWTH = 4.0  # by which the rate h may grow from one measurement to the next: where U is flat, curvature knows no bound
 POWER_ITERATIONS = 12
 MORE_ITERATIONS = 4  # where the iteration goes on from the direction that the measurement before ended with
@@ -51,6 +53,8 @@ class AutoStepSize:
         self.measured = 0
         self.ceiling: float | None = None  # half of the step at which a chain was lost
         self.warm_value: float | None = None  # the step before noise was held to its share
+        self.growing = False  # whether the bound on its growth held the step back
+        self.measured_at = 0.0
         self.directions: dict[str, Tensor] = {}  # of the largest curvature, by chain and minibatch
 
     def __call__(self, step: int) -> float:
@@ -61,11 +65,12 @@ class AutoStepSize:
 
     def state(self) -> list:
         """What :meth:`load` needs, as tensors and plain values."""
-        return [self.value, self.curvature, self.measured, self.ceiling, self.warm_value, self.directions]
+        found = [self.value, self.curvature, self.measured, self.ceiling, self.warm_value]
+        return [*found, self.growing, self.measured_at, self.directions]
 
     def load(self, state: list) -> None:
         """Goes on from a :meth:`state`."""
-        self.value, self.curvature, self.measured, self.ceiling, self.warm_value, directions = state
+        self.value, self.curvature, self.measured, self.ceiling, self.warm_value, self.growing, self.measured_at, directions = state
         self.directions = dict(directions)
 
     def adapt(self, kernel: SGMCMCKernel) -> None:
@@ -75,11 +80,14 @@ class AutoStepSize:
             if self.value is None:
                 kernel.noise_estimate.finish(kernel)
                 self._measure(kernel, rest=True)
-        elif self.measured < len(MEASURE_AT) and kernel.steps >= MEASURE_AT[self.measured] * updates:
-            while self.measured < len(MEASURE_AT) and kernel.steps >= MEASURE_AT[self.measured] * updates:
-                due = MEASURE_AT[self.measured]
-                self.measured += 1
-            self._measure(kernel, rest=due >= REST_FROM)
+            return
+        place = kernel.steps / updates
+        due = self.measured < len(MEASURE_AT) and place >= MEASURE_AT[self.measured]
+        while self.measured < len(MEASURE_AT) and place >= MEASURE_AT[self.measured]:
+            self.measured += 1
+        if due or (self.growing and self.measured_at + GROWS_AFTER <= place <= GROWS_UNTIL):
+            self.measured_at = place
+            self._measure(kernel, rest=place >= REST_FROM)
 
     def finish(self, kernel: SGMCMCKernel) -> None:
         """Called at the end of warm-up, after which the step stays as it is; what was estimated since may make it smaller."""
@@ -106,11 +114,14 @@ class AutoStepSize:
         self.value = self._bound(kernel, noise, rest)
         half = 0.5**0.5 if scaled else 0.5
         if before is not None:
-            self.value = min(self.value, before / half ** (GROWTH / 2.0))
+            most = before / half ** (GROWTH / 2.0)
+            self.growing = most < self.value
+            self.value = min(self.value, most)
         for _ in range(HALVINGS):
             if not energy_rises(kernel, self.value):
                 break
             self.value *= half
+            self.growing = False
         if self.ceiling is not None:
             self.value = min(self.value, self.ceiling)
         if rest and self.warm_value is None:

@@ -27,10 +27,16 @@ def spaced(values: Tensor, max_elements: int) -> tuple[Tensor, list[tuple[int, .
 
 
 def effective_size(values: Tensor) -> Tensor:
-    """Effective sample sizes ``[k]`` of ``[chains, draws, k]``; NaN for fewer than 4 draws."""
+    """
+    Effective sample sizes ``[k]`` of ``[chains, draws, k]``, at most N log10 N of N draws, which is what an estimate below 0 stands for
+    (of draws that alternate); NaN for fewer than 4 draws.
+    """
     if values.shape[1] < 4:
         return torch.full(values.shape[2:], math.nan)
-    return effective_sample_size(values, chain_dim=0, sample_dim=1)
+    found = effective_sample_size(values, chain_dim=0, sample_dim=1)
+    total = values.shape[0] * values.shape[1]
+    most = total * math.log10(total)
+    return torch.where(found <= 0.0, most, found).clamp_max(most)
 
 
 def shrink_factor(values: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import pyro_advbayes as ab
 from models.mlp import mlp
 from pyro_advbayes.infer.mcmc.assessment import drift, fitted_values
 from pyro_advbayes.infer.mcmc.noise_estimate import NoiseEstimate
+from pyro_advbayes.infer.mcmc.summary import shrink_factor
 
 
 def autoregressive(chains, draws, rho, random):
@@ -98,9 +99,9 @@ def test_good_runs_are_silent():
 
     said = []
     for seed in range(2):
-        for make, batch in ((ab.SGLD, None), (ab.SGHMC, 10), (ab.SGAdaLD, 20), (ab.SGHMC, None)):
+        for make, batch, updates in ((ab.SGLD, None, 20), (ab.SGHMC, 10, 40), (ab.SGAdaLD, 20, 20), (ab.SGHMC, None, 20)):
             pyro.set_rng_seed(seed)
-            kernel = make(logistic, batch_size=batch, num_steps_per_sample=20, backend="graph")
+            kernel = make(logistic, batch_size=batch, num_steps_per_sample=updates)
             said.append(warned(lambda: ab.SGMCMC(kernel, 100, 60, 4, disable_progbar=True).run(x, y)))  # noqa: B023
     assert said == [None] * 8
 
@@ -120,6 +121,22 @@ def test_chains_that_have_not_mixed_are_told_by_their_predictions():
     values = fitted_values(mcmc)
     kept = torch.linspace(0, 59, values.shape[1]).round().long()
     torch.testing.assert_close(values, mcmc.get_samples(group_by_chain=True)["w"][:, kept] @ x.T)
+
+
+def test_a_coefficient_that_few_rows_know_of_is_looked_at_too():
+    """Two rows of 400 have the exposure: no prediction that is looked at depends on its effect, which chains have not found yet."""
+    x = torch.cat([torch.randn(400, 2), torch.zeros(400, 1)], 1)
+    x[[101, 303], 2] = 1.0
+    y = x @ torch.tensor([1.0, 2.0, 15.0]) + torch.randn(400)
+
+    def rare(x, y):
+        b = pyro.sample("b", dist.Normal(torch.zeros(3), 10.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ b, 1.0), obs=y)
+
+    mcmc = ab.SGMCMC(ab.SGHMC(rare, step_size=2e-5, batch_size=200, num_steps_per_sample=10), 100, 100, 4, disable_progbar=True)
+    text = warned(lambda: mcmc.run(x, y))
+    assert "R-hat of site 'b' is" in text and float(shrink_factor(fitted_values(mcmc)).max()) < 1.1
 
 
 def test_weights_of_a_network_that_differ_between_modes_are_no_warning():

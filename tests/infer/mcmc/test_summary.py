@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import arviz
@@ -11,7 +12,7 @@ from pyro.ops.stats import effective_sample_size
 
 import pyro_advbayes as ab
 from models.mlp import mlp
-from pyro_advbayes.infer.mcmc.summary import by_site, function_values, shrink_factor, spaced, table
+from pyro_advbayes.infer.mcmc.summary import by_site, effective_size, function_values, shrink_factor, spaced, table
 from tests.small_models import data, regression
 
 
@@ -29,6 +30,13 @@ def test_r_hat_sees_chains_of_different_spread_and_of_heavy_tails():
     shifted = cauchy + 3.0 * torch.arange(4.0).reshape(4, 1, 1)
     wide = torch.randn(4, 500, 1) * torch.tensor([1.0, 1.0, 1.0, 5.0]).reshape(4, 1, 1)
     assert shrink_factor(cauchy) < 1.02 and shrink_factor(shifted) > 1.2 and shrink_factor(wide) > 1.1
+
+
+def test_effective_draws_are_no_negative_number():
+    """Draws that alternate around their mean: Pyro's estimate of their number is below 0."""
+    values = torch.tensor([1.0, -1.0]).repeat(25).reshape(1, 50, 1) + 0.01 * torch.randn(2, 50, 1)
+    assert float(effective_sample_size(values, chain_dim=0, sample_dim=1)) < 0
+    assert float(effective_size(values)) == pytest.approx(100 * math.log10(100))
 
 
 def test_a_constant_has_no_r_hat_and_the_table_says_that_it_stands_still():
