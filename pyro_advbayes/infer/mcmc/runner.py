@@ -19,12 +19,12 @@ from tqdm.auto import tqdm
 from pyro_advbayes.batches import is_loader
 from pyro_advbayes.infer.mcmc import files, summary
 from pyro_advbayes.infer.mcmc.assessment import Assessment, SamplingWarning, assess
-from pyro_advbayes.infer.mcmc.draws import Field, FileDraws, MemoryDraws
+from pyro_advbayes.infer.mcmc.draws import PREFIXES, Field, FileDraws, MemoryDraws, refuse_name
 from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, data_digests, fingerprint, load_kernel, schedule_values
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 
 STATISTICS = ("energy", "step_size", "temperature", "gradient_norm", "diverging")
-_PREFIX, _EXTRA = "sample_stats/", "extras/"
+_PREFIX, _EXTRA = PREFIXES
 
 
 class SGMCMC(AbstractMCMC):
@@ -197,6 +197,8 @@ class SGMCMC(AbstractMCMC):
         self._scheduled = schedule_values(self.kernel, self.warmup_steps + self.num_samples)
         args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         self.kernel.setup_chains(self._asked_chains, self.warmup_steps, args, kwargs, find_start)
+        for site in self._sites:
+            refuse_name(site.name)
         # ArviZ runs the model on these: of a loader, its first batch
         loader = is_loader(args, dict(kwargs))
         self._args, self._kwargs = (self.kernel.potential.batches.example if loader else args), dict(kwargs)
