@@ -388,7 +388,7 @@ def test_a_site_whose_name_has_another_meaning_is_refused_before_sampling(tmp_pa
         pyro.sample(name, dist.Normal(0.0, 1.0))
 
     mcmc = ab.SGMCMC(ab.SGLD(model, 0.1, backend="handlers"), 2, 0, **({} if where == "memory" else {"draws": tmp_path / "draws"}))
-    with pytest.raises(ValueError, match="site .* rename it") as caught:
+    with pytest.raises(ValueError, match=r"site .* rename it") as caught:
         mcmc.run()
     assert repr(name) in str(caught.value) and not list(tmp_path.iterdir())
 
