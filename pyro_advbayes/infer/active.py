@@ -19,6 +19,7 @@ from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, tensor_digest
 
 Fit = Callable[[Tensor, Tensor], Any]
+_KIND = "run of active_learning"
 CHUNK = 1000  # inputs that are predicted at a time
 
 
@@ -238,14 +239,16 @@ def _fingerprint(pool: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> di
 def _save(path: Path, settings: Mapping[str, Any], labelled: Tensor, scores: list[Any]) -> None:
     # scores of whatever kind are called what files of classifications have always called them
     state = {"settings": dict(settings), "labelled": labelled, "accuracies": scores, "random": files.random_state(labelled.device)}
-    files.save(path, state)
+    files.save(path, state, _KIND)
 
 
 def _load(path: Path, settings: Mapping[str, Any], device: torch.device) -> tuple[Tensor, list[Any]]:
-    content = files.load(path)
+    content = files.load(path, _KIND)
     then = content.get("settings") if isinstance(content, dict) else None
     if not isinstance(then, dict) or set(then) != set(settings):
         raise ValueError(f"{path} holds no active learning that this version can go on with: delete it, or choose another path")
+    files.check_fields(path, content, {"labelled": Tensor, "accuracies": list, "random": dict})
     check_fingerprint(dict(settings), then, path)
-    files.set_random_state(content["random"], device)
+    with files.reading(path):
+        files.set_random_state(content["random"], device)
     return content["labelled"].to(device), list(content["accuracies"])

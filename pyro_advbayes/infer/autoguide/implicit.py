@@ -277,7 +277,6 @@ class AutoImplicit(AutoGuide):
         if dtype is not None:
             self._judge_rounding(state, dtype)
         content = {
-            "guide": type(self).__name__,
             "model": model_name(self.model),
             "sites": pack_sites(self.sites),
             "generator": type(self.network).__name__,
@@ -285,7 +284,7 @@ class AutoImplicit(AutoGuide):
             "num_draws": self.num_draws,
             "state": state,
         }
-        files.save(Path(path), content)
+        files.save(Path(path), content, f"file of {type(self).__name__}")
 
     @torch.no_grad()
     def _judge_rounding(self, state: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -314,19 +313,25 @@ class AutoImplicit(AutoGuide):
         :param model: the model that it was written for, which is known by the name of its class or function, and by its sites.
         :param generator: a module like the one that was saved, where it was one's own.
         :raises FileNotFoundError: if there is no such file.
-        :raises ValueError: if it is truncated, no guide, of another model or of another generator.
+        :raises ValueError: if it is truncated, spoilt, no guide, of another version, of another model or of another generator.
         """
-        content = files.load(Path(path))
-        if not isinstance(content, dict) or content.get("guide") != cls.__name__:
-            raise ValueError(f"{path} holds no {cls.__name__}")
+        content = files.load(Path(path), f"file of {cls.__name__}")
+        kinds = {"model": str, "generator": str, "settings": dict, "sites": list, "state": dict, "num_draws": int}
+        files.check_fields(Path(path), content, kinds)
+        if not content["sites"]:
+            raise files.FileError(f"{path}: its sites are []: it is spoilt")
         if content["model"] != model_name(model):
             raise ValueError(f"{path} is of another model: it was saved for {content['model']!r}, here is {model_name(model)!r}")
         kind = content["generator"]
-        if generator is None:
-            if kind not in GENERATORS:
-                raise ValueError(f"{path} holds a generator of one's own ({content['settings']}): pass generator=, a module like it")
-            generator = GENERATORS[kind](**content["settings"])
-        sites = unpack_sites(content["sites"])
+        if generator is None and kind not in GENERATORS:
+            raise ValueError(f"{path} holds a generator of one's own ({content['settings']}): pass generator=, a module like it")
+        with files.reading(Path(path)):
+            sites = unpack_sites(content["sites"])
+            if generator is None:
+                generator = GENERATORS[kind](**content["settings"])
+                held = sum(value.numel() for value in content["state"].values())
+                if generator.numbers([site.unconstrained_shape for site in sites]) > held:  # before there is memory for it
+                    raise ValueError(f"its settings {content['settings']} are of a generator of more than its {held} numbers")
         guide = cls(model, generator)
         if type(guide.network).__name__ != kind or guide.network.settings() != content["settings"]:
             raise ValueError(f"{path} holds a {kind} with {content['settings']}, not the generator given")

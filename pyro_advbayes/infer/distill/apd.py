@@ -143,22 +143,24 @@ class APD:
         :raises FileNotFoundError: if there is no such file.
         :raises ValueError: if it is truncated, or of other draws, other data or another generator.
         """
-        content = files.load(Path(path))
-        if not isinstance(content, dict) or "reservoir" in content or "training" not in content:
-            raise ValueError(f"{path} is no checkpoint of {cls.__name__}")
-        apd = cls(guide, checkpoint=path, checkpoint_every=content["every"], disable_progbar=disable_progbar, **content["settings"])
+        content = files.load(Path(path), "checkpoint of APD")
+        kinds = {"settings": dict, "every": int, "fingerprint": dict, "training": dict, "stopping": object, "random": dict}
+        files.check_fields(Path(path), content, kinds)
+        with files.reading(Path(path), passing=ValueError):
+            apd = cls(guide, checkpoint=path, checkpoint_every=content["every"], disable_progbar=disable_progbar, **content["settings"])
         rows, potential = apd._prepare(samples, args, kwargs)
         fingerprint = _fingerprint(guide, rows, potential)
         for what, here in fingerprint.items():
-            if content["fingerprint"][what] != here:
-                raise ValueError(f"{path} is of another fit: its {what} is {content['fingerprint'][what]}, here it is {here}")
-        guide.network.restore(content["training"]["generator"])  # which says what codes are
-        codes = Codes(guide.network, rows)
-        training, stopping = apd.training(codes), apd.stopping(codes)
-        training.load(content["training"])
-        if stopping is not None:
-            stopping.load(content["stopping"])
-        files.set_random_state(content["random"], rows.device)
+            if content["fingerprint"].get(what) != here:
+                raise ValueError(f"{path} is of another fit: its {what} is {content['fingerprint'].get(what)}, here it is {here}")
+        with files.reading(Path(path)):
+            guide.network.restore(content["training"]["generator"])  # which says what codes are
+            codes = Codes(guide.network, rows)
+            training, stopping = apd.training(codes), apd.stopping(codes)
+            training.load(content["training"])
+            if stopping is not None:
+                stopping.load(content["stopping"])
+            files.set_random_state(content["random"], rows.device)
         return apd._train_offline(rows, training, stopping, potential, fingerprint)
 
     def _prepare(self, samples: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Rows, Potential | None]:
@@ -284,7 +286,7 @@ class APD:
             "stopping": None if stopping is None else stopping.state(),
             "random": files.random_state(device),
         }
-        files.save(self.checkpoint, content)
+        files.save(self.checkpoint, content, "checkpoint of APD")
 
 
 def settings_of(preset: str, changes: Mapping[str, Any]) -> Settings:

@@ -134,10 +134,15 @@ class OnlineAPD:
         :raises FileNotFoundError: if there is no such file.
         :raises ValueError: if it is truncated or no checkpoint of this class, or if generator, model, kernel or data are others.
         """
-        content = files.load(Path(path))
-        if not isinstance(content, dict) or "reservoir" not in content:
-            raise ValueError(f"{path} is no checkpoint of {cls.__name__}")
-        online = cls(guide, kernel, **content["run"], **content["settings"], checkpoint=path, disable_progbar=disable_progbar)
+        content = files.load(Path(path), "checkpoint of OnlineAPD")
+        kinds = dict.fromkeys(("run", "settings", "fingerprint", "kernel", "reservoir", "progress", "random"), dict)
+        files.check_fields(Path(path), content, {**kinds, "energy": Tensor, "training": object, "stopping": object, "generator": object})
+        files.check_fields(Path(path), content["kernel"], {"theta": Tensor}, "kernel")
+        files.check_fields(Path(path), content["run"], {"num_chains": int}, "run")
+        if content["run"]["num_chains"] != len(content["kernel"]["theta"]):  # before chains are set up
+            raise files.FileError(f"{path}: its number of chains is not that of its state: it is spoilt")
+        with files.reading(Path(path), passing=ValueError):
+            online = cls(guide, kernel, **content["run"], **content["settings"], checkpoint=path, disable_progbar=disable_progbar)
         with poutine.block(), pyro.validation_enabled(False):
             return online._resume_from(content, args, kwargs)
 
@@ -145,8 +150,10 @@ class OnlineAPD:
         self._set_up(args, kwargs, find_start=False)
         check_fingerprint(self._fingerprint, content["fingerprint"], self._fitter.checkpoint)
         load_kernel(self.kernel, content["kernel"], content["energy"], self._fitter.checkpoint)
-        self._reservoir.load(content["reservoir"])
-        return self._go_on(_Progress(**content["progress"]), content)
+        with files.reading(self._fitter.checkpoint):
+            self._reservoir.load(content["reservoir"])
+            progress = _Progress(**content["progress"])
+        return self._go_on(progress, content)
 
     def _set_up(self, args: Sequence[Any], kwargs: Mapping[str, Any], find_start: bool = True) -> None:
         kernel, loader = self.kernel, is_loader(args, dict(kwargs))
@@ -249,7 +256,7 @@ class OnlineAPD:
             "stopping": None if stopping is None else stopping.state(),
             "random": files.random_state(kernel.potential.device),
         }
-        files.save(fitter.checkpoint, content)
+        files.save(fitter.checkpoint, content, "checkpoint of OnlineAPD")
 
 
 @dataclass

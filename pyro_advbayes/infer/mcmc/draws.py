@@ -27,8 +27,23 @@ _NAMES = {
     torch.int64: "I64",
     torch.bool: "BOOL",
 }
-_COUNT = "draws written"  # the name of a tensor in the file
+PREFIXES = ("sample_stats/", "extras/")  # of what is kept beside the sites
+_COUNT, _DIGEST = "draws written", "draws digest"  # names of tensors in the file
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def refuse_name(name: str) -> None:
+    """:raises ValueError: if a site's name has another meaning beside the draws, in their file or in memory."""
+    taken = ("__metadata__", _COUNT, _DIGEST)
+    if name in taken or name.startswith(PREFIXES):
+        raise ValueError(
+            f"site {name!r}: draws cannot be kept under {', '.join(map(repr, taken))}, or names that begin with "
+            f"{' or '.join(map(repr, PREFIXES))}: rename it"
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"site {name!r}: its name is no UTF-8: rename it") from error
 
 
 class Field(NamedTuple):

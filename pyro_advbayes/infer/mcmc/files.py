@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,9 @@ try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
+
+
+VERSION = "1"  # of the format of all files; another one is refused
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -130,33 +134,96 @@ def _remove_left_over(path: Path) -> None:
                 os.close(file)
 
 
-def save(path: Path, content: Mapping[str, Any]) -> None:
+def save(path: Path, content: Mapping[str, Any], kind: str = "values") -> None:
     """
     Writes nested dicts, lists and tuples of tensors, arrays, numbers, strings and None in the safetensors format, all or nothing:
     a reader sees the old file or the new one.
+
+    :param kind: what the file is, by which :func:`load` knows it, e.g. ``"checkpoint of SGMCMC"``.
     """
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_pack(content, tensors))
+    metadata = {"format version": VERSION, "kind": kind, "content": plain, "digest": _digest(kind, plain, tensors)}
     with replacing(path) as part:
-        save_file(tensors, str(part.name), metadata={"content": plain})
+        save_file(tensors, str(part.name), metadata=metadata)
         os.fsync(part.fileno())
 
 
-def load(path: Path) -> Any:
+def load(path: Path, kind: str = "values") -> Any:
     """
     Reads what :func:`save` wrote.
 
+    :param kind: what it must be.
     :raises FileNotFoundError: if there is no such file.
-    :raises ValueError: if it is a directory, truncated, or was not written by :func:`save`.
+    :raises ValueError: if it is a directory, truncated, spoilt (its digest is not that of its content), of another version or kind, or was
+        not written by :func:`save`. Files of before there were versions and digests are refused: nothing tells whether they are whole.
     """
     refuse_missing(path)
-    try:
+    with reading(path):
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
+            check_version(path, metadata, kind)
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        if metadata["digest"] != _digest(kind, metadata["content"], tensors):
+            raise ValueError("its digest is not that of its content")
         return _unpack(json.loads(metadata["content"]), tensors)
-    except (SafetensorError, KeyError, StopIteration, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is truncated, or no file of this package: {error}") from error
+
+
+class FileError(ValueError):
+    """A file is not what is wanted; the message names it."""
+
+
+@contextlib.contextmanager
+def reading(path: Path, passing: type[Exception] = FileError) -> Iterator[None]:
+    """
+    :param passing: what is of the caller's arguments and not of the file.
+    :raises FileError: for whatever else a spoilt or hostile file raises where it is taken apart.
+    """
+    try:
+        yield
+    except passing:
+        raise
+    except (SafetensorError, LookupError, StopIteration, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        text = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise FileError(f"{path} is truncated, or no file of this package, or spoilt: {text[:300]}") from error
+
+
+def check_version(path: Path, metadata: Mapping[str, str], kind: str) -> None:
+    """:raises FileError: if a file, of which this is the header, is of another version or kind."""
+    found = metadata.get("format version")
+    if found is None:
+        raise ValueError("it names no format version (those of before version 1 are not read any more)")
+    if found != VERSION:
+        raise FileError(f"{path} is of format version {found[:20]!r}, and this package reads {VERSION!r}: use the package that wrote it")
+    if metadata.get("kind") != kind:
+        raise FileError(f"{path} is no {kind}: it is a file of kind {metadata.get('kind', '')[:100]!r}")
+
+
+def check_fields(path: Path, content: Any, fields: Mapping[str, type | tuple[type, ...]], where: str = "content") -> None:
+    """
+    Checks types, and that counts are >= 0, before anything is made of them.
+
+    :param fields: the type of each by name.
+    :param where: what the mapping is called in messages.
+    :raises FileError: naming the field that is missing or senseless.
+    """
+    if not isinstance(content, dict):
+        raise FileError(f"{path}: its {where} is a {type(content).__name__}, not a dict: it is spoilt")
+    for name, kind in fields.items():
+        if name not in content:
+            raise FileError(f"{path}: its {where} lacks {name!r}: it is spoilt")
+        value = content[name]
+        if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
+            raise FileError(f"{path}: {name!r} in its {where} is {repr(value)[:100]}: it is spoilt")
+
+
+def _digest(kind: str, plain: str, tensors: Mapping[str, Tensor]) -> str:
+    names = sorted(tensors)
+    described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+    found = hashlib.blake2b(json.dumps([VERSION, kind, plain, described]).encode(), digest_size=16)
+    for name in names:
+        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:

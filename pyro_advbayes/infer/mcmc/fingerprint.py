@@ -13,6 +13,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_advbayes.infer.mcmc.files import FileError, reading
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.schedules import check_value
 from pyro_advbayes.infer.mcmc.step_size import AutoStepSize
@@ -94,9 +95,9 @@ def check_fingerprint(now: dict[str, Any], then: dict[str, Any], path: Path) -> 
                 key, here, there = f"{key}[{name!r}]", here.get(name), there.get(name)
             raise ValueError(f"{path} is of another run: its {key} is {_shorten(there)}, here it is {_shorten(here)}")
     for key in ("threads", "torch"):
-        if now[key] != then[key]:
+        if now[key] != then.get(key):
             warnings.warn(
-                f"{path} was written with {key}={then[key]}, here it is {now[key]}: results may differ in the last bits",
+                f"{path} was written with {key}={then.get(key)}, here it is {now[key]}: results may differ in the last bits",
                 stacklevel=4,
             )
 
@@ -109,9 +110,12 @@ def load_kernel(kernel: SGMCMCKernel, state: dict[str, Any], then: Tensor, path:
     :param then: its reference energy in that state.
     :raises ValueError: if the energy is another now: priors and likelihoods are in no fingerprint.
     """
-    kernel.load(_to(state, kernel.potential.device))
+    with reading(path, passing=ValueError):
+        kernel.load(_to(state, kernel.potential.device))
     energy = kernel.reference_energy()
     rtol = 1e-5 if energy.dtype.itemsize >= 4 else 1e-2  # the same model on another machine differs by rounding
+    if then.shape != energy.shape:
+        raise FileError(f"{path}: its energy has shape {list(then.shape)}, not {list(energy.shape)}: it is spoilt")
     same = torch.isclose(energy, then.to(energy.device), rtol=rtol, equal_nan=True)
     if not bool(same.all()):
         place = int((~same).nonzero()[0])

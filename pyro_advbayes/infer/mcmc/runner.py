@@ -19,12 +19,13 @@ from tqdm.auto import tqdm
 from pyro_advbayes.batches import is_loader
 from pyro_advbayes.infer.mcmc import files, summary
 from pyro_advbayes.infer.mcmc.assessment import Assessment, SamplingWarning, assess
-from pyro_advbayes.infer.mcmc.draws import Field, FileDraws, MemoryDraws
+from pyro_advbayes.infer.mcmc.draws import PREFIXES, Field, FileDraws, MemoryDraws, refuse_name
 from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, data_digests, fingerprint, load_kernel, schedule_values
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 
 STATISTICS = ("energy", "step_size", "temperature", "gradient_norm", "diverging")
-_PREFIX, _EXTRA = "sample_stats/", "extras/"
+_PREFIX, _EXTRA = PREFIXES
+_KIND = "checkpoint of SGMCMC"
 
 
 class SGMCMC(AbstractMCMC):
@@ -161,10 +162,13 @@ class SGMCMC(AbstractMCMC):
         :param args: the same data, as given to :meth:`run`.
         :return: the finished runner.
         :raises FileNotFoundError: if checkpoint or draws are missing.
-        :raises ValueError: if the file is truncated, or the model, kernel or data are others; says what differs.
+        :raises ValueError: if the file is truncated, spoilt, of another version or kind, or the model, kernel or data are others; says what
+            differs.
         """
-        content = files.load(Path(path))
+        content = files.load(Path(path), _KIND)
+        files.check_fields(Path(path), content, {"runner": dict, "fingerprint": dict, "energy": Tensor, "kernel": dict})
         settings = content["runner"]
+        _check_content(Path(path), settings, content["kernel"])
         dtype = settings.pop("draws_dtype")
         draws = Path(path).parent / settings.pop("draws")
         mcmc = cls(
@@ -197,6 +201,8 @@ class SGMCMC(AbstractMCMC):
         self._scheduled = schedule_values(self.kernel, self.warmup_steps + self.num_samples)
         args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         self.kernel.setup_chains(self._asked_chains, self.warmup_steps, args, kwargs, find_start)
+        for site in self._sites:
+            refuse_name(site.name)
         # ArviZ runs the model on these: of a loader, its first batch
         loader = is_loader(args, dict(kwargs))
         self._args, self._kwargs = (self.kernel.potential.batches.example if loader else args), dict(kwargs)
@@ -282,7 +288,7 @@ class SGMCMC(AbstractMCMC):
             "energy": self.kernel.reference_energy(),
             "kernel": self.kernel.state(),
         }
-        files.save(self.checkpoint, content)
+        files.save(self.checkpoint, content, _KIND)
 
     def _fingerprint(self) -> dict[str, Any]:
         return fingerprint(self.kernel, self._scheduled, self._data)
@@ -391,6 +397,22 @@ class SGMCMC(AbstractMCMC):
         print(f"\nchains lost: {len(self._left_out)} of {self._asked_chains}")
         for finding in self._assessment.findings:
             print(f"warning: {finding}")
+
+
+def _check_content(path: Path, settings: Any, kernel: Any) -> None:
+    """:raises ValueError: naming what in a checkpoint makes no sense, before chains are set up."""
+    counts = {"num_samples": int, "warmup_steps": int, "num_chains": int, "checkpoint_every": int}
+    files.check_fields(path, settings, {**counts, "draws": str, "draws_dtype": (str, type(None))}, "settings")
+    files.check_fields(path, kernel, {"theta": Tensor, "counts": list}, "kernel")
+    total, done = settings["warmup_steps"] + settings["num_samples"], kernel["counts"]
+    if 0 in (settings["num_samples"], settings["num_chains"], settings["checkpoint_every"]):
+        raise files.FileError(f"{path}: its settings have a count that is 0: it is spoilt")
+    if settings["draws_dtype"] not in (None, "float16", "bfloat16", "float32", "float64"):
+        raise files.FileError(f"{path}: its draws_dtype is {settings['draws_dtype'][:100]!r}: it is spoilt")
+    if kernel["theta"].dim() != 2 or settings["num_chains"] != len(kernel["theta"]):
+        raise files.FileError(f"{path}: its num_chains={settings['num_chains']} is not that of its state: it is spoilt")
+    if len(done) != 2 or not all(type(count) is int and count >= 0 for count in done) or done[1] > total:
+        raise files.FileError(f"{path}: the counts of its kernel are {str(done)[:100]}, of {total} samples: it is spoilt")
 
 
 class Diagnostics(dict):

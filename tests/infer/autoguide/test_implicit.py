@@ -347,12 +347,41 @@ def test_draws_of_another_model_are_noticed_at_the_first_call():
         guide(x)
 
 
+@pytest.mark.parametrize(
+    "place,value",
+    [
+        (("settings", "hidden"), [10**5, 10**5]),
+        (("settings", "noise"), -1),
+        (("settings", "nonsense"), 1),
+        (("settings",), [1]),
+        (("sites",), []),
+        (("sites",), [{}]),
+        (("sites",), [3]),
+        (("state",), {}),
+        (("state", "loc"), 3),
+        (("num_draws",), -1),
+        (("num_draws",), None),
+        (("model",), None),
+    ],
+)
+def test_a_senseless_field_of_a_saved_guide_is_refused_by_name_and_allocates_nothing(tmp_path, place, value):
+    path = tmp_path / "guide.safetensors"
+    quick(AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,))), {"w": torch.randn(200, 3), "b": torch.randn(200)}).save(path)
+    content = holder = files.load(path, "file of AutoImplicit")
+    for name in place[:-1]:
+        holder = holder[name]
+    holder[place[-1]] = value
+    files.save(path, content, "file of AutoImplicit")
+    with pytest.raises(ValueError, match=r"guide\.safetensors"):
+        AutoImplicit.load(path, logistic)
+
+
 def test_what_is_no_file_of_a_guide_is_refused(tmp_path):
     path = tmp_path / "other.safetensors"
     with pytest.raises(FileNotFoundError):
         AutoImplicit.load(path, classifier())
     files.save(path, {"runner": 1})
-    with pytest.raises(ValueError, match="holds no AutoImplicit"):
+    with pytest.raises(ValueError, match="is no file of AutoImplicit"):
         AutoImplicit.load(path, classifier())
     path.write_bytes(b"\x80\x04 a pickle")
     with pytest.raises(ValueError, match="truncated, or no file"):

@@ -307,7 +307,7 @@ def test_files_of_another_kind_are_refused(tmp_path):
         with pytest.raises(ValueError, match=f"{path.name} is no checkpoint of APD"):
             APD.resume(path, small(MLPGenerator), samples)
     for path in (online, offline):
-        with pytest.raises(ValueError, match=f"{path.name} holds no AutoImplicit"):
+        with pytest.raises(ValueError, match=f"{path.name} is no file of AutoImplicit"):
             AutoImplicit.load(path, logistic)
     for path in (online, offline, guide):
         with pytest.raises(ValueError, match=f"{path.name} is truncated, or no file of draws"):

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from safetensors import safe_open
@@ -375,6 +377,30 @@ def test_draws_in_half_precision_take_half_the_room_and_come_back_in_the_models_
         torch.testing.assert_close(half.get_samples()[name], value.to(dtype).to(value.dtype), rtol=0, atol=0)
     kept = half._draws.get()
     assert kept["w"].dtype == dtype and kept["sample_stats/energy"].dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "name", ["__metadata__", "draws written", "draws digest", "sample_stats/energy", "sample_stats/own", "extras/own", "n\udcff"]
+)
+@pytest.mark.parametrize("where", ["memory", "file"])
+def test_a_site_whose_name_has_another_meaning_is_refused_before_sampling(tmp_path, name, where):
+    def model():
+        pyro.sample(name, dist.Normal(0.0, 1.0))
+
+    mcmc = ab.SGMCMC(ab.SGLD(model, 0.1, backend="handlers"), 2, 0, **({} if where == "memory" else {"draws": tmp_path / "draws"}))
+    with pytest.raises(ValueError, match=r"site .* rename it") as caught:
+        mcmc.run()
+    assert repr(name) in str(caught.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", "draws", "extras", "sample_stats", "a/b", "a.b", "\u03b8", "\U0001f600", '"', "\n"])
+def test_a_site_of_any_other_name_is_kept(tmp_path, name):
+    def model():
+        pyro.sample(name, dist.Normal(0.0, 1.0))
+
+    mcmc = ab.SGMCMC(ab.SGLD(model, 0.1, backend="handlers"), 2, 0, draws=tmp_path / "draws", disable_progbar=True)
+    mcmc.run()
+    assert torch.equal(read_draws(tmp_path / "draws")[name].flatten(), mcmc.get_samples()[name])
 
 
 MEMORY = """

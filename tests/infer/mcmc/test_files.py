@@ -15,6 +15,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import pyro_advbayes
@@ -150,6 +151,70 @@ def test_another_kind_of_file_is_refused(tmp_path, write):
     with pytest.raises(ValueError, match="file is truncated, or no file of this package"):
         files.load(tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == before
+
+
+@pytest.mark.parametrize("part", [None, 0, 1])
+def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, part):
+    """Of header and tensors; 100 of each place."""
+    path, content = tmp_path / "file", {"value": torch.arange(100.0), "other": torch.arange(40), "text": "plain"}
+    files.save(path, content)
+    whole, refused = path.read_bytes(), 0
+    header = 8 + int.from_bytes(whole[:8], "little")
+    places = {None: range(len(whole)), 0: range(header), 1: range(header, len(whole))}[part]
+    generator = random.Random(0)
+    for _ in range(100):
+        spoilt = bytearray(whole)
+        spoilt[generator.choice(places)] ^= 1 << generator.randrange(8)
+        path.write_bytes(spoilt)
+        try:
+            assert same(content, files.load(path))
+        except ValueError as error:
+            refused += 1
+            assert "file " in str(error)
+    assert refused == 100 if part == 1 else refused > 80
+
+
+def rewritten(path, **changes):
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name).clone() for name in file.keys()}
+    metadata = {name: value for name, value in {**metadata, **changes}.items() if value is not None}
+    save_file(tensors, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    "changes,says",
+    [
+        ({"format version": "2"}, "file is of format version '2', and this package reads '1'"),
+        ({"format version": None}, "it names no format version"),
+        ({"kind": "checkpoint of APD"}, "file is no values: it is a file of kind 'checkpoint of APD'"),
+        ({"kind": None}, "file is no values"),
+        ({"digest": None}, "no 'digest'"),
+        ({"digest": "0" * 32}, "its digest is not that of its content"),
+        ({"content": "[" * 100_000}, "digest"),
+    ],
+)
+def test_a_file_of_another_version_kind_or_content_is_refused(tmp_path, changes, says):
+    files.save(tmp_path / "file", CONTENT)
+    rewritten(tmp_path / "file", **changes)
+    with pytest.raises(ValueError, match=says):
+        files.load(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "plain", ["[" * 100_000, '{"dict":' * 100_000, '{"tensor": "t9"}', '{"list": 3}', '{"list": []', "{}", '{"dict": []}']
+)
+def test_senseless_content_with_the_right_digest_is_refused(tmp_path, plain):
+    metadata = {"format version": files.VERSION, "kind": "values", "content": plain, "digest": files._digest("values", plain, {})}
+    save_file({}, tmp_path / "file", metadata=metadata)
+    with pytest.raises(ValueError, match="file is truncated, or no file of this package, or spoilt"):
+        files.load(tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", [[], None, {}, {"count": -1}, {"count": True}, {"count": 1.0}, {"count": [1]}, {"count": None}])
+def test_a_missing_or_senseless_field_is_refused_by_name(tmp_path, content):
+    files.check_fields(tmp_path / "file", {"count": 0}, {"count": int})
+    with pytest.raises(ValueError, match=r"file: (its content (is a|lacks 'count')|'count' in its content is).*: it is spoilt"):
+        files.check_fields(tmp_path / "file", content, {"count": int})
 
 
 def test_a_missing_file_is_missed_by_name(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyro
@@ -481,6 +483,74 @@ def test_a_spoilt_checkpoint_is_refused_and_left_as_it_is(tmp_path, spoil):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_flipped_bit_of_a_checkpoint_is_refused_or_changes_nothing(tmp_path):
+    checkpoint = tmp_path / "run.checkpoint"
+    runner(sgld(), checkpoint=checkpoint).run(X, Y)
+    whole, generator = checkpoint.read_bytes(), random.Random(0)
+    good = repr(files.load(checkpoint, "checkpoint of SGMCMC"))
+    for _ in range(60):
+        spoilt = bytearray(whole)
+        spoilt[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        checkpoint.write_bytes(spoilt)
+        with contextlib.suppress(ValueError):
+            assert repr(files.load(checkpoint, "checkpoint of SGMCMC")) == good
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "run.checkpoint"
+    for kind in ("checkpoint of APD", "values"):
+        files.save(path, {"settings": {}}, kind)
+        with pytest.raises(ValueError, match=f"run.checkpoint is no checkpoint of SGMCMC: it is a file of kind '{kind}'"):
+            resumed(path, sgld(), (X, Y))
+
+
+@pytest.mark.parametrize(
+    "place,value",
+    [
+        ((), [1, 2]),
+        (("runner",), [1, 2]),
+        (("runner",), None),
+        (("runner", "num_chains"), 10**12),
+        (("runner", "num_chains"), -1),
+        (("runner", "num_samples"), -3),
+        (("runner", "num_samples"), 10**12),
+        (("runner", "num_samples"), [11]),
+        (("runner", "warmup_steps"), 10**12),
+        (("runner", "checkpoint_every"), 0),
+        (("runner", "draws_dtype"), "nonsense"),
+        (("runner", "draws"), 3),
+        (("kernel",), {}),
+        (("kernel", "theta"), torch.zeros(2, 10)),
+        (("kernel", "theta"), [0.0, 1.0]),
+        (("kernel", "alive"), None),
+        (("kernel", "counts"), [1]),
+        (("kernel", "counts"), [-5, -5]),
+        (("kernel", "counts"), [10**9, 10**9]),
+        (("kernel", "info"), None),
+        (("kernel", "batches"), None),
+        (("kernel", "random"), {}),
+        (("energy",), torch.zeros(0)),
+        (("energy",), None),
+        (("fingerprint",), {}),
+        (("fingerprint", "sites"), []),
+    ],
+)
+def test_a_senseless_field_is_refused_by_name_within_a_second(tmp_path, place, value):
+    """The file's digest is right: somebody wrote it so."""
+    checkpoint = tmp_path / "run.checkpoint"
+    ab.SGMCMC(sgld(), 2, 1, 2, disable_progbar=True, checkpoint=checkpoint).run(X, Y)
+    content = holder = files.load(checkpoint, "checkpoint of SGMCMC")
+    for name in place[:-1]:
+        holder = holder[name]
+    if place:
+        holder[place[-1]] = value
+    files.save(checkpoint, content if place else value, "checkpoint of SGMCMC")
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"run\.checkpoint"):
+        resumed(checkpoint, sgld(), (X, Y))
+    assert time.process_time() - start < 1.0
+
+
 @pytest.mark.parametrize("spoil,error", [(truncate, ValueError), (scramble, ValueError), (Path.unlink, FileNotFoundError)])
 def test_spoilt_or_missing_draws_are_refused_and_the_checkpoint_stays(tmp_path, spoil, error):
     checkpoint, draws = tmp_path / "run.checkpoint", tmp_path / "run.checkpoint.draws.safetensors"
@@ -494,7 +564,7 @@ def test_spoilt_or_missing_draws_are_refused_and_the_checkpoint_stays(tmp_path, 
 
 def test_draws_are_no_checkpoint_and_a_missing_one_is_missed_by_name(tmp_path):
     runner(sgld(), checkpoint=tmp_path / "run.checkpoint").run(X, Y)
-    with pytest.raises(ValueError, match=r"draws\.safetensors is truncated, or no file of this package"):
+    with pytest.raises(ValueError, match=r"draws\.safetensors is (truncated, or no file of this package|no checkpoint of SGMCMC)"):
         resumed(tmp_path / "run.checkpoint.draws.safetensors", sgld(), (X, Y))
     with pytest.raises(FileNotFoundError, match="nowhere: there is no such file"):
         resumed(tmp_path / "nowhere", sgld(), (X, Y))
