@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
 import struct
+import time
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pyro_advbayes.infer.mcmc.files import refuse_existing, refuse_missing, replacing, try_lock, unused
+from pyro_advbayes.infer.mcmc.files import VERSION, FileError, check_version, refuse_existing, refuse_missing, replacing, try_lock, unused
 
 _NAMES = {
     torch.float64: "F64",
@@ -29,6 +31,7 @@ _NAMES = {
 }
 PREFIXES = ("sample_stats/", "extras/")  # of what is kept beside the sites
 _COUNT, _DIGEST = "draws written", "draws digest"  # names of tensors in the file
+_KIND = "file of draws"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -85,7 +88,8 @@ class MemoryDraws:
 class FileDraws:
     """
     Draws in a safetensors file of tensors ``[chains, draws, *shape]``, made at its full size at the start and filled in as the
-    chains run. Any safetensors reader can read it at any time; ``"draws written"`` tells how far it is filled.
+    chains run. Any safetensors reader can read it at any time; ``"draws written"`` tells how far it is filled. ``"draws digest"`` holds a
+    BLAKE2b digest of header and count, then one of each draw.
 
     :param path: the file.
     :param fields: what is kept, by name.
@@ -94,7 +98,7 @@ class FileDraws:
     :param overwrite: whether an existing file may be replaced.
     :param resume: how many draws of an existing file stay; None makes a new file.
     :raises FileExistsError: if the file exists and may not be overwritten.
-    :raises ValueError: if the path is no file's, or the file to resume holds other draws than these, or fewer.
+    :raises ValueError: if the path is no file's, or the file to resume holds other draws than these, or fewer, or spoilt ones.
     :raises RuntimeError: if another run writes to the file.
     """
 
@@ -110,7 +114,7 @@ class FileDraws:
         self.path, self.fields = path, dict(fields)
         self.count = resume or 0
         self._num_chains, self._num_samples = num_chains, num_samples
-        header, self._starts, size = self._layout()
+        self._header, self._starts, size = self._layout()
         if resume is None:
             refuse_existing(path, overwrite)
             with unused(path), replacing(path) as part:
@@ -118,52 +122,61 @@ class FileDraws:
                 self._file = os.fdopen(os.dup(part.fileno()), "r+b", buffering=0)
                 with self._room():
                     _reserve(part.fileno(), size)
-                self._write(memoryview(header), 0)
+                # readers touch the first byte of every tensor, which on a full tmpfs kills them if it was never written
+                for at in self._starts.values():
+                    self._write(memoryview(b"\0")[: size - at], at)
+                self._write(memoryview(self._header), 0)
                 self._write_count()
         else:
             self._file = open(path, "r+b", buffering=0)
             try:
-                self._check_resumed(header, size)
+                self._check_resumed(size)
             except BaseException:
                 self._file.close()
                 raise
         _open_files.add(self)
         self.flush()
 
-    def _check_resumed(self, header: bytes, size: int) -> None:
+    def _check_resumed(self, size: int) -> None:
         if not try_lock(self._file.fileno()):
             raise RuntimeError(f"{self.path} is in use: another run writes to it")
-        if os.pread(self._file.fileno(), len(header), 0) != header or os.fstat(self._file.fileno()).st_size != size:
+        if os.pread(self._file.fileno(), len(self._header), 0) != self._header or os.fstat(self._file.fileno()).st_size != size:
             raise ValueError(f"{self.path} does not hold the draws of this run, or is truncated")
-        (written,) = struct.unpack("<q", os.pread(self._file.fileno(), 8, self._starts[_COUNT]))
-        if written < self.count:
+        values, digests = _read(self.path)
+        if len(digests) < self.count:
             raise ValueError(
-                f"{self.path} holds {written} draws, where the checkpoint was written after {self.count}: it is of another run"
+                f"{self.path} holds {len(digests)} draws, where the checkpoint was written after {self.count}: it is of another run"
             )
+        _check_draws(self.path, values, digests[: self.count])  # those after the checkpoint are drawn again
 
     def _layout(self) -> tuple[bytes, dict[str, int], int]:
         entries: dict[str, Any] = {}
         offset = 0
         shapes = {name: (self._num_chains, self._num_samples, *field.shape) for name, field in self.fields.items()}
         dtypes = {name: field.dtype for name, field in self.fields.items()}
-        shapes[_COUNT], dtypes[_COUNT] = (1,), torch.int64
-        for name in sorted(shapes, key=lambda n: (-dtypes[n].itemsize, n)):  # wide types first keeps all of them aligned
+        shapes |= {_COUNT: (1,), _DIGEST: (self._num_samples + 1, 2)}
+        dtypes |= {_COUNT: torch.int64, _DIGEST: torch.int64}
+        # wide types first keeps all of them aligned
+        for name in [_COUNT, _DIGEST, *sorted(self.fields, key=lambda n: (-dtypes[n].itemsize, n))]:
             size = math.prod(shapes[name]) * dtypes[name].itemsize
             entries[name] = {"dtype": _NAMES[dtypes[name]], "shape": shapes[name], "data_offsets": [offset, offset + size]}
             offset += size
-        text = json.dumps(entries).encode()
-        text += b" " * (-len(text) % 8)
+        text = json.dumps({"__metadata__": {"format version": VERSION, "kind": _KIND}, **entries}).encode()
+        # count and digest of the header lie in one page: a kill leaves both of them old or new
+        text += b" " * (-(8 + len(text)) % 64)
         header = struct.pack("<Q", len(text)) + text
         return header, {name: len(header) + entry["data_offsets"][0] for name, entry in entries.items()}, len(header) + offset
 
     def append(self, values: Mapping[str, Tensor]) -> None:
         """Writes one draw ``[chains, *shape]`` of every field."""
+        kept = {name: values[name].detach().to("cpu", field.dtype).contiguous() for name, field in self.fields.items()}
         for name, field in self.fields.items():
-            rows = values[name].detach().to("cpu", field.dtype).contiguous()
+            rows = kept[name]
             size = field.shape.numel() * field.dtype.itemsize
             for chain, row in enumerate(rows):
                 at = self._starts[name] + (chain * self._num_samples + self.count) * size
                 self._write(row.reshape(-1).view(torch.uint8).numpy().data, at)
+        self._write(memoryview(_draw_digest(kept, self.count)), self._starts[_DIGEST] + 16 * (1 + self.count))
         self.count += 1
         self._write_count()
 
@@ -187,7 +200,8 @@ class FileDraws:
             self._file.close()
 
     def _write_count(self) -> None:
-        self._write(memoryview(struct.pack("<q", self.count)), self._starts[_COUNT])
+        count = struct.pack("<q", self.count)
+        self._write(memoryview(count + _digest(self._header, count)), self._starts[_COUNT])
 
     def _write(self, data: memoryview, at: int) -> None:
         """All of it: one call may write less, of more than 2 GiB always, of less when the disk becomes full."""
@@ -239,19 +253,67 @@ def _reserve(file: int, size: int) -> None:
         os.truncate(file, size)
 
 
-def read_draws(path: str | Path) -> dict[str, Tensor]:
+def read_draws(path: str | Path, check: bool = False) -> dict[str, Tensor]:
     """
     Reads a file of draws, finished or not, without loading it: the tensors are mapped.
 
+    :param bool check: whether to compare every draw with its digest, for which all are read once; :meth:`SGMCMC.resume` always does.
     :return: ``[chains, draws, *shape]`` by site; statistics of the sampler have names that begin with ``"sample_stats/"``.
     :raises FileNotFoundError: if there is no such file.
-    :raises ValueError: if it is truncated or no file of draws.
+    :raises ValueError: if it is truncated, spoilt, no file of draws, or of another format version.
     """
-    refuse_missing(Path(path))
+    values, digests = _read(Path(path))
+    if check:
+        _check_draws(Path(path), values, digests)
+    return values
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """Draws and their digests, ``[draws, 2]``."""
+    refuse_missing(path)
     try:
         with safe_open(str(path), framework="pt") as file:
+            check_version(path, file.metadata() or {}, _KIND)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        count = int(tensors.pop(_COUNT))
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} is truncated, or no file of draws: {error}") from error
-    return {name: value[:, :count] for name, value in tensors.items()}
+        digests = tensors.pop(_DIGEST)
+        del tensors[_COUNT]
+        count = _read_count(path)
+        if not all(value.dim() >= 2 and value.shape[1] == len(digests) - 1 >= count >= 0 for value in tensors.values()):
+            raise ValueError("its header is not of draws")
+    except FileError:
+        raise
+    except (SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is truncated, or no file of draws, or spoilt: {error}") from error
+    return {name: value[:, :count] for name, value in tensors.items()}, digests[1 : count + 1]
+
+
+def _read_count(path: Path) -> int:
+    with open(path, "rb", buffering=0) as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        file.seek(0)
+        header = file.read(8 + size)
+        for _ in range(20):
+            file.seek(8 + size)
+            found = file.read(24)
+            if found[8:] == _digest(header, found[:8]):
+                return struct.unpack("<q", found[:8])[0]
+            time.sleep(0.001)  # a run may be writing it
+    raise ValueError("the digest of header and count is another")
+
+
+def _check_draws(path: Path, values: Mapping[str, Tensor], digests: Tensor) -> None:
+    for i, digest in enumerate(digests):
+        if _draw_digest({name: value[:, i] for name, value in values.items()}, i) != digest.numpy().tobytes():
+            raise FileError(f"{path} is spoilt: draw {i} is not what was written to it (its digest is another)")
+
+
+def _draw_digest(values: Mapping[str, Tensor], number: int) -> bytes:
+    rows = (row.reshape(-1).view(torch.uint8).numpy() for name in sorted(values) for row in values[name])
+    return _digest(struct.pack("<q", number), *rows)
+
+
+def _digest(*parts: Any) -> bytes:
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(part)
+    return found.digest()

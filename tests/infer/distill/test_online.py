@@ -310,7 +310,7 @@ def test_files_of_another_kind_are_refused(tmp_path):
         with pytest.raises(ValueError, match=f"{path.name} is no file of AutoImplicit"):
             AutoImplicit.load(path, logistic)
     for path in (online, offline, guide):
-        with pytest.raises(ValueError, match=f"{path.name} is truncated, or no file of draws"):
+        with pytest.raises(ValueError, match=f"{path.name} is no file of draws"):
             APD(small(MLPGenerator)).fit(path)
 
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pyro
@@ -152,6 +153,76 @@ def test_a_pickled_file_of_draws_reads_the_same_file(tmp_path):
     draws = FileDraws(tmp_path / "draws", FIELDS, 2, 7)
     draws.append(values(0))
     assert same(pickle.loads(pickle.dumps(draws)).get(), expected(1))
+
+
+def test_a_flipped_bit_is_refused_where_draws_are_checked_and_by_a_resumed_run(tmp_path):
+    path = tmp_path / "draws"
+    draws = FileDraws(path, FIELDS, 2, 7)
+    for i in range(7):
+        draws.append(values(i))
+    draws.close()
+    assert same(read_draws(path, check=True), expected(7))
+    whole, generator = path.read_bytes(), random.Random(0)
+    for place in (*range(draws._starts["draws written"], draws._starts["draws written"] + 24), *generator.sample(range(len(whole)), 200)):
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(spoilt)
+        with pytest.raises(ValueError, match="draws"):
+            read_draws(path, check=True)
+        with pytest.raises(ValueError, match="draws"):
+            FileDraws(path, FIELDS, 2, 7, resume=7)
+        assert path.read_bytes() == spoilt
+
+
+def test_what_is_spoilt_after_the_checkpoint_is_drawn_again(tmp_path):
+    path = tmp_path / "draws"
+    draws = FileDraws(path, FIELDS, 2, 7)
+    for i in range(5):
+        draws.append(values(i))
+    draws.close()
+    spoilt = bytearray(path.read_bytes())
+    spoilt[draws._starts["b"] + 4 * 8] ^= 1
+    path.write_bytes(spoilt)
+    with pytest.raises(ValueError, match="draws is spoilt: draw 4 is not what was written to it"):
+        FileDraws(path, FIELDS, 2, 7, resume=5)
+    draws = FileDraws(path, FIELDS, 2, 7, resume=3)
+    for i in range(3, 7):
+        draws.append(values(i))
+    assert same(read_draws(path, check=True), expected(7))
+
+
+def test_draws_without_a_version_or_of_another_are_refused(tmp_path):
+    FileDraws(tmp_path / "draws", FIELDS, 2, 7).close()
+    whole = (tmp_path / "draws").read_bytes()
+    for before, after, says in (
+        (b'"format version": "1"', b'"format version": "2"', "of format version '2'"),
+        (b'"format version": "1"', b'"format_version": "1"', "no format version"),
+        (b'"kind": "file of draws"', b'"kind": "file of drawn"', "is no file of draws: it is a file of kind 'file of drawn'"),
+    ):
+        (tmp_path / "draws").write_bytes(whole.replace(before, after))
+        with pytest.raises(ValueError, match=says):
+            read_draws(tmp_path / "draws")
+
+
+def test_a_file_can_be_read_while_it_is_written(tmp_path):
+    draws = FileDraws(tmp_path / "draws", {"b": FIELDS["b"]}, 1, 20_000)
+    done = threading.Event()
+
+    def write():
+        for i in range(20_000):
+            draws.append({"b": torch.tensor([float(i)])})
+            if done.is_set():
+                break
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for _ in range(100):
+            found = read_draws(tmp_path / "draws")["b"][0]
+            assert torch.equal(found, torch.arange(len(found), dtype=torch.float64))
+    finally:
+        done.set()
+        thread.join()
 
 
 # ----------------------------------------------------------------------------------------------------------- one file, one run
