@@ -15,8 +15,8 @@ from pyro_advbayes.initialization import init_to_fan_in
 from tests.small_models import data, regression
 
 
-def draws(fn, count=500):
-    site = {"fn": fn, "name": "site", "type": "sample", "is_observed": False, "value": None}
+def draws(fn, count=500, name="net.site"):
+    site = {"fn": fn, "name": name, "type": "sample", "is_observed": False, "value": None}
     return torch.stack([init_to_fan_in(site) for _ in range(count)])
 
 
@@ -41,6 +41,23 @@ def test_real_sites_start_at_their_priors_mean_with_the_scale_of_their_fan_in(fn
     error = scale / values.numel() ** 0.5
     assert abs(values.mean() - mean) < 5 * error
     assert abs(values.std() - scale) < 5 * error
+
+
+@pytest.mark.parametrize(
+    "fn,mean,most",
+    [
+        (dist.Normal(torch.tensor(3.0), 10.0), 3.0, 2.0),
+        (dist.Normal(torch.full((20,), -1.0), 0.5).to_event(1), -1.0, 0.5),
+        (dist.Cauchy(torch.zeros(3), 1.0).to_event(1), 0.0, 2.0),
+    ],
+    ids=["number", "narrow prior", "Cauchy"],
+)
+def test_sites_that_are_no_weights_start_up_to_two_from_their_priors_mean(fn, mean, most):
+    values = draws(fn, name="site") - mean
+    assert values.abs().max() <= most
+    error = most / values.numel() ** 0.5
+    assert abs(values.mean()) < 3 * error and abs(values.std() - most / 3**0.5) < 3 * error
+    assert draws(dist.Normal(torch.zeros(400), 1.0).to_event(1), 20, name="site").std() < 0.06, "as many weights are a layer's"
 
 
 @pytest.mark.parametrize(

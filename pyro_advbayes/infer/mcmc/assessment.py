@@ -10,8 +10,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_advbayes.batches import Arguments
 from pyro_advbayes.infer.mcmc.step_size import hottest_allowed
 from pyro_advbayes.infer.mcmc.summary import effective_size, function_values, shrink_factor, spaced, stands_still
+from pyro_advbayes.infer.mcmc.trajectory import LEAPFROG_STEPS, TRAJECTORIES
 
 if TYPE_CHECKING:
     from pyro_advbayes.infer.mcmc.runner import SGMCMC
@@ -23,6 +25,8 @@ LARGEST_R_HAT = 1.1
 LARGEST_HEAT = 1.12  # mean over a site; "auto" keeps to 1.1
 DIRECTION_SHARE = 0.125  # along the direction in which noise heats most; "auto" keeps to 0.1 of it
 LARGEST_FALL = 100.0
+LARGEST_SCALE, LARGEST_OFFSET = 30.0, 5.0  # of a column of the data; its standard deviation, and its mean over that
+LARGEST_UNSTABLE = 0.01  # share of short trajectories from the steepest states
 FIRST_PARTS = (0.1, 0.2, 0.33)
 # Predictions are looked at on so many rows and draws, and for at most this share of the work that the run itself was.
 ROWS, DRAWS, SHARE = 50, 250, 0.05
@@ -64,6 +68,8 @@ def assess(mcmc: SGMCMC) -> Assessment:
             findings += _drifting(found)
         if sampled:
             findings += _mixing(mcmc, stats["energy"], constant)
+        if sampled and constant and kernel.mixes:
+            findings += _unstable(mcmc, float(stats["step_size"][0, -1]), temperature)
     if sampled:
         findings += _heat(kernel, about, temperature)
     fell = about["step fell"]
@@ -72,6 +78,8 @@ def assess(mcmc: SGMCMC) -> Assessment:
             f"the step fell by a factor of {fell:.0f} when minibatch noise was held to its share, so that what was left of warm-up may "
             "not have brought the chains back: take a larger batch_size, more warmup_steps, or control_variate="
         )
+    if findings and kernel.potential is not None:
+        findings += _units(kernel.potential.arguments)
     return Assessment(findings, found)
 
 
@@ -145,6 +153,41 @@ def _heat(kernel: Any, about: dict[str, Any], temperature: float) -> list[str]:
             f"{temperature:.3g} was asked for: draws are too wide there. Take {remedy}, or a smaller auto_share"
         ]
     return []
+
+
+def _units(arguments: Arguments) -> list[str]:
+    """Columns of the data far from mean 0 and standard deviation 1, where something else is wrong: it is the most frequent cause."""
+    for label, tensor in zip(arguments.labels, arguments.tensors, strict=True):
+        if not tensor.is_floating_point() or tensor.dim() not in (1, 2) or len(tensor) < LEAST_DRAWS:
+            continue
+        columns = tensor.reshape(len(tensor), -1).double()
+        mean, sd = columns.nanmean(0), (columns - columns.nanmean(0)).square().nanmean(0).sqrt()
+        odd = (sd > 0.0) & ((sd > LARGEST_SCALE) | (sd < 1.0 / LARGEST_SCALE) | (mean.abs() > LARGEST_OFFSET * sd))
+        if bool(odd.any()):
+            column = int((odd * (sd.log().abs() + mean.abs() / sd.clamp_min(1e-300))).nan_to_num(0.0).argmax())
+            where = f"column {column} of {label}" if tensor.dim() == 2 else label
+            return [
+                f"{where} has mean {float(mean[column]):.3g} and standard deviation {float(sd[column]):.3g}, which makes a posterior that "
+                "no one step size fits: standardise inputs and targets"
+            ]
+    return []
+
+
+def _unstable(mcmc: SGMCMC, step_size: float, temperature: float) -> list[str]:
+    kernel = mcmc.kernel
+    updates = (mcmc.num_samples + mcmc.warmup_steps) * kernel.updates_per_sample
+    most = min(TRAJECTORIES, int(SHARE * updates / (LEAPFROG_STEPS + 1)))
+    if most * mcmc._asked_chains < TRAJECTORIES:
+        return []
+    share = kernel.steepest.unstable(kernel, step_size, temperature, most)
+    if share is None or share <= LARGEST_UNSTABLE:
+        return []
+    return [
+        f"the step size, {step_size:.1e}, is too large for the steepest places that the chains came to: {100 * share:.0f} % of short "
+        "trajectories from there gain energy without bound, so that this part of the posterior (the neck of a funnel, a scale near 0) is "
+        "hardly sampled: write the model in another form (non-centred), or take a smaller "
+        + ("auto_share, and more updates" if kernel.automatic else "step_size")
+    ]
 
 
 def _mixing(mcmc: SGMCMC, energy: Tensor, constant: bool) -> list[str]:

@@ -24,6 +24,7 @@ from pyro_advbayes.infer.mcmc.restart import Restarts
 from pyro_advbayes.infer.mcmc.rule import Rule, Updates, site_means
 from pyro_advbayes.infer.mcmc.schedules import Constant, Cyclical, Polynomial, Schedule, as_schedule, check_value, keeps_sample
 from pyro_advbayes.infer.mcmc.step_size import AutoStepSize
+from pyro_advbayes.infer.mcmc.trajectory import SteepestStates
 from pyro_advbayes.infer.mcmc.update import chunk_update, compile_update
 from pyro_advbayes.initialization import init_to_fan_in
 from pyro_advbayes.potential import Potential
@@ -218,6 +219,7 @@ class SGMCMCKernel(MCMCKernel):
         self._divergences: list[list[int]] = [[] for _ in range(self.num_chains)]
         self._settled = False
         self.restarts = Restarts(self.num_chains)
+        self.steepest = SteepestStates(self.num_chains, self.potential.size)
         self._anchor = None if self.control_variate is None else ControlVariate(self.potential, self.control_variate)
         self.noise_estimate = NoiseEstimate(self, every_step="noise" in self.variables)
         self._scalars: dict[float, Tensor] = {}
@@ -290,7 +292,7 @@ class SGMCMCKernel(MCMCKernel):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         # transforms too: PyTorch's inverse transforms lose what they invert when they are pickled
-        gone = ("potential", "theta", "_noise", "_normal", "variables", "_anchor", "noise_estimate", "_scalars", "_last")
+        gone = ("potential", "theta", "_noise", "_normal", "variables", "_anchor", "noise_estimate", "_scalars", "_last", "steepest")
         for name in ("transforms", *gone):
             state[name] = None
         state["_graphs"], state["_functions"] = {}, {}
@@ -342,8 +344,11 @@ class SGMCMCKernel(MCMCKernel):
             self._iterate("both")
         self._samples += 1
         kept = self._samples - self._warmup_samples - 1
-        for chain in (~self.alive).nonzero().flatten().tolist() if kept >= 0 else ():
-            self._divergences[chain].append(kept)
+        if kept >= 0:
+            for chain in (~self.alive).nonzero().flatten().tolist():
+                self._divergences[chain].append(kept)
+            if self.mixes:  # the buffer holds where the last update started from, and its gradient was taken
+                self.steepest.watch(self._noise, self._info["gradient_norm"])
         self._last = self._split(self.theta.clone())
         return self._last
 
@@ -531,6 +536,7 @@ class SGMCMCKernel(MCMCKernel):
             "noise": self.noise_estimate.state(),
             "auto": None if auto is None else auto.state(),
             "restarts": self.restarts.state(),
+            "steepest": self.steepest.state(),
             "settled": self._settled,
             "hottest": self._hottest,
             "clamped": self._clamped_share,
@@ -554,6 +560,7 @@ class SGMCMCKernel(MCMCKernel):
         if state["auto"] is not None:
             self.step_size.load(state["auto"])
         self.restarts.load(state["restarts"])
+        self.steepest.load(state["steepest"])
         self._settled, self._hottest = state["settled"], state["hottest"]
         self._clamped_share = state["clamped"]
         self._effective = state["effective"]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_advbayes.infer.mcmc.rule import site_means
+from pyro_advbayes.infer.mcmc.trajectory import energy_rise
 
 if TYPE_CHECKING:
     from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
@@ -24,7 +25,6 @@ GROWS_AFTER, GROWS_UNTIL = 0.01, 0.8
 GROWTH = 4.0  # by which the rate h may grow from one measurement to the next: where U is flat, curvature knows no bound
 POWER_ITERATIONS = 12
 MORE_ITERATIONS = 4  # where the iteration goes on from the direction that the measurement before ended with
-LEAPFROG_STEPS = 10
 HALVINGS = 12
 
 
@@ -195,28 +195,13 @@ def largest_curvature(kernel: SGMCMCKernel, directions: dict[str, Tensor] | None
 
 def energy_rises(kernel: SGMCMCKernel, step_size: float) -> bool:
     r"""
-    Whether a short trajectory of Hamiltonian dynamics, which has the discretisation error of the rule's updates, gains more energy at
-    this step size than a stable one would: :math:`\Delta H > T (1 + 0.3 \sqrt d)` in any chain. Curvature where a chain is does not tell
-    what it is a few steps on (an exponential link, a scale near 0).
+    Whether a short trajectory gains more energy at this step size than a stable one would: :math:`\Delta H > T (1 + 0.3 \sqrt d)` in
+    any chain. Curvature where a chain is does not tell what it is a few steps on (an exponential link, a scale near 0).
 
     At the largest step that curvature allows, a Gaussian of :math:`d` equal precisions has a standard deviation of
     :math:`0.09\, T \sqrt d`. Losses of energy do not count: the start of a chain is far out, or off the mode of the minibatch.
     """
-    potential, T = kernel.potential, kernel.temperature(kernel.steps)
-    batch, theta = potential.probe_batches[0], kernel.theta
-    metric = kernel.update_rule.metric(kernel.variables)
-    step = kernel.update_rule.leapfrog_step(step_size) * (1.0 if metric is None else metric)
-    generator = torch.Generator().manual_seed(kernel.steps)
-    momentum = T**0.5 * torch.randn(theta.shape, generator=generator, dtype=theta.dtype, device="cpu").to(theta.device)
-    gradient, energy = potential.evaluate("both", theta, batch, T)
-    start = energy + 0.5 * momentum.square().sum(-1)
-    allowed = T * (1.0 + 0.3 * potential.size**0.5) + 1e-5 * start.abs()
-    for _ in range(LEAPFROG_STEPS):
-        momentum = momentum - 0.5 * step * gradient
-        theta = theta + step * momentum
-        gradient, energy = potential.evaluate("both", theta, batch, T)
-        momentum = momentum - 0.5 * step * gradient
-        rise = energy + 0.5 * momentum.square().sum(-1) - start
-        if bool((~(rise <= allowed))[kernel.alive.to(rise.device)].any()):  # NaN too
-            return True
-    return False
+    T = kernel.temperature(kernel.steps)
+    rise = energy_rise(kernel, kernel.theta, step_size, T, seed=kernel.steps)
+    allowed = T * (1.0 + 0.3 * kernel.potential.size**0.5)
+    return bool((rise > allowed)[kernel.alive.to(rise.device)].any())

@@ -150,6 +150,85 @@ def test_weights_of_a_network_that_differ_between_modes_are_no_warning():
     torch.testing.assert_close(fitted_values(mcmc).reshape(600, 40, 2), probs)
 
 
+def test_scales_of_groups_and_labels_of_a_mixture_are_compared_and_a_networks_single_weight_is_not():
+    """Each chain keeps to where it starts; R-hat of sites tells so, of a network's weights it must not."""
+
+    def groups():
+        scale = pyro.sample("scale", dist.HalfNormal(torch.ones(3)).to_event(1))
+        pyro.sample("obs", dist.Normal(torch.zeros(3), scale).to_event(1), obs=torch.ones(3))
+
+    def mixture():
+        place = pyro.sample("place", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+        law = dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(place, 0.1))
+        with pyro.plate("data", 20):
+            pyro.sample("obs", law, obs=torch.tensor([-3.0, 3.0]).repeat(10))
+
+    def signs():
+        first = pyro.sample("first", dist.Normal(torch.zeros(1, 3), 1.0).to_event(2))
+        second = pyro.sample("net.second", dist.Normal(torch.zeros(1, 1), 1.0).to_event(2))
+        pyro.sample("obs", dist.Normal((torch.ones(20, 3) @ first.T).tanh() @ second.T, 0.3).to_event(2), obs=torch.full((20, 1), 0.5))
+
+    apart = {
+        "scale": (groups, {"scale": torch.linspace(-3.0, 3.0, 4).unsqueeze(-1).repeat(1, 3)}),
+        "place": (mixture, {"place": 3.0 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(2, 1)}),
+        None: (
+            signs,
+            {
+                "first": torch.tensor([1.0, -1.0, 1.0, -1.0]).reshape(4, 1, 1).repeat(1, 1, 3),
+                "net.second": torch.tensor([0.6, -0.6, 0.6, -0.6]).reshape(4, 1, 1),
+            },
+        ),
+    }
+    for name, (model, start) in apart.items():
+        mcmc = ab.SGMCMC(ab.SGLD(model, 1e-4), 60, 0, 4, initial_params=start, disable_progbar=True)
+        text = warned(mcmc.run) or ""
+        assert f"R-hat of site {name!r}" in text if name else "R-hat of site" not in text, text
+
+
+def test_the_step_is_tried_where_a_chain_met_its_largest_gradient():
+    """Of a Gaussian with precision 1/2 leapfrog steps are stable below sqrt(8), where the step of SGLD is 4."""
+    kernel = ab.SGLD(lambda: pyro.sample("x", dist.Normal(torch.zeros(2), 2.0**0.5).to_event(1)), 0.1)
+    mcmc = ab.SGMCMC(kernel, 50, 0, 3, disable_progbar=True)
+    mcmc.run()
+    steepest = kernel.steepest
+    assert steepest.unstable(kernel, 3.6, 1.0) == 0.0 and steepest.unstable(kernel, 4.4, 1.0) > 0.5
+    steepest.watch(torch.tensor([[9.0, 9.0], [8.0, 8.0], [7.0, 7.0]]), torch.tensor([100.0, 0.0, torch.nan]))
+    assert (steepest.theta[0] == 9.0).all() and (steepest.theta[1:] < 7.0).all() and float(steepest.norm[0]) == 100.0
+
+
+def test_the_neck_of_a_funnel_is_told():
+    """Neal's funnel: chains leave out the neck, and agree."""
+
+    def funnel():
+        v = pyro.sample("v", dist.Normal(0.0, 3.0))
+        pyro.sample("x", dist.Normal(torch.zeros(9), (0.5 * v).exp()).to_event(1))
+
+    texts = []
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        mcmc = ab.SGMCMC(ab.SGHMC(funnel, num_steps_per_sample=10), 300, 300, 4, disable_progbar=True)
+        texts.append(warned(mcmc.run))
+    assert all(texts), texts
+    assert any("too large for the steepest places" in text for text in texts), texts
+
+
+def test_data_in_their_own_units_are_named_where_a_run_is_not_right():
+    x = torch.cat([torch.randn(60, 1), 4000.0 + 900.0 * torch.randn(60, 1)], 1)
+
+    def line(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    texts = []
+    for scale in (1.0, 1e-3):
+        scaled = x * torch.tensor([1.0, scale])
+        mcmc = ab.SGMCMC(ab.SGLD(line, 1e-9), 60, 10, 4, disable_progbar=True)
+        texts.append(warned(lambda: mcmc.run(scaled, torch.randn(60))))  # noqa: B023
+    assert re.search(r"column 1 of x has mean 4.*e\+03 and standard deviation .*: standardise", texts[0])
+    assert texts[1] and "standardise" not in texts[1]
+
+
 def test_a_site_that_stands_still_is_told():
     def flat():
         pyro.sample("x", dist.Normal(0.0, 1.0))
