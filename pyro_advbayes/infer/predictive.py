@@ -104,6 +104,19 @@ def check_samples(samples: Mapping[str, Tensor]) -> None:
         raise ValueError(f"posterior_samples must hold equally many draws of every site, got {sizes}")
 
 
+def refuse_nan(samples: Mapping[str, Tensor]) -> None:
+    """:raises ValueError: naming the draws that hold NaN, which a mean over them would be then, too."""
+    for name, sample in samples.items():
+        bad = (
+            sample.detach().isnan().flatten(1).any(1).nonzero().flatten()
+            if sample.dim() > 1
+            else sample.detach().isnan().nonzero().flatten()
+        )
+        if len(bad):
+            which = f"{len(bad)} of {len(sample)} draws, first in number {int(bad[0])}"
+            raise ValueError(f"posterior_samples[{name!r}] holds NaN in {which}: leave {'it' if len(bad) == 1 else 'them'} out")
+
+
 def check_chunk_size(chunk_size: int | None) -> None:
     """:raises ValueError: unless it is None or an int >= 1."""
     if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
