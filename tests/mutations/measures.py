@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from tests.mutations.mutation import of
 
-D, T = "pyro_advbayes/diagnostics", "tests/diagnostics"
-
 MUTATIONS = [
     *of(
-        f"{D}/uncertainty.py",
-        f"{T}/test_uncertainty.py",
+        "diagnostics/uncertainty.py",
+        "diagnostics/test_uncertainty.py",
         ("mutual information: without the expected entropy", "(_entropy(p.mean(0)) - _entropy(p).mean(0))", "_entropy(p.mean(0))"),
         ("model variance: unbiased", "correction=0", "correction=1"),
         (
@@ -22,8 +20,8 @@ MUTATIONS = [
         ("entropy in bits", "torch.special.entr(p).sum(-1)", "torch.special.entr(p).sum(-1) / 0.6931471805599453"),
     ),
     *of(
-        f"{D}/calibration.py",
-        f"{T}/test_calibration.py",
+        "diagnostics/calibration.py",
+        "diagnostics/test_calibration.py",
         ("Brier's score halved", "(mean - truth).square().sum(-1).mean().item()", "(mean - truth).square().sum(-1).mean().item() / 2"),
         ("negative log-likelihood: the sign", "nll_loss(mean.log()", "nll_loss(-mean.log()"),
         ("calibration error: bins weigh alike", "((gap * self.count).sum() / self.count.sum())", "gap.mean()"),
@@ -36,8 +34,8 @@ MUTATIONS = [
         ),
     ),
     *of(
-        f"{D}/robustness.py",
-        f"{T}/test_robustness.py",
+        "diagnostics/robustness.py",
+        "diagnostics/test_robustness.py",
         ("robustness: the change itself", "Estimate(1 - change.mean().item(), error)", "Estimate(change.mean().item(), error)"),
         (
             "robustness: changes of all classes",
@@ -51,8 +49,8 @@ MUTATIONS = [
         ("gradients: the sum over draws", "mean = total / count", "mean = total"),
     ),
     *of(
-        f"{D}/ood.py",
-        f"{T}/test_ood.py",
+        "diagnostics/ood.py",
+        "diagnostics/test_ood.py",
         (
             "ROC: the kinds change places",
             "roc_auc_score(*_labelled(in_scores, out_scores))",
@@ -64,15 +62,15 @@ MUTATIONS = [
         ("missed attacks are those that hit", '"missed": ~hit', '"missed": hit'),
     ),
     *of(
-        f"{D}/draws.py",
-        f"{T}/test_draws.py",
+        "diagnostics/draws.py",
+        "diagnostics/test_draws.py",
         ("retained: the uncertain ones", "inside, at_edge = score < edge, score == edge", "inside, at_edge = score > edge, score == edge"),
         ("retained: all at the edge", "fits * right[at_edge].sum()", "right[at_edge].sum()"),
         ("the lowest draw is the highest", "return self.accuracy.min().item()", "return self.accuracy.max().item()"),
     ),
     *of(
-        f"{D}/two_sample.py",
-        f"{T}/test_two_sample.py",
+        "diagnostics/two_sample.py",
+        "diagnostics/test_two_sample.py",
         (
             "sliced Wasserstein: without the root of d",
             "directions /= directions.norm(dim=0) / dim**0.5",
@@ -89,8 +87,8 @@ MUTATIONS = [
         ("p-value: of the other side", "values >= values[0] - 1e-9", "values <= values[0] + 1e-9"),
     ),
     *of(
-        f"{D}/acquisition.py",
-        f"{T}/test_acquisition.py",
+        "diagnostics/acquisition.py",
+        "diagnostics/test_acquisition.py",
         (
             "acquisition: the lowest scores",
             "round(decimals=DECIMALS).sort(descending=True, stable=True)",
