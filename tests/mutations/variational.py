@@ -73,7 +73,7 @@ MUTATIONS = [
     ),
     *of(
         "infer/adversarial_elbo.py",
-        "infer/test_elbo_graph.py::test_graphs_give_the_losses_and_gradients_of_the_handlers",
+        "infer/test_elbo_graph.py::test_without_an_adversary_they_are_those_of_pyros_mean_field_elbo",
         ("adversarial ELBO: graphs sum over particles", "weight / self.num_particles", "weight"),
     ),
     *of(
@@ -291,6 +291,16 @@ MUTATIONS = [
         "infer/adapter.py",
         "infer/test_adapter.py::test_the_divergences_gradients_are_weight_decay_and_a_pull_towards_uncertainty",
         ("adapter: the prior's variance for its deviation", "(num_data * weight_decay) ** -0.5", "(num_data * weight_decay) ** -1"),
+    ),
+    *of(
+        "infer/adapter.py",
+        "infer/test_adapter.py::test_the_loss_of_an_epoch_is_that_of_all_rows_whatever_the_batches",
+        (
+            "adapter: the likelihood is not scaled to N",
+            "minibatch(model, size=batches.num_data,",
+            "minibatch(model, size=len(batches.example[0]),",
+        ),
+        ("adapter: a short last batch weighs like the others", "total + loss.item() * size, rows + size", "total + loss.item(), rows + 1"),
     ),
     *of(
         "infer/adapter.py",

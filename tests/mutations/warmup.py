@@ -17,6 +17,7 @@ DRIFT = (
 )
 FIRST_TENTH = f"{WARMUP}::test_the_first_kept_tenth_is_as_stationary_as_the_last"
 R_HAT = ("infer/mcmc/test_summary.py::test_r_hat_sees_chains_of_different_spread_and_of_heavy_tails",)
+GOOD = f"{WARMUP}::test_a_chain_starts_again_from_its_last_good_state"
 
 MUTATIONS = [
     *of(
@@ -114,5 +115,81 @@ MUTATIONS = [
         "infer/mcmc/runner.py",
         "infer/mcmc/test_drivers.py::test_arviz_sees_which_of_twelve_chains_were_lost",
         ("lost chains stay in the results", "if lost_chains or not self._left_out:", "if True:"),
+    ),
+    *of(
+        "infer/mcmc/restart.py",
+        GOOD,
+        ("restarts: from where warm-up began", "self.theta[good], self.energy[good] = kernel.theta[good], energy[good]", "pass"),
+        ("restarts: momentum stays", "kernel.variables[name][rows] = value[rows]", "pass"),
+        ("restarts: momentum of the start", "value[good] = kernel.variables[name][good]", "pass"),
+        ("restarts: of all chains", "rows = again.to(into.device)", "rows = torch.ones_like(again)"),
+        ("restarts: a tenth of what U may rise", "T * (1000.0 + 10.0 * potential.size)", "T * (100.0 + 10.0 * potential.size)"),
+        ("restarts: U may rise alike in every dimension", "T * (1000.0 + 10.0 * potential.size)", "T * 1000.0"),
+        ("restarts: U may rise alike at every temperature", "allowed = T * (1000.0", "allowed = (1000.0"),
+        ("restarts: five looks", "LOOKS = 50", "LOOKS = 5"),
+    ),
+    *of(
+        "infer/mcmc/assessment.py",
+        f"{ASSESSMENT}::test_drift_is_seen_and_is_not_seen_where_there_is_none",
+        ("drift: the first third alone", "FIRST_PARTS = (0.1, 0.2, 0.33)", "FIRST_PARTS = (0.33,)"),
+    ),
+    *of(
+        "infer/mcmc/assessment.py",
+        f"{ASSESSMENT}::test_drift_and_heat_are_told_beyond_their_bounds_alone",
+        (
+            "drift: a large z is enough",
+            'abs(found["z"]) <= LARGEST_Z or abs(found["shift"]) <= LARGEST_SHIFT',
+            'abs(found["z"]) <= LARGEST_Z',
+        ),
+        (
+            "drift: a large shift is enough",
+            'abs(found["z"]) <= LARGEST_Z or abs(found["shift"]) <= LARGEST_SHIFT',
+            'abs(found["shift"]) <= LARGEST_SHIFT',
+        ),
+        ("drift: upwards alone", 'abs(found["z"]) <= LARGEST_Z or', 'found["z"] <= LARGEST_Z or'),
+        ("heat: at temperature 1", "if hottest > LARGEST_HEAT * temperature:", "if hottest > LARGEST_HEAT:"),
+        ("heat: of the coldest site", 'max(about["T_eff"].items()', 'min(about["T_eff"].items()'),
+        ("heat: no direction", "if along is not None and along >", "if along is None and 0.0 >"),
+        (
+            "heat: the direction at temperature 1",
+            "hottest_allowed(DIRECTION_SHARE, kernel.potential.size)) * temperature:",
+            "hottest_allowed(DIRECTION_SHARE, kernel.potential.size)):",
+        ),
+        (
+            "heat: the remedy that is in force",
+            '"a larger batch_size" if kernel.automatic else',
+            '"a larger batch_size" if not kernel.automatic else',
+        ),
+    ),
+    *of(
+        "infer/mcmc/assessment.py",
+        (
+            f"{ASSESSMENT}::test_chains_that_have_not_mixed_are_told_by_their_predictions",
+            f"{ASSESSMENT}::test_weights_of_a_network_that_differ_between_modes_are_no_warning",
+            f"{ASSESSMENT}::test_a_coefficient_that_few_rows_know_of_is_looked_at_too",
+        ),
+        ("mixing: R-hat of 11", "LARGEST_R_HAT = 1.1", "LARGEST_R_HAT = 11.0"),
+        (
+            "mixing: weights of networks are compared",
+            'looked = {f"site {name!r}": value for name, value in compared.items()}',
+            'looked = {f"site {name!r}": value for name, value in samples.items()}',
+        ),
+        ("mixing: sites are not compared", 'looked = {f"site {name!r}": value for name, value in compared.items()}', "looked = {}"),
+        ("mixing: predictions are not compared", "if predictions is not None:", "if False:"),
+        (
+            "mixing: predictions of the first draws",
+            "kept = torch.linspace(0, mcmc.num_samples - 1, draws).round().long()",
+            "kept = torch.arange(draws)",
+        ),
+        (
+            "mixing: classes in place of their probabilities",
+            "law.mean.flatten() if probs is None else probs.flatten()",
+            "law.mean.flatten()",
+        ),
+    ),
+    *of(
+        "infer/mcmc/assessment.py",
+        f"{ASSESSMENT}::test_a_site_that_stands_still_is_told",
+        ("mixing: what stands still", "if bool(still.any()):", "if bool(still.all()) and len(samples) == 1:"),
     ),
 ]
