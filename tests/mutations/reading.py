@@ -74,6 +74,15 @@ MUTATIONS = [
         ("additivity: random numbers move", "with kept_random_state(), torch.no_grad()", "with torch.no_grad()"),
     ),
     *of(
+        "scale.py",
+        "test_bad_input.py::test_a_model_that_draws_beside_its_sites_is_refused",
+        (
+            "additivity: random numbers are told as a sum that fails",
+            "if _difference(whole, [again], 1, worst, tolerance) <= 1.0:",
+            "if True:",
+        ),
+    ),
+    *of(
         "notices.py",
         (
             f"{NOTICES}::test_statistics_that_have_never_seen_data_are_told_where_bayesianize_has_not",
@@ -140,6 +149,7 @@ MUTATIONS = [
         (
             f"{LIKELIHOOD}::test_logits_that_were_written_to_since_are_not_taken",
             f"{LIKELIHOOD}::test_a_share_of_sigmoids_is_not_taken_for_a_softmax",
+            f"{LIKELIHOOD}::test_a_softmax_over_rows_is_not_taken_for_one_over_classes",
         ),
         ("origins: logits that were written to", "and _version(found[2]) == found[3] else None", "else None"),
         ("origins: a share of anything", 'elif whole is x and self._logits(x, "softmax") is not None:', "elif whole is x:"),

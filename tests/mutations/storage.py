@@ -21,7 +21,7 @@ FLIPPED = f"{DRAWS}::test_a_flipped_bit_is_refused_where_draws_are_checked_and_b
 MUTATIONS = [
     *of(
         "infer/mcmc/files.py",
-        (SPOILT, OTHER),
+        (SPOILT, OTHER, f"{FILES}::test_the_same_bytes_as_other_numbers_are_refused"),
         ("file: the digest is not compared", 'if metadata["digest"] != _digest(', "if None in _digest("),
         ("file: numbers are not in the digest", "found.update(tensors[name].reshape(-1).view(torch.uint8).numpy())", "pass"),
         ("file: content is not in the digest", "json.dumps([VERSION, kind, plain, described])", "json.dumps([VERSION, kind, described])"),
@@ -94,7 +94,11 @@ MUTATIONS = [
     ),
     *of(
         "infer/mcmc/draws.py",
-        (FLIPPED, f"{DRAWS}::test_what_is_spoilt_after_the_checkpoint_is_drawn_again"),
+        (
+            FLIPPED,
+            f"{DRAWS}::test_draws_that_have_changed_places_are_refused",
+            f"{DRAWS}::test_what_is_spoilt_after_the_checkpoint_is_drawn_again",
+        ),
         ("draws: not checked", "    if check:\n", "    if False:\n"),
         ("draws: not checked by a resumed run", "_check_draws(self.path, values, digests[: self.count])", "pass"),
         ("draws: those after the checkpoint are checked", "digests[: self.count])", "digests)"),
