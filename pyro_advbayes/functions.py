@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
-from pyro_advbayes.graph import autocast_state, held_by, noting_modules, quiet_batching, roots_of, trace_graph
+from pyro_advbayes.tracing.guard import autocast_state, held_by, noting_modules, roots_of
+from pyro_advbayes.tracing.replay import quiet_batching, trace_graph
 
 if TYPE_CHECKING:
     from pyro_advbayes.potential import Potential

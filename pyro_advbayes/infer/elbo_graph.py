@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from pyro_advbayes.batches import Arguments
-from pyro_advbayes.graph import Followed, autocast_state, held_by, noting_modules, roots_of, trace_graph
 from pyro_advbayes.handlers import GivenMessenger, UnvalidatedMessenger
 from pyro_advbayes.infer.autoguide.adversarial import Adversary, AutoAdversarialNormal, BaseNoise, BaseNormal
 from pyro_advbayes.nn.reparameterization import rows_differ
 from pyro_advbayes.structure import refuse_random_layers
+from pyro_advbayes.tracing.guard import autocast_state, held_by, noting_modules, roots_of
+from pyro_advbayes.tracing.record import Recorder
+from pyro_advbayes.tracing.replay import trace_graph
 
 Tensors = Sequence[Tensor]
 
@@ -186,7 +188,7 @@ class Objective:
                 with refuse_random_layers(poutine.unwrap(self.model)), noting_modules(self.roots):
                     self._traces(locs, scales, noises, tensors)
                 self.held = held_by(self.roots)
-                with Followed([*locs, *scales, *noises, *tensors, *self.held]) as followed:
+                with Recorder([*locs, *scales, *noises, *tensors, *self.held]) as recorder:
                     model_trace, guide_trace = self._traces(locs, scales, noises, tensors)
         except (ValueError, RuntimeError) as error:
             raise NotTraceable(str(error)) from error
@@ -194,7 +196,7 @@ class Objective:
             if any(site_is_subsample(node) for node in trace.nodes.values() if node["type"] == "sample" and _subsamples(node)):
                 raise NotTraceable("a plate subsamples itself")
         self.bases = {name: BaseNormal(name, guide_trace.nodes[name]["fn"]) for name in self.names}
-        self.priors = {name: _constant_prior(model_trace.nodes[name], guide_trace.nodes[name], followed) for name in self.names}
+        self.priors = {name: _constant_prior(model_trace.nodes[name], guide_trace.nodes[name], recorder) for name in self.names}
         self.others = [name for name in self.names if self.priors[name] is None]
         self._find_own([leaf for leaf in _leaves(model_trace.log_prob_sum()) if all(leaf is not value for value in (*locs, *scales))])
         self._own_names = [name for name in model_trace.param_nodes if name in pyro.get_param_store()]
@@ -347,8 +349,8 @@ def normal_divergence(
     return value, torch.addcmul(loc_gradient, away, pull), torch.addcmul(scale_gradient, scale, pull).addcdiv_(weight, scale, value=-1)
 
 
-def _constant_prior(model_site: Mapping[str, Any], guide_site: Mapping[str, Any], followed: Followed) -> Prior | None:
-    """The prior, if both distributions are plain Normals and the prior follows no other site, argument or buffer."""
+def _constant_prior(model_site: Mapping[str, Any], guide_site: Mapping[str, Any], recorder: Recorder) -> Prior | None:
+    """The prior, if both distributions are plain Normals and the prior depends on no other site, argument or buffer."""
     prior, posterior = (_without_dependence(site["fn"]) for site in (model_site, guide_site))
     weighted = any(
         site["mask"] is not None or not isinstance(site["scale"], float) or site["scale"] != 1 for site in (model_site, guide_site)
@@ -356,7 +358,7 @@ def _constant_prior(model_site: Mapping[str, Any], guide_site: Mapping[str, Any]
     if weighted or not (isinstance(prior, Normal) and isinstance(posterior, Normal)):
         return None
     parameters = (prior.loc, prior.scale)
-    if any(p.requires_grad or p in followed or p.shape != posterior.loc.shape or p.dtype != posterior.loc.dtype for p in parameters):
+    if any(p.requires_grad or recorder.changes(p) or p.shape != posterior.loc.shape or p.dtype != posterior.loc.dtype for p in parameters):
         return None
     return Prior(*(p.flatten()[0].item() if bool((p == p.flatten()[0]).all()) else p.detach() for p in parameters))
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from pyro_advbayes.batches import Batch
 from pyro_advbayes.functions import BACKENDS, KEPT, Kept
 from pyro_advbayes.given import refuse_unknown
-from pyro_advbayes.graph import autocast_state
 from pyro_advbayes.infer.mcmc.control_variate import ControlVariate
 from pyro_advbayes.infer.mcmc.files import random_state, set_random_state
 from pyro_advbayes.infer.mcmc.noise import NormalNoise
@@ -27,6 +26,7 @@ from pyro_advbayes.infer.mcmc.step_size import AutoStepSize
 from pyro_advbayes.infer.mcmc.update import chunk_update, compile_update
 from pyro_advbayes.initialization import init_to_fan_in
 from pyro_advbayes.potential import Potential
+from pyro_advbayes.tracing.guard import autocast_state
 
 
 class SGMCMCKernel(MCMCKernel):
