@@ -29,9 +29,6 @@ from pyro_advbayes.tracing.replay import trace_graph
 
 Tensors = Sequence[Tensor]
 
-# A trace costs as much as a hundred steps of a small network: what is called no more often than this goes through Pyro's handlers.
-CALLS_BEFORE = 2
-
 # For how many models, guides and shapes of data graphs are kept.
 KEPT = 8
 
@@ -44,7 +41,7 @@ class NotTraceable(Exception):
 
 
 class Graphs:
-    """Graphs by model, guide and shapes of their arguments, for each of them from its third call on."""
+    """Graphs by model, guide and shapes of their arguments."""
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
@@ -53,13 +50,14 @@ class Graphs:
         """The graphs for such arguments; None where Pyro's handlers are to be used."""
         if rows_differ() or _handled():  # a graph has one draw for all rows, and sees nothing of handlers that are entered around a step
             return None
+        if getattr(guide, "prototype_trace", guide) is None:  # the first call of a guide tells it its sites
+            return None
         key = _key(args, kwargs)
         entry = next((e for e in self._entries if e.fits(model, guide, key)), None)
         if entry is None:
             entry = _Entry(model, guide, key)
             self._entries = [entry, *self._entries[: KEPT - 1]]
-        entry.calls += 1
-        if entry.calls > CALLS_BEFORE and entry.objective is None and not entry.refused:
+        if entry.objective is None and not entry.refused:
             try:
                 # unwrapped: a wrapped network has no signature, and the message about that prints it, which draws its weights
                 entry.objective = Objective(model, guide, Arguments(poutine.unwrap(model), args, kwargs), entry.roots)
@@ -81,11 +79,11 @@ def _handled() -> bool:
 
 
 class _Entry:
-    """How often a model and a guide were called with arguments of one kind, and the graphs made of them."""
+    """A model and a guide with arguments of one kind, and the graphs made of them."""
 
     def __init__(self, model: Callable, guide: Callable, key: Any) -> None:
         self.model, self.guide, self.key = model, guide, key
-        self.calls, self.refused = 0, False
+        self.refused = False
         self.objective: Objective | None = None
         self.roots = roots_of(model)  # and, once a graph is made, what else was seen to run
         self.watch()
@@ -191,7 +189,8 @@ class Objective:
                 with Recorder([*locs, *scales, *noises, *tensors, *self.held]) as recorder:
                     model_trace, guide_trace = self._traces(locs, scales, noises, tensors)
         except (ValueError, RuntimeError) as error:
-            raise NotTraceable(str(error)) from error
+            raise NotTraceable(str(error).splitlines()[0]) from error
+        check_sites(model_trace, guide_trace)
         for trace in (model_trace, guide_trace):
             if any(site_is_subsample(node) for node in trace.nodes.values() if node["type"] == "sample" and _subsamples(node)):
                 raise NotTraceable("a plate subsamples itself")
@@ -398,3 +397,29 @@ def _leaves(value: Tensor) -> list[Tensor]:
             leaves.append(node.variable)
         wanting.extend(following for following, _ in node.next_functions)
     return leaves
+
+
+def latent_sites(trace: Trace) -> dict[str, dict[str, Any]]:
+    """The latent sites of a trace."""
+    return {name: trace.nodes[name] for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name])}
+
+
+def check_sites(model_trace: Trace, guide_trace: Trace) -> None:
+    """:raises ValueError: unless the guide draws the model's latent sites, and the model observes something."""
+    latents, drawn = latent_sites(model_trace), latent_sites(guide_trace)
+    for name in drawn:
+        if name not in model_trace.nodes:
+            raise ValueError(
+                f"site {name!r} is drawn by the guide and unknown to the model: an auxiliary site (AutoNormal has them) has noise that is "
+                "none of the model's; use AutoAdversarialNormal"
+            )
+        if name not in latents:
+            raise ValueError(
+                f"site {name!r} is observed, but the guide draws it: its first call came without observations; make the guide anew"
+            )
+    for name in latents:
+        if name not in drawn:
+            raise ValueError(f"site {name!r} is neither observed nor in the guide: pass its observations, or give the guide this site")
+    observed = [n for n in model_trace.observation_nodes if not model_trace.nodes[n]["infer"].get("_deterministic")]
+    if not observed:
+        raise ValueError("the model observes nothing, so that there is no likelihood to learn from: pass the observations, model(x, y)")

@@ -46,3 +46,27 @@ def noting_modules(roots: list[nn.Module]) -> Iterator[None]:
 def held_by(roots: Sequence[nn.Module]) -> list[Tensor]:
     """All parameters and buffers."""
     return [tensor for root in roots for tensor in (*root.parameters(), *root.buffers())]
+
+
+class RandomState:
+    """The state of the random generators at one moment."""
+
+    def __init__(self) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Goes back to that moment, and at the end to where the generators were."""
+        now = RandomState()
+        self.restore()
+        try:
+            yield
+        finally:
+            now.restore()
+
+    def restore(self) -> None:
+        """Goes back to that moment."""
+        torch.set_rng_state(self._cpu)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
