@@ -310,7 +310,7 @@ class Objective:
         values = {}
         with poutine.block(), pyro.validation_enabled(False), UnvalidatedMessenger():
             plates = self.guide._create_plates(*args, **kwargs)
-            with poutine.trace() as guide_trace, BaseNoise(dict(zip(self.names, noises, strict=True))):
+            with poutine.trace() as guide_trace, BaseNoise({n: v for n, v in zip(self.names, noises, strict=True) if n in self.others}):
                 for name, loc, scale, noise in zip(self.names, locs, scales, noises, strict=True):
                     alone = name not in self.others
                     values[name] = loc + noise * scale if alone else self.guide.sample(name, plates, (loc, scale))
