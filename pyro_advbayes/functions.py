@@ -31,7 +31,7 @@ class Kept(OrderedDict):
     :param int most: >= 1.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int = KEPT) -> None:  # a default, which pickle needs
         super().__init__()
         self._most = most
 
