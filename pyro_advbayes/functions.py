@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,12 +12,40 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
-from pyro_advbayes.graph import autocast_state, held_by, noting_modules, quiet_batching, roots_of, trace_graph
+from pyro_advbayes.tracing.guard import autocast_state, held_by, noting_modules, roots_of
+from pyro_advbayes.tracing.replay import quiet_batching, trace_graph
 
 if TYPE_CHECKING:
     from pyro_advbayes.potential import Potential
 
 BACKENDS = ("handlers", "graph", "compile")
+
+# How many graphs a kernel keeps from run to run: a run makes one or two for each shape of a batch and of a chunk of chains.
+KEPT = 32
+
+
+class Kept(OrderedDict):
+    """
+    Of more than ``most`` entries, those that were used last.
+
+    :param int most: >= 1.
+    """
+
+    def __init__(self, most: int = KEPT) -> None:  # a default, which pickle needs
+        super().__init__()
+        self._most = most
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        if len(self) > self._most:
+            self.popitem(last=False)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        if key not in self:
+            return default
+        self.move_to_end(key)
+        return self[key]
 
 
 class _Mark(NamedTuple):
@@ -46,7 +75,9 @@ class Functions:
 
     def __init__(self, potential: Potential, backend: str, graphs: dict[Any, Any]) -> None:
         self.potential, self.backend = potential, backend
-        self._graphs, self._checked = graphs, set()
+        self._graphs = graphs
+        # those that this potential has checked, which it needs even if they are not kept for others
+        self._ready: dict[Any, Callable[..., Any]] = {}
 
     def get(self, kind: str, state: Tensor, tensors: Sequence[Tensor]) -> Callable[..., Any]:
         """
@@ -57,7 +88,7 @@ class Functions:
         if self.backend == "handlers":
             return looped
         key = (kind, state.shape, state.dtype, str(state.device), tuple((t.shape, t.dtype) for t in tensors), *autocast_state())
-        if key not in self._checked:
+        if key not in self._ready:
             traced = self._graphs.get(key)
             if traced is None or not self._is_unchanged(traced) or not self._agrees(traced.graph, looped, state, tensors):
                 inputs = self._of_first_chain(state, tensors)
@@ -65,9 +96,9 @@ class Functions:
                 graph = self._trace(kind, state, tensors, looped, mark.held)
                 if graph is looped:
                     return looped
-                self._graphs[key] = _Traced(graph, inputs, mark)
-            self._checked.add(key)
-        return self._graphs[key].graph
+                traced = self._graphs[key] = _Traced(graph, inputs, mark)
+            self._ready[key] = traced.graph
+        return self._ready[key]
 
     def _is_unchanged(self, traced: _Traced) -> bool:
         """Whether what the graph holds (the tensors of modules, plain numbers, N) is still what the model has."""

@@ -23,7 +23,7 @@ from pyro_advbayes.batches import in_words
 from pyro_advbayes.given import is_array, kind
 from pyro_advbayes.handlers import covered, is_masked, minibatch, unvalidated
 from pyro_advbayes.notices import tell_of_new_statistics
-from pyro_advbayes.refusals import Mismatch, Refused, in_a_line, not_given, original
+from pyro_advbayes.refusals import Mismatch, Refused, in_a_line, label_of, not_given, original
 from pyro_advbayes.supports import map_onto
 
 Call = tuple[Sequence[Any], Mapping[str, Any]]
@@ -167,6 +167,7 @@ def _look(
             _check_rows(trace, found.plate, size, lengths)
     for trace in (first, second):
         _check_observations(trace, lengths)
+    _refuse_single(first, model, few)
     labels = []
     for name, given, values in whole:
         for each in _labels(first, name, given):
@@ -569,6 +570,17 @@ def _check_observations(trace: Trace, lengths: Mapping[str, int]) -> None:
             raise _misfit(name, node, lengths)
 
 
+def _refuse_single(trace: Trace, model: Callable, arguments: Call) -> None:
+    """Refuses one number, given as an argument, that a plate would repeat for every row; a constant of the model's own may be."""
+    args, kwargs = arguments
+    for name, node in _observations(trace).items():
+        frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized and frame.size > 1]
+        for key, value in (*enumerate(args), *kwargs.items()):
+            if value is node["value"] and value.dim() == 0 and frames:
+                what = f"one number, {label_of(model, key)}, where plate {frames[0].name!r} has {frames[0].size} rows"
+                raise Mismatch(f"observed site {name!r} is given {what}", "give one observation for each row")
+
+
 def check_densities(trace: Trace) -> None:
     """
     Computes the log-density of what is observed, which fails where a value is of a dtype that its distribution cannot take.
@@ -586,4 +598,6 @@ def check_densities(trace: Trace) -> None:
 def try_model(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Runs a model once on draws from its prior, log-densities included, and leaves nothing behind."""
     with kept_statistics(), pyro.get_param_store().scope(), pyro.validation_enabled(False):
-        check_densities(_trace(model, (args, kwargs)))
+        trace = _trace(model, (args, kwargs))
+        _refuse_single(trace, model, (args, kwargs))
+        check_densities(trace)

@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_advbayes.graph import quiet_batching
 from pyro_advbayes.operations import Operation, Slot, Step, in_lanes, in_place, perform, plan, rows_last
+from pyro_advbayes.tracing.replay import quiet_batching
 
 aten = torch.ops.aten
 

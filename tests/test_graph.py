@@ -16,8 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 import pyro_advbayes as ab
-from pyro_advbayes.graph import trace_graph
 from pyro_advbayes.nn import Classifier, bayesianize
+from pyro_advbayes.tracing.replay import trace_graph
 
 ROWS = 12
 
@@ -306,7 +306,7 @@ def test_a_python_number_taken_from_an_input_is_an_error(fn):
     ids=["mask", "unique", "nonzero", "random mask"],
 )
 def test_a_shape_that_follows_an_inputs_values_is_an_error(fn):
-    with pytest.raises(RuntimeError, match="a shape follows values that change"):
+    with pytest.raises(RuntimeError, match="a shape depends on values that change"):
         trace_graph(fn, (torch.ones(3),))
 
 
@@ -326,7 +326,7 @@ def test_a_model_whose_shapes_follow_its_batch_stays_with_the_handlers_whatever_
         scaled(x, y, 1.0 + len(torch.unique(y)))
 
     x, y = torch.randn(ROWS, 4, dtype=torch.float64), torch.zeros(ROWS, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="falls back to 'handlers'.*a shape follows values that change"):
+    with pytest.warns(UserWarning, match="falls back to 'handlers'.*a shape depends on values that change"):
         potential = ab.Potential(averaged, (x, y), batch_size=4)
         potential.init()
     exact, state = ab.Potential(averaged, (x, y), batch_size=4, backend="handlers"), potential.init()

@@ -62,16 +62,22 @@ class WithLayer(PyroModule):
         likelihood(self.layer(x) @ weights(), x, y)
 
 
+def with_a_parameter_beside_an_unused_one(x, y):
+    pyro.param("unused", torch.tensor(1.0))
+    with_parameter(x, y)
+
+
 @pytest.mark.parametrize("batch_size", [None, 10])
 @pytest.mark.parametrize(
     "make,name",
     [
         (lambda: with_parameter, "parameter 'sigma'"),
+        (lambda: with_a_parameter_beside_an_unused_one, "parameter 'sigma'"),
         (lambda: with_parameter_in_the_prior, "parameter 'loc'"),
         (WithPyroParam, "parameter 'sigma'"),
         (lambda: WithLayer(nn.Linear(3, 3)), r"parameters 'layer\.weight', 'layer\.bias'"),
     ],
-    ids=["pyro.param", "in a prior", "PyroParam", "a plain layer"],
+    ids=["pyro.param", "beside an unused one", "in a prior", "PyroParam", "a plain layer"],
 )
 def test_a_parameter_that_is_held_where_it_is_is_told_once_with_what_to_do(make, name, batch_size):
     (message,) = told(make(), batch_size=batch_size)

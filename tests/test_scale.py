@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_advbayes as ab
+from pyro_advbayes.scale import _rounding
 from tests.small_models import data, logistic, mixed, regression, subsampling, weights
 
 X, Y = data()
@@ -137,6 +138,22 @@ def test_rows_sorted_by_class_hide_nothing():
     for name in ("class weights of the batch", "number of classes of the batch"):
         with pytest.raises(ValueError, match=NUMBERS):
             ab.Potential(WRONG[name][0], (X[order], CLASSES[order]), batch_size=10, backend="handlers")
+
+
+def test_labels_that_alternate_hide_nothing():
+    """Of two classes a half at random has rows of both, mostly; halves by label have not."""
+    with pytest.raises(ValueError, match=NUMBERS):
+        ab.Potential(classes_of_the_batch, (X, torch.arange(N) % 2), batch_size=10, backend="handlers")
+
+
+def test_a_half_without_a_finite_likelihood_is_refused():
+    def model(x, y):
+        f = x @ weights()
+        with pyro.plate("data", len(x)):
+            pyro.factor("loss", f - (torch.inf if len(x) < 8 else 0.0))
+
+    with pytest.raises(ValueError, match=r"but its halves add up to -inf"):
+        ab.Potential(model, (X, Y), batch_size=10, backend="handlers")
 
 
 def test_one_row_in_a_thousand_of_the_last_class_is_enough():
@@ -363,6 +380,30 @@ def test_a_start_where_all_is_well_fitted_is_let_pass():
     y = (x[:, 0] > 0).float()
     strategy = init_to_value(values={"w": torch.tensor([300.0, 0.0, 0.0]), "b": torch.tensor(0.0)})
     ab.Potential(logistic, (x, y), batch_size=10, backend="handlers", init_strategy=strategy)
+
+
+def test_a_difference_is_held_against_the_root_of_the_rounding():
+    """Rows of -1 - c rows: 64 c and 32 c differ by 32 c, of terms whose sizes add up to 17.6."""
+    bound = torch.finfo(torch.float32).eps ** 0.5 * 17.6 / 32
+
+    def model(x, y, c=0.0):
+        weights()
+        with pyro.plate("data", len(x)):
+            pyro.factor("loss", -1.0 - c * len(x) * torch.ones(len(x)))
+
+    ab.Potential(lambda x, y: model(x, y, 0.9 * bound), (X, Y), batch_size=10, backend="handlers")
+    with pytest.raises(ValueError, match=NUMBERS):
+        ab.Potential(lambda x, y: model(x, y, 1.1 * bound), (X, Y), batch_size=10, backend="handlers")
+
+
+def test_rounding_is_that_of_the_coarsest_numbers():
+    """Of products on a GPU, too, where float32 has 10 bits by default."""
+    cpu, cuda, single, double = torch.device("cpu"), torch.device("cuda"), torch.float32, torch.float64
+    assert _rounding({double}, [CLASSES], cpu) == _rounding({double}, [], cuda) == 2.0**-52
+    assert _rounding({double}, [X], cpu) == _rounding({single}, [], cpu) == 2.0**-23
+    assert _rounding({single}, [], cuda) == 2.0**-10
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _rounding({single}, [], cpu) == 2.0**-7
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

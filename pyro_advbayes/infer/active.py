@@ -122,6 +122,11 @@ def _check(settings: Mapping[str, Any], pool: tuple[Tensor, Tensor], test: tuple
         need_tensor(outcomes, f"{name}[1]")
         if len(inputs) != len(outcomes):
             raise ValueError(f"{name}: {len(inputs)} inputs and {len(outcomes)} {what}: one {one} an input")
+        if len(inputs) == 0:
+            raise ValueError(f"{name}: it is empty: give inputs and their {what}")
+        if outcomes.dim() != 1 and not regression:
+            squeeze = f", {name}[1].squeeze(-1)" if outcomes.shape == (len(inputs), 1) else ""
+            raise ValueError(f"{name}[1] has shape {list(outcomes.shape)}: {what} must be [{len(inputs)}], one an input{squeeze}")
     if settings["acquisition"] not in choices:
         remedy = "" if regression or settings["acquisition"] not in REGRESSION_ACQUISITIONS else "; a regression needs num_initial"
         raise ValueError(f"acquisition={settings['acquisition']!r}: choose one of {', '.join(map(repr, choices))}{remedy}")
@@ -134,11 +139,18 @@ def _check(settings: Mapping[str, Any], pool: tuple[Tensor, Tensor], test: tuple
         for name, (_, targets) in (("pool", pool), ("test", test)):
             if targets.dim() != 1 or not targets.is_floating_point():
                 raise ValueError(f"{name}: targets must be floating-point numbers [N], not {targets.dtype} {list(targets.shape)}")
+            bad = int((~targets.isfinite()).sum())
+            if bad:
+                raise ValueError(f"{name}: {bad} of its targets {'is' if bad == 1 else 'are'} not finite: leave them out")
         at_start = settings["num_initial"]
     else:
-        if y.is_floating_point() and bool((y != y.round()).any()):
-            raise ValueError("the pool's classes are not whole numbers: of a regression give num_initial, the labels at the start")
+        for name, (_, classes) in (("pool", pool), ("test", test)):
+            if classes.is_floating_point() and bool((classes != classes.round()).any()):
+                raise ValueError(f"the {name}'s classes are not whole numbers: of a regression give num_initial, the labels at the start")
         classes, counts = y.unique(return_counts=True)
+        strange = test[1][~torch.isin(test[1].double().cpu(), classes.double().cpu()).to(test[1].device)]
+        if len(strange):
+            raise ValueError(f"test: class {int(strange[0])} is none of the pool's, {_listed(classes)}, so that no fit could ever know it")
         if int(counts.min()) < settings["per_class"]:
             raise ValueError(f"the pool has {int(counts.min())} inputs of class {int(classes[counts.argmin()])}, fewer than per_class")
         at_start = settings["per_class"] * len(classes)
@@ -148,6 +160,10 @@ def _check(settings: Mapping[str, Any], pool: tuple[Tensor, Tensor], test: tuple
     candidates = settings["candidates"]
     if candidates is not None and (isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < settings["per_round"]):
         raise ValueError(f"candidates={candidates!r}: an int >= per_round, or None for the whole pool")
+
+
+def _listed(classes: Tensor) -> str:
+    return ", ".join(str(int(label)) for label in classes[:10]) + (", ..." if len(classes) > 10 else "")
 
 
 class _Classification(NamedTuple):

@@ -18,8 +18,9 @@ from torch.distributions import Distribution, Independent
 
 from pyro_advbayes.handlers import GivenMessenger
 from pyro_advbayes.infer.autoguide.adversarial import Adversary, BaseNormal, NoiseAscent, joint_norm
-from pyro_advbayes.infer.elbo_graph import Graphs, NotTraceable, Objective, Weights, tensors_of
+from pyro_advbayes.infer.elbo_graph import Graphs, NotTraceable, Objective, Weights, check_sites, latent_sites, tensors_of
 from pyro_advbayes.structure import kept_statistics
+from pyro_advbayes.tracing.guard import RandomState
 
 
 class Moved(NamedTuple):
@@ -72,8 +73,8 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
     :param int num_particles: draws of each kind per loss, >= 1.
     :param float radius: d, >= 0, for steps along the gradient within a Wasserstein distance; None for sign steps.
     :param bool kl_in_mix: whether the divergence is weighted by 1 - mix, too.
-    :param str backend: ``"graph"`` runs a model and a guide through Pyro's handlers twice, and then traces them into a graph, which is
-        checked on its first calls; what the model holds beside its buffers must not change afterwards. Another guide than
+    :param str backend: ``"graph"`` traces a model and a guide into a graph at the first call with arguments of these shapes, and checks it
+        on its first calls; what the model holds beside its buffers must not change afterwards. Another guide than
         ``AutoAdversarialNormal``, a model with layers in training mode or a ``pyro.param`` of its own, and what cannot be traced, stay
         with ``"handlers"``, with one warning that says why.
     :raises ValueError: naming an argument out of range; and at the first call, naming the site, if a site of the guide is not drawn from
@@ -170,11 +171,12 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
         objective = None if self._graphs is None else self._graphs.get(model, guide, args, kwargs)
         if objective is None:
             return None
-        self._moves = []
+        self._moves, state = [], RandomState()
         try:
             return [self._particle(objective, args, kwargs) for _ in range(self.num_particles)]
         except NotTraceable as error:
             self._graphs.drop(objective, error)
+            state.restore()
             return None
 
     def _particle(self, objective: Objective, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -214,10 +216,10 @@ class Draw:
     """
 
     def __init__(self, model_trace: Trace, guide_trace: Trace) -> None:
-        _check_sites(model_trace, guide_trace)
+        check_sites(model_trace, guide_trace)
         self.bases: dict[str, BaseNormal] = {}
         self.fixed: dict[str, Tensor] = {}
-        for name, node in _drawn(guide_trace).items():
+        for name, node in latent_sites(guide_trace).items():
             if _is_point(node["fn"]):
                 self.fixed[name] = node["value"]
             else:
@@ -313,31 +315,7 @@ class _Weights(Messenger):
             self.rows[msg["name"]] = msg["value"]
 
 
-def _drawn(trace: Trace) -> dict[str, dict[str, Any]]:
-    return {name: trace.nodes[name] for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name])}
-
-
 def _is_point(fn: Distribution) -> bool:
     while isinstance(fn, Independent):
         fn = fn.base_dist
     return isinstance(fn, pyro.distributions.Delta)
-
-
-def _check_sites(model_trace: Trace, guide_trace: Trace) -> None:
-    latents, drawn = _drawn(model_trace), _drawn(guide_trace)
-    for name in drawn:
-        if name not in model_trace.nodes:
-            raise ValueError(
-                f"site {name!r} is drawn by the guide and unknown to the model: an auxiliary site (AutoNormal has them) has noise that is "
-                "none of the model's; use AutoAdversarialNormal"
-            )
-        if name not in latents:
-            raise ValueError(
-                f"site {name!r} is observed, but the guide draws it: its first call came without observations; make the guide anew"
-            )
-    for name in latents:
-        if name not in drawn:
-            raise ValueError(f"site {name!r} is neither observed nor in the guide: pass its observations, or give the guide this site")
-    observed = [n for n in model_trace.observation_nodes if not model_trace.nodes[n]["infer"].get("_deterministic")]
-    if not observed:
-        raise ValueError("the model observes nothing, so that there is no likelihood to learn from: pass the observations, model(x, y)")

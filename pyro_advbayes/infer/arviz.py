@@ -14,13 +14,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_advbayes.diagnostics.arviz import to_inference_data
-from pyro_advbayes.graph import quiet_batching
 from pyro_advbayes.handlers import UnvalidatedMessenger
 from pyro_advbayes.infer.mcmc.runner import SGMCMC
 from pyro_advbayes.infer.predictive import Predictive, RandomState
 from pyro_advbayes.infer.row_terms import Kept, data_rows, find_terms, is_observed, masked_variables, row_terms
 from pyro_advbayes.refusals import Given, told
 from pyro_advbayes.structure import try_model
+from pyro_advbayes.tracing.replay import quiet_batching
 
 
 def to_arviz(

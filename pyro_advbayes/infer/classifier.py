@@ -17,7 +17,7 @@ from pyro_advbayes.given import need_tensor
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.likelihood import Origins
-from pyro_advbayes.infer.predictive import Predictive, RandomState, agree, default_chunk, predict, record_draws
+from pyro_advbayes.infer.predictive import Predictive, RandomState, agree, default_chunk, predict, record_draws, refuse_nan
 from pyro_advbayes.infer.readout import Readout
 from pyro_advbayes.tape import Replays, Tape, record
 
@@ -60,8 +60,8 @@ class PosteriorClassifier(nn.Module):
     :param int chunk_size: how many draws are computed side by side; by default half as many as in :class:`Predictive`.
     :param str return_site: which observed site is meant, where there are several; or the name of a site that holds the logits
         ``[N, K]``, in place of the return value of a model without one.
-    :raises ValueError: if draws do not fit the model, if its likelihood is no classifier's, or logits are random given the draws or not
-        ``[N, K]`` with K >= 2.
+    :raises ValueError: if draws hold NaN or do not fit the model, if its likelihood is no classifier's, or logits are random given the
+        draws or not ``[N, K]`` with K >= 2.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class PosteriorClassifier(nn.Module):
         super().__init__()
         if guide is not None:
             posterior_samples = _draw(guide, arguments.num_samples)
+        refuse_nan(posterior_samples)
         # what such a guide has learned of the model without arguments may be wrong; a bound method, so that it is no part of the classifier
         self._check = guide.check if isinstance(guide, AutoImplicit) and guide.model is model else None
         self.model, self.num_samples, self.chunk_size, self.return_site = model, arguments.num_samples, chunk_size, return_site

@@ -19,16 +19,15 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from pyro_advbayes.batches import Arguments
-from pyro_advbayes.graph import Followed, autocast_state, held_by, noting_modules, roots_of, trace_graph
 from pyro_advbayes.handlers import GivenMessenger, UnvalidatedMessenger
 from pyro_advbayes.infer.autoguide.adversarial import Adversary, AutoAdversarialNormal, BaseNoise, BaseNormal
 from pyro_advbayes.nn.reparameterization import rows_differ
 from pyro_advbayes.structure import refuse_random_layers
+from pyro_advbayes.tracing.guard import autocast_state, held_by, noting_modules, roots_of
+from pyro_advbayes.tracing.record import Recorder
+from pyro_advbayes.tracing.replay import trace_graph
 
 Tensors = Sequence[Tensor]
-
-# A trace costs as much as a hundred steps of a small network: what is called no more often than this goes through Pyro's handlers.
-CALLS_BEFORE = 2
 
 # For how many models, guides and shapes of data graphs are kept.
 KEPT = 8
@@ -42,7 +41,7 @@ class NotTraceable(Exception):
 
 
 class Graphs:
-    """Graphs by model, guide and shapes of their arguments, for each of them from its third call on."""
+    """Graphs by model, guide and shapes of their arguments."""
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
@@ -51,13 +50,14 @@ class Graphs:
         """The graphs for such arguments; None where Pyro's handlers are to be used."""
         if rows_differ() or _handled():  # a graph has one draw for all rows, and sees nothing of handlers that are entered around a step
             return None
+        if getattr(guide, "prototype_trace", guide) is None:  # the first call of a guide tells it its sites
+            return None
         key = _key(args, kwargs)
         entry = next((e for e in self._entries if e.fits(model, guide, key)), None)
         if entry is None:
             entry = _Entry(model, guide, key)
             self._entries = [entry, *self._entries[: KEPT - 1]]
-        entry.calls += 1
-        if entry.calls > CALLS_BEFORE and entry.objective is None and not entry.refused:
+        if entry.objective is None and not entry.refused:
             try:
                 # unwrapped: a wrapped network has no signature, and the message about that prints it, which draws its weights
                 entry.objective = Objective(model, guide, Arguments(poutine.unwrap(model), args, kwargs), entry.roots)
@@ -79,11 +79,11 @@ def _handled() -> bool:
 
 
 class _Entry:
-    """How often a model and a guide were called with arguments of one kind, and the graphs made of them."""
+    """A model and a guide with arguments of one kind, and the graphs made of them."""
 
     def __init__(self, model: Callable, guide: Callable, key: Any) -> None:
         self.model, self.guide, self.key = model, guide, key
-        self.calls, self.refused = 0, False
+        self.refused = False
         self.objective: Objective | None = None
         self.roots = roots_of(model)  # and, once a graph is made, what else was seen to run
         self.watch()
@@ -186,15 +186,16 @@ class Objective:
                 with refuse_random_layers(poutine.unwrap(self.model)), noting_modules(self.roots):
                     self._traces(locs, scales, noises, tensors)
                 self.held = held_by(self.roots)
-                with Followed([*locs, *scales, *noises, *tensors, *self.held]) as followed:
+                with Recorder([*locs, *scales, *noises, *tensors, *self.held]) as recorder:
                     model_trace, guide_trace = self._traces(locs, scales, noises, tensors)
         except (ValueError, RuntimeError) as error:
-            raise NotTraceable(str(error)) from error
+            raise NotTraceable(str(error).splitlines()[0]) from error
+        check_sites(model_trace, guide_trace)
         for trace in (model_trace, guide_trace):
             if any(site_is_subsample(node) for node in trace.nodes.values() if node["type"] == "sample" and _subsamples(node)):
                 raise NotTraceable("a plate subsamples itself")
         self.bases = {name: BaseNormal(name, guide_trace.nodes[name]["fn"]) for name in self.names}
-        self.priors = {name: _constant_prior(model_trace.nodes[name], guide_trace.nodes[name], followed) for name in self.names}
+        self.priors = {name: _constant_prior(model_trace.nodes[name], guide_trace.nodes[name], recorder) for name in self.names}
         self.others = [name for name in self.names if self.priors[name] is None]
         self._find_own([leaf for leaf in _leaves(model_trace.log_prob_sum()) if all(leaf is not value for value in (*locs, *scales))])
         self._own_names = [name for name in model_trace.param_nodes if name in pyro.get_param_store()]
@@ -309,7 +310,7 @@ class Objective:
         values = {}
         with poutine.block(), pyro.validation_enabled(False), UnvalidatedMessenger():
             plates = self.guide._create_plates(*args, **kwargs)
-            with poutine.trace() as guide_trace, BaseNoise(dict(zip(self.names, noises, strict=True))):
+            with poutine.trace() as guide_trace, BaseNoise({n: v for n, v in zip(self.names, noises, strict=True) if n in self.others}):
                 for name, loc, scale, noise in zip(self.names, locs, scales, noises, strict=True):
                     alone = name not in self.others
                     values[name] = loc + noise * scale if alone else self.guide.sample(name, plates, (loc, scale))
@@ -347,8 +348,8 @@ def normal_divergence(
     return value, torch.addcmul(loc_gradient, away, pull), torch.addcmul(scale_gradient, scale, pull).addcdiv_(weight, scale, value=-1)
 
 
-def _constant_prior(model_site: Mapping[str, Any], guide_site: Mapping[str, Any], followed: Followed) -> Prior | None:
-    """The prior, if both distributions are plain Normals and the prior follows no other site, argument or buffer."""
+def _constant_prior(model_site: Mapping[str, Any], guide_site: Mapping[str, Any], recorder: Recorder) -> Prior | None:
+    """The prior, if both distributions are plain Normals and the prior depends on no other site, argument or buffer."""
     prior, posterior = (_without_dependence(site["fn"]) for site in (model_site, guide_site))
     weighted = any(
         site["mask"] is not None or not isinstance(site["scale"], float) or site["scale"] != 1 for site in (model_site, guide_site)
@@ -356,7 +357,7 @@ def _constant_prior(model_site: Mapping[str, Any], guide_site: Mapping[str, Any]
     if weighted or not (isinstance(prior, Normal) and isinstance(posterior, Normal)):
         return None
     parameters = (prior.loc, prior.scale)
-    if any(p.requires_grad or p in followed or p.shape != posterior.loc.shape or p.dtype != posterior.loc.dtype for p in parameters):
+    if any(p.requires_grad or recorder.changes(p) or p.shape != posterior.loc.shape or p.dtype != posterior.loc.dtype for p in parameters):
         return None
     return Prior(*(p.flatten()[0].item() if bool((p == p.flatten()[0]).all()) else p.detach() for p in parameters))
 
@@ -396,3 +397,29 @@ def _leaves(value: Tensor) -> list[Tensor]:
             leaves.append(node.variable)
         wanting.extend(following for following, _ in node.next_functions)
     return leaves
+
+
+def latent_sites(trace: Trace) -> dict[str, dict[str, Any]]:
+    """The latent sites of a trace."""
+    return {name: trace.nodes[name] for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name])}
+
+
+def check_sites(model_trace: Trace, guide_trace: Trace) -> None:
+    """:raises ValueError: unless the guide draws the model's latent sites, and the model observes something."""
+    latents, drawn = latent_sites(model_trace), latent_sites(guide_trace)
+    for name in drawn:
+        if name not in model_trace.nodes:
+            raise ValueError(
+                f"site {name!r} is drawn by the guide and unknown to the model: an auxiliary site (AutoNormal has them) has noise that is "
+                "none of the model's; use AutoAdversarialNormal"
+            )
+        if name not in latents:
+            raise ValueError(
+                f"site {name!r} is observed, but the guide draws it: its first call came without observations; make the guide anew"
+            )
+    for name in latents:
+        if name not in drawn:
+            raise ValueError(f"site {name!r} is neither observed nor in the guide: pass its observations, or give the guide this site")
+    observed = [n for n in model_trace.observation_nodes if not model_trace.nodes[n]["infer"].get("_deterministic")]
+    if not observed:
+        raise ValueError("the model observes nothing, so that there is no likelihood to learn from: pass the observations, model(x, y)")

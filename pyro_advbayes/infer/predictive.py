@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -19,6 +18,7 @@ from pyro_advbayes.given import need_tensor
 from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.subsampled import predict_all_rows, subsampling_plate
 from pyro_advbayes.tape import Replays, Tape, record
+from pyro_advbayes.tracing.guard import RandomState
 
 # How many numbers the draws that are computed together make: fewer leave the time to Python, more take memory without being
 # faster, and convolutions become slower. One CPU core, ms a draw: 784-100-100-10 at 100 inputs one by one 0.93, together 0.38
@@ -102,6 +102,19 @@ def check_samples(samples: Mapping[str, Tensor]) -> None:
     sizes = {name: len(sample) for name, sample in samples.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"posterior_samples must hold equally many draws of every site, got {sizes}")
+
+
+def refuse_nan(samples: Mapping[str, Tensor]) -> None:
+    """:raises ValueError: naming the draws that hold NaN, which a mean over them would be then, too."""
+    for name, sample in samples.items():
+        bad = (
+            sample.detach().isnan().flatten(1).any(1).nonzero().flatten()
+            if sample.dim() > 1
+            else sample.detach().isnan().nonzero().flatten()
+        )
+        if len(bad):
+            which = f"{len(bad)} of {len(sample)} draws, first in number {int(bad[0])}"
+            raise ValueError(f"posterior_samples[{name!r}] holds NaN in {which}: leave {'it' if len(bad) == 1 else 'them'} out")
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
@@ -234,29 +247,6 @@ def record_draws(
     except Exception:  # whatever a model's Python does under a recorder: the handlers still run it, and raise what is its own
         return None
     return tape if agrees else None
-
-
-class RandomState:
-    """The state of the random generators at one moment."""
-
-    def __init__(self) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Goes back to that moment, and at the end to where the generators were."""
-        now = RandomState()
-        self._set()
-        try:
-            yield
-        finally:
-            now._set()
-
-    def _set(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
 
 
 def agree(ours: Sequence[Tensor], theirs: Sequence[Tensor], leaves: Sequence[Tensor] = ()) -> bool:

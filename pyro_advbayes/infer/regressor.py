@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from pyro_advbayes.infer.likelihood import Likelihood, read_likelihood, without_wrappers
-from pyro_advbayes.infer.predictive import Predictive
+from pyro_advbayes.infer.predictive import Predictive, refuse_nan
 
 
 class PosteriorRegressor:
@@ -32,7 +32,8 @@ class PosteriorRegressor:
     :param int num_samples: how many draws a guide makes.
     :param int chunk_size: as in :class:`Predictive`.
     :param str site: the observed site, where there are several.
-    :raises ValueError: at the first call, if draws do not fit the model, or the likelihood is no Normal of one number for each input.
+    :raises ValueError: if draws hold NaN; at the first call, if they do not fit the model, or the likelihood is no Normal of one number
+        for each input.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class PosteriorRegressor:
             raise ValueError("PosteriorRegressor needs posterior_samples, or a guide and num_samples")
         self._moments = _Moments(model, site)
         self._predictive = Predictive(self._moments, posterior_samples, guide, num_samples, ("_RETURN",), chunk_size=chunk_size)
+        refuse_nan(self._predictive.posterior_samples or {})
         self._checked = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

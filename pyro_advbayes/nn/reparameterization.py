@@ -22,8 +22,8 @@ from torch.distributions import Independent, Normal
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pyro_advbayes.graph import quiet_batching
 from pyro_advbayes.refusals import Refused
+from pyro_advbayes.tracing.replay import quiet_batching
 
 CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 LAYERS = (F.linear, *CONVOLUTIONS)

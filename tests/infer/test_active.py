@@ -230,6 +230,51 @@ def test_inputs_without_their_classes_are_refused_before_the_first_fit():
             ab.active_learning(lambda x, y: pytest.fail("fitted"), *data, num_rounds=1)
 
 
+@pytest.mark.parametrize(
+    ("which", "change", "message"),
+    [
+        ("test", lambda y: y[:, None], r"test\[1\] has shape \[40, 1\]: .* \[40\]"),
+        ("pool", lambda y: y[:, None], r"pool\[1\] has shape \[60, 1\]: .* \[60\]"),
+        ("test", lambda y: y.clone().index_fill_(0, torch.tensor([3]), 99), r"test: class 99 is none of the pool's"),
+        ("test", lambda y: y - 1, r"test: class -1 is none of the pool's"),
+        ("test", lambda y: y + 0.5, r"the test's classes are not whole numbers"),
+        ("test", lambda y: torch.where(y == 0, torch.nan, y.float()), r"the test's classes are not whole numbers"),
+        ("pool", lambda y: torch.where(y == 0, torch.nan, y.float()), r"the pool's classes are not whole numbers"),
+    ],
+)
+def test_labels_that_would_be_judged_wrongly_are_refused_before_the_first_fit(which, change, message):
+    sets = {"pool": blobs(), "test": blobs(40)}
+    sets[which] = sets[which][0], change(sets[which][1])
+    with pytest.raises(ValueError, match=message):
+        ab.active_learning(lambda x, y: pytest.fail("fitted"), sets["pool"], sets["test"], num_rounds=1, per_round=3)
+
+
+@pytest.mark.parametrize("which", ["pool", "test"])
+@pytest.mark.parametrize("options", [{}, {"num_initial": 4}], ids=["classes", "regression"])
+def test_no_inputs_at_all_are_refused_by_name(which, options):
+    sets = {"pool": blobs(), "test": blobs(40)}
+    sets[which] = tuple(value[:0] for value in sets[which])
+    if options:
+        sets = {name: (x, y.float()) for name, (x, y) in sets.items()}
+    with pytest.raises(ValueError, match=f"{which}: it is empty"):
+        ab.active_learning(lambda x, y: pytest.fail("fitted"), sets["pool"], sets["test"], num_rounds=1, **options)
+
+
+def test_targets_that_are_no_numbers_are_refused_by_name():
+    for which in (0, 1):
+        sets = [(x, y.float()) for x, y in (blobs(), blobs(40))]
+        sets[which][1][3] = torch.nan
+        with pytest.raises(ValueError, match=f"{('pool', 'test')[which]}: 1 of its targets is not finite"):
+            ab.active_learning(lambda x, y: pytest.fail("fitted"), *sets, num_rounds=1, num_initial=4)
+
+
+def test_classes_may_be_whole_numbers_of_any_dtype():
+    (x, y), (x_test, y_test) = blobs(), blobs(40)
+    whole = run()[0]
+    for dtype in (torch.float32, torch.int32, torch.uint8):
+        assert torch.equal(run(pool=(x, y.to(dtype)), test=(x_test, y_test.to(dtype)))[0].accuracy, whole.accuracy)
+
+
 def test_a_sampler_learns_actively():
     x, y = ab.datasets.digits("train", flatten=True)
     x_test, y_test = ab.datasets.digits("test", flatten=True)

@@ -592,3 +592,20 @@ def test_malformed_arguments_are_refused_at_construction(arguments, message):
 def test_a_return_site_that_the_model_lacks_is_refused():
     with pytest.raises(ValueError, match=r"return_site='scores'"):
         PosteriorClassifier(returning(lambda x, w: x * w), {"w": torch.randn(3)}, return_site="scores")(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_draw_that_is_no_number_is_refused_by_name(dtype):
+    """The mean over draws would be NaN everywhere."""
+    net = mlp_network(SIZES)
+    draws = draws_of(net, 12, dtype)
+    model = Classifier(bayesianize(net))
+    site = next(iter(draws))
+    draws[site][7, 0, 1] = torch.nan
+    with pytest.raises(ValueError, match=rf"posterior_samples\['{site}'\] holds NaN in 1 of 12 draws, first in number 7: leave it out"):
+        PosteriorClassifier(model, draws)
+    draws[site][9, 1] = torch.nan
+    with pytest.raises(ValueError, match="holds NaN in 2 of 12 draws, first in number 7: leave them out"):
+        PosteriorClassifier(model, draws)
+    with pytest.raises(ValueError, match="holds NaN in 2 of 2 draws, first in number 0"):
+        PosteriorClassifier(model, guide=lambda: {"w": pyro.sample("w", pyro.distributions.Delta(torch.tensor(torch.nan)))}, num_samples=2)

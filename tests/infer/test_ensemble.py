@@ -137,3 +137,24 @@ def test_an_ensemble_of_regressions_predicts_where_the_noise_is():
     mean, scale = ab.PosteriorRegressor(model, members)(x)
     each = torch.stack([ab.diagnostics.gaussian_nll(m, s, y).mean() for m, s in zip(mean, scale, strict=True)])
     assert ab.diagnostics.gaussian_nll(mean, scale, y).mean() < each.mean()
+
+
+@pytest.mark.parametrize("batch_size", [None, 10])
+@pytest.mark.parametrize("model,y", [(LinearRegression(3), torch.tensor(1.0)), (mlp((3, 2)), torch.tensor(1))])
+def test_one_number_in_the_place_of_all_observations_is_refused_by_name(model, y, batch_size):
+    """It would be repeated for every row."""
+    for arguments in ({"args": (data()[0], y)}, {"args": (data()[0],), "kwargs": {"y": y}}):
+        with pytest.raises(ValueError, match=r"observed site 'obs' is given one number, y, .* 60 rows: give one observation for each row"):
+            deep_ensemble(model, **arguments, num_members=1, num_steps=1, optim=Adam({"lr": 0.01}), batch_size=batch_size)
+    kernel = ab.SGLD(model, 1e-5, backend="handlers")
+    with pytest.raises(ValueError, match=r"observed site 'obs' is given one number, y"):
+        ab.SGMCMC(kernel, 1, 0, disable_progbar=True).run(data()[0], y)
+
+
+def test_a_constant_of_the_models_own_may_be_observed_in_every_row():
+    def model(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("ones", dist.Bernoulli(logits=x @ w), obs=torch.tensor(1.0))
+
+    assert deep_ensemble(model, data()[:1], num_members=1, num_steps=1, optim=Adam({"lr": 0.01}))["w"].shape == (1, 3)

@@ -43,6 +43,7 @@ KINDS = [
     ("labels", lambda f: dist.Bernoulli(logits=f).to_event(1)),
     ("labels", lambda f: dist.Categorical(logits=f.unsqueeze(1).expand(-1, 5, -1)).to_event(1)),
     ("counts", lambda f: dist.Binomial(4, logits=f[:, 0])),
+    ("counts", lambda f: dist.Binomial(torch.arange(1.0, N + 1), logits=f[:, 0])),
     ("counts", lambda f: dist.Poisson(f[:, 0].exp())),
     ("numbers", lambda f: dist.Normal(f[:, 0], f[:, 1].exp())),
     ("numbers", lambda f: dist.Normal(f, 1.0).to_event(1)),
@@ -115,6 +116,13 @@ def test_a_share_of_sigmoids_is_not_taken_for_a_softmax():
         binary = read_likelihood(lambda x: pyro.sample("obs", dist.Bernoulli(((s := x.sigmoid()) / s.sum(-1, keepdim=True))[:, 0])), (f,))
     torch.testing.assert_close(probs, shares)
     torch.testing.assert_close(binary.logits(origins).softmax(-1)[:, 1], shares[:, 0])
+
+
+def test_a_softmax_over_rows_is_not_taken_for_one_over_classes():
+    f = torch.randn(N, K)
+    with Origins() as origins:
+        logits = read_likelihood(lambda x: in_plate(dist.Categorical(probs=x.softmax(0))), (f,)).logits(origins)
+    torch.testing.assert_close(logits.softmax(-1), f.softmax(0) / f.softmax(0).sum(-1, keepdim=True))
 
 
 def test_logits_that_were_written_to_since_are_not_taken():

@@ -147,3 +147,10 @@ def test_a_classifier_is_sent_to_the_classifier():
 def test_draws_are_needed():
     with pytest.raises(ValueError, match="needs posterior_samples, or a guide"):
         ab.PosteriorRegressor(column)
+
+
+def test_one_draw_that_is_no_number_is_refused_by_name():
+    draws = {"net.weight": torch.zeros(3, 1, 3), "net.bias": torch.zeros(3, 1)}
+    draws["net.bias"][1] = torch.nan
+    with pytest.raises(ValueError, match=r"posterior_samples\['net.bias'\] holds NaN in 1 of 3 draws, first in number 1: leave it out"):
+        ab.PosteriorRegressor(LinearRegression(3), draws)

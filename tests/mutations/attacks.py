@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from tests.mutations.mutation import of
 
-A, T = "pyro_advbayes/attacks", "tests/attacks"
-STEPS, SEARCH = f"{T}/test_steps.py", f"{T}/test_carlini_wagner.py::test_the_search_is_the_published_one_by_adam_and_autograd"
-ONE_STEP = f"{T}/test_carlini_wagner.py::test_the_one_step_form_is_the_published_one_also_where_some_networks_give_no_gradient"
-GEOMETRY, PROBLEM = f"{T}/test_geometry.py", f"{T}/test_problem.py"
+STEPS, SEARCH = "attacks/test_steps.py", "attacks/test_carlini_wagner.py::test_the_search_is_the_published_one_by_adam_and_autograd"
+ONE_STEP = "attacks/test_carlini_wagner.py::test_the_one_step_form_is_the_published_one_also_where_some_networks_give_no_gradient"
 SQUARE = (
-    f"{T}/test_square.py::test_windows_are_squares_inside_every_image_at_different_places",
-    f"{T}/test_square.py::test_entries_are_as_many_in_every_row",
-    f"{T}/test_square.py::test_windows_shrink_as_they_do_in_the_authors_code",
+    "attacks/test_square.py::test_windows_are_squares_inside_every_image_at_different_places",
+    "attacks/test_square.py::test_entries_are_as_many_in_every_row",
+    "attacks/test_square.py::test_windows_shrink_as_they_do_in_the_authors_code",
 )
 APGD = f"{STEPS}::test_apgd_steps_with_momentum_and_begins_anew_at_the_best_point_after_a_checkpoint"
 HALVING = f"{STEPS}::test_step_sizes_are_halved_one_by_one_where_little_rose_or_nothing_changed"
 
 MUTATIONS = [
     *of(
-        f"{A}/carlini_wagner.py",
+        "attacks/carlini_wagner.py",
         SEARCH,
         ("Carlini-Wagner: the nearest in another norm", "flat(delta).square().sum(1)", "flat(delta).abs().sum(1)"),
         ("Carlini-Wagner: the distance is no part of the objective", "slope = 2 * delta - rows", "slope = 0 * delta - rows"),
@@ -34,9 +32,10 @@ MUTATIONS = [
         ("Carlini-Wagner: bisection ends at the upper bound", "(low + high) / 2, c", "high, c"),
         ("Carlini-Wagner: Adam's mean is not corrected", "self.step_size * mean / (1 - DECAYS[0] ** t)", "self.step_size * mean"),
         ("Carlini-Wagner: Adam's square is not corrected", "(square / (1 - DECAYS[1] ** t)).sqrt()", "square.sqrt()"),
+        ("Carlini-Wagner: Adam's decay", "DECAYS = 0.9, 0.999", "DECAYS = 0.9, 0.99"),
     ),
     *of(
-        f"{A}/carlini_wagner.py",
+        "attacks/carlini_wagner.py",
         ONE_STEP,
         (
             "one-step Carlini-Wagner: upwards",
@@ -48,7 +47,7 @@ MUTATIONS = [
         ("one-step Carlini-Wagner: the label's sign", "torch.where(label, logits, -logits)", "torch.where(label, -logits, logits)"),
     ),
     *of(
-        f"{A}/mim.py",
+        "attacks/mim.py",
         f"{STEPS}::test_mim_forgets_earlier_gradients_at_its_decay",
         ("MIM: no decay", "self.decay * total + gradient", "total + gradient"),
         ("MIM: the decay weighs the new gradient", "self.decay * total + gradient", "total + self.decay * gradient"),
@@ -56,27 +55,27 @@ MUTATIONS = [
         ("MIM: size in the Euclidean norm", "flat(gradient).abs().sum(1)", "flat(gradient).norm(dim=1)"),
     ),
     *of(
-        f"{A}/mim.py",
+        "attacks/mim.py",
         f"{STEPS}::test_mim_adds_up_gradients_of_size_1",
         ("MIM: default step", "self.step_size or self.eps / self.steps", "self.step_size or self.eps"),
     ),
     *of(
-        f"{A}/pgd.py",
+        "attacks/pgd.py",
         f"{STEPS}::test_iterated_steps_are_projected_on_the_ball",
         ("PGD: default step", "2.5 * self.eps / self.steps", "2.0 * self.eps / self.steps"),
     ),
     *of(
-        f"{A}/ifgsm.py",
+        "attacks/ifgsm.py",
         f"{STEPS}::test_iterated_steps_are_projected_on_the_ball",
         ("IFGSM: default step", "self.eps / self.steps)", "2.5 * self.eps / self.steps)"),
     ),
     *of(
-        f"{A}/fgsm.py",
+        "attacks/fgsm.py",
         f"{STEPS}::test_fgsm_is_its_formula",
         ("FGSM: half a step", "step_size=self.eps)", "step_size=0.5 * self.eps)"),
     ),
     *of(
-        f"{A}/base.py",
+        "attacks/base.py",
         f"{STEPS}::test_iterated_steps_are_projected_on_the_ball",
         (
             "ascent without projection",
@@ -86,23 +85,24 @@ MUTATIONS = [
         ("descent", "ball.restrict(x + step_size *", "ball.restrict(x - step_size *"),
     ),
     *of(
-        f"{A}/base.py",
-        f"{T}/test_attacks.py::test_a_success_is_better_than_a_higher_loss",
+        "attacks/base.py",
+        "attacks/test_attacks.py::test_a_success_is_better_than_a_higher_loss",
         (
             "the best by its loss alone",
             "(success & ~self._success) | ((success == self._success) & (loss > self._loss))",
             "loss > self._loss",
         ),
+        ("the best forgets its success", "self._success | success", "self._success & success"),
     ),
     *of(
-        f"{A}/wrm.py",
+        "attacks/wrm.py",
         f"{STEPS}::test_wrm_climbs_the_loss_less_the_price_of_the_distance",
         ("WRM: the price of the distance doubled", "- (x - clean)", "- 2 * (x - clean)"),
         ("WRM: steps begin at 1", "math.sqrt(t + 2)", "math.sqrt(t + 1)"),
         ("WRM: the first step", "clean + self.strength * problem", "clean + problem"),
     ),
     *of(
-        f"{A}/apgd.py",
+        "attacks/apgd.py",
         APGD,
         ("APGD: the first step", "_Schedule(loss, 2 * self.eps", "_Schedule(loss, self.eps"),
         ("APGD: momentum", "MOMENTUM = 0.75", "MOMENTUM = 0.5"),
@@ -110,21 +110,21 @@ MUTATIONS = [
         ("APGD: no return to the best point", "torch.where(there, top.x, x), torch.where(there, top.x, previous)", "x, previous"),
     ),
     *of(
-        f"{A}/apgd.py",
+        "attacks/apgd.py",
         HALVING,
         ("APGD: steps are quartered", "self.step_size / 2, self", "self.step_size / 4, self"),
         ("APGD: progress", "PROGRESS = 0.75", "PROGRESS = 0.4"),
         ("APGD: halved at two checkpoints in a row", "~self._halved & (top <= self._top)", "top <= self._top"),
     ),
     *of(
-        f"{A}/apgd.py",
+        "attacks/apgd.py",
         f"{STEPS}::test_checkpoints_are_those_of_the_paper",
         ("APGD: the first checkpoint", "last, now = 0.0, 0.22", "last, now = 0.0, 0.2"),
         ("APGD: the last checkpoints", "now - last - 0.03, 0.06)", "now - last - 0.03, 0.03)"),
     ),
     *of(
-        f"{A}/geometry.py",
-        GEOMETRY,
+        "attacks/geometry.py",
+        "attacks/test_geometry.py",
         ("a box twice as wide", "(center - eps, center + eps)", "(center - eps, center + 2 * eps)"),
         ("a box that leaves the range", "super(LinfBall, self).restrict(bound)", "bound"),
         (
@@ -141,8 +141,8 @@ MUTATIONS = [
         ),
     ),
     *of(
-        f"{A}/losses.py",
-        f"{T}/test_losses.py::test_each_loss_is_its_formula",
+        "attacks/losses.py",
+        "attacks/test_losses.py::test_each_loss_is_its_formula",
         ("DLR: over the second logit", "largest[..., 0] - largest[..., 2]", "largest[..., 0] - largest[..., 1]"),
         ("margin: the sign", "_largest_other(logits, y) - _of_label(logits, y)", "_of_label(logits, y) - _largest_other(logits, y)"),
         (
@@ -153,8 +153,8 @@ MUTATIONS = [
         ("cross-entropy: the sign", "return -_of_label(log_probs, y)", "return _of_label(log_probs, y)"),
     ),
     *of(
-        f"{A}/problem.py",
-        f"{PROBLEM}::test_gradients_of_a_posterior_are_those_of_a_loop_over_its_draws",
+        "attacks/problem.py",
+        "attacks/test_problem.py::test_gradients_of_a_posterior_are_those_of_a_loop_over_its_draws",
         ("a posterior: the sum of losses", "self._loss / self._count, self._gradient / self._count", "self._loss, self._gradient"),
         (
             "a posterior: draws weigh alike in the loss of the mean",
@@ -167,55 +167,41 @@ MUTATIONS = [
             "math.log(self._count) - self._total, -self._gradient",
             "math.log(self._count) - self._total, self._gradient",
         ),
-    ),
-    *of(
-        f"{A}/problem.py",
-        f"{T}/test_attacks.py::test_targeted_attacks_reach_their_targets",
-        ("targets are left", "-1.0 if targeted else 1.0", "1.0"),
-        ("a target that is reached is no success", "return right if self.targeted else ~right", "return ~right"),
-    ),
-    *of(
-        f"{A}/problem.py",
-        f"{PROBLEM}::test_gradients_of_a_posterior_are_those_of_a_loop_over_its_draws",
         ("an examined loss: its sign", "return loss * self._sign, self.succeeds(log_probs)", "return loss, self.succeeds(log_probs)"),
         ("an examined loss: the sum over draws", "loss = total / count if self._mean_loss", "loss = total if self._mean_loss"),
     ),
     *of(
-        f"{A}/base.py",
-        f"{T}/test_attacks.py::test_a_success_is_better_than_a_higher_loss",
-        ("the best forgets its success", "self._success | success", "self._success & success"),
+        "attacks/problem.py",
+        "attacks/test_attacks.py::test_targeted_attacks_reach_their_targets",
+        ("targets are left", "-1.0 if targeted else 1.0", "1.0"),
+        ("a target that is reached is no success", "return right if self.targeted else ~right", "return ~right"),
     ),
     *of(
-        f"{A}/carlini_wagner.py",
-        SEARCH,
-        ("Carlini-Wagner: Adam's decay", "DECAYS = 0.9, 0.999", "DECAYS = 0.9, 0.99"),
-    ),
-    *of(
-        f"{A}/feature.py",
-        f"{T}/test_feature.py::test_one_step_follows_the_gradient_of_the_mean_distance_over_draws",
+        "attacks/feature.py",
+        "attacks/test_feature.py::test_one_step_follows_the_gradient_of_the_mean_distance_over_draws",
         ("features: towards where they are", "1.0 if self.towards is None else -1.0", "-1.0 if self.towards is None else 1.0"),
         ("features: the distance, not its square", ".square().sum(1)", ".abs().sum(1)"),
     ),
     *of(
-        f"{A}/square.py",
+        "attacks/square.py",
         SQUARE,
         ("Square: the side of a window", "round((share * height * width) ** 0.5)", "round(share * height * width)"),
         ("Square: windows shrink too late", "HALVINGS = (10, 50, 200", "HALVINGS = (100, 500, 2000"),
         ("Square: entries", "round(share * scores.shape[1])", "round(0.5 * share * scores.shape[1])"),
     ),
     *of(
-        f"{A}/uniform.py",
-        f"{T}/test_attacks.py::test_of_several_tries_the_best_is_kept_for_every_input",
+        "attacks/uniform.py",
+        "attacks/test_attacks.py::test_of_several_tries_the_best_is_kept_for_every_input",
         ("Uniform: one try", "for _ in range(self.tries):", "for _ in range(1):"),
     ),
     *of(
-        f"{A}/guide.py",
-        f"{T}/test_guide.py::test_every_call_draws_anew_and_many_draws_are_their_mean",
+        "attacks/guide.py",
+        "attacks/test_guide.py::test_every_call_draws_anew_and_many_draws_are_their_mean",
         ("a guide's draws: their sum", ".logsumexp(0) - math.log(self.num_samples)", ".logsumexp(0)"),
     ),
     *of(
-        f"{A}/evaluate.py",
-        f"{T}/test_evaluate.py",
+        "attacks/evaluate.py",
+        "attacks/test_evaluate.py",
         (
             "evaluate: success among all inputs",
             "float((clean & ~after).sum()) / max(1, int(clean.sum()))",

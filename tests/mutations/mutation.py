@@ -43,9 +43,16 @@ class Mutation(NamedTuple):
 
 
 def of(file: str, tests: str | tuple[str, ...], *changes: tuple[str, str, str]) -> list[Mutation]:
-    """Mutations ``(name, old, new)`` of one file that the same tests must notice."""
+    """
+    Mutations of one file that the same tests must notice.
+
+    :param file: in ``pyro_advbayes/``.
+    :param tests: in ``tests/``, as in :class:`Mutation`.
+    :param changes: ``(name, old, new)`` of each.
+    """
     tests = (tests,) if isinstance(tests, str) else tests
-    return [Mutation(name, file, old, new, tests) for name, old, new in changes]
+    paths = tuple(f"tests/{test}" for test in tests)
+    return [Mutation(name, f"pyro_advbayes/{file}", old, new, paths) for name, old, new in changes]
 
 
 def problems(mutations: Sequence[Mutation], root: Path) -> list[str]:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.mutations import attacks, measures, sampling, variational, warmup
+from tests.mutations import attacks, measures, reading, sampling, storage, variational, warmup
 
-MUTATIONS = [*attacks.MUTATIONS, *measures.MUTATIONS, *variational.MUTATIONS, *sampling.MUTATIONS, *warmup.MUTATIONS]
+MUTATIONS = [mutation for table in (attacks, measures, reading, sampling, storage, variational, warmup) for mutation in table.MUTATIONS]

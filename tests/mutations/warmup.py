@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from tests.mutations.mutation import of
 
-M, T = "pyro_advbayes/infer/mcmc", "tests/infer/mcmc"
-WARMUP, ASSESSMENT = f"{T}/test_warmup.py", f"{T}/test_assessment.py"
+WARMUP, ASSESSMENT = "infer/mcmc/test_warmup.py", "infer/mcmc/test_assessment.py"
 BOUND = f"{WARMUP}::test_each_kernels_bound_is_its_equation"
 COUNTS = f"{WARMUP}::test_noise_counts_from_the_first_update_and_is_held_to_its_share_from_60_percent_on"
 RESTARTS = (
@@ -17,22 +16,23 @@ DRIFT = (
     f"{ASSESSMENT}::test_a_run_that_starts_far_out_without_a_warm_up_says_so_and_one_from_exact_draws_does_not",
 )
 FIRST_TENTH = f"{WARMUP}::test_the_first_kept_tenth_is_as_stationary_as_the_last"
-R_HAT = (f"{T}/test_summary.py::test_r_hat_sees_chains_of_different_spread_and_of_heavy_tails",)
+R_HAT = ("infer/mcmc/test_summary.py::test_r_hat_sees_chains_of_different_spread_and_of_heavy_tails",)
+GOOD = f"{WARMUP}::test_a_chain_starts_again_from_its_last_good_state"
 
 MUTATIONS = [
     *of(
-        f"{M}/kernel.py",
+        "infer/mcmc/kernel.py",
         FIRST_TENTH,
         ("V adapts through all of warm-up", "if 2 * self._samples < self._warmup_samples:", "if self.adapting:"),
     ),
     *of(
-        f"{M}/kernel.py",
+        "infer/mcmc/kernel.py",
         f"{ASSESSMENT}::test_the_temperature_that_is_reported_is_the_worst_chains",
         ("T_eff is a mean over chains", "means.reshape(-1, len(self.names)).amax(0)", "means.reshape(-1, len(self.names)).mean(0)"),
     ),
     *of(
-        f"{M}/sghmc.py",
-        (f"{T}/test_rules.py::test_momentum_is_not_in_units_of_the_step", BOUND),
+        "infer/mcmc/sghmc.py",
+        ("infer/mcmc/test_rules.py::test_momentum_is_not_in_units_of_the_step", BOUND),
         (
             "SGHMC: momentum without the root of the step",
             "torch.addcmul(theta, momentum, root, out=noise)",
@@ -47,13 +47,13 @@ MUTATIONS = [
         ),
     ),
     *of(
-        f"{M}/sgadald.py",
+        "infer/mcmc/sgadald.py",
         BOUND,
         ("SGAdaLD: the temperature is not in its bound", "float(temperature / taken)", "float(1.0 / taken)"),
         ("SGAdaLD: the square of the step", "return squared**0.5", "return squared"),
     ),
     *of(
-        f"{M}/step_size.py",
+        "infer/mcmc/step_size.py",
         (COUNTS, BOUND),
         ("auto: noise is held to its share at once", "elif not rest:", "elif False:"),
         ("auto: noise never counts", "if T == 0.0:", "if True:"),
@@ -62,31 +62,31 @@ MUTATIONS = [
         ("auto: the rest never begins", "rest=place >= REST_FROM", "rest=False"),
     ),
     *of(
-        f"{M}/step_size.py",
+        "infer/mcmc/step_size.py",
         f"{WARMUP}::test_the_rate_grows_by_four_at_most_from_one_measurement_to_the_next",
         ("auto: growth without a bound", "self.value = min(self.value, most)", "pass"),
         ("auto: growth by eight", "GROWTH = 4.0", "GROWTH = 6.0"),
     ),
     *of(
-        f"{M}/step_size.py",
+        "infer/mcmc/step_size.py",
         f"{WARMUP}::test_energy_error_shortens_the_step_where_curvature_grows_along_the_way",
         ("auto: energy errors do not count", "if not energy_rises(kernel, self.value):", "if True:"),
         ("auto: energy may rise without bound", "if bool((~(rise <= allowed))", "if bool((rise != rise)"),
     ),
     *of(
-        f"{M}/step_size.py",
+        "infer/mcmc/step_size.py",
         RESTARTS,
         ("auto: a restart keeps the step", "self.value = self.ceiling = 0.5 * self.value", "self.ceiling = self.value"),
         ("auto: the smaller step is forgotten", "self.value = min(self.value, self.ceiling)", "pass"),
     ),
     *of(
-        f"{M}/restart.py",
+        "infer/mcmc/restart.py",
         RESTARTS,
         ("restarts: without end", "MOST_RESTARTS = 10", "MOST_RESTARTS = 10**9"),
         ("restarts: a runaway is good", "good = (energy <= self.energy + allowed)", "good = energy.isfinite()"),
     ),
     *of(
-        f"{M}/noise_estimate.py",
+        "infer/mcmc/noise_estimate.py",
         (
             f"{ASSESSMENT}::test_heat_along_the_noisiest_direction_is_its_variance",
             f"{ASSESSMENT}::test_noise_without_a_direction_is_not_made_hotter_by_looking_for_one",
@@ -99,21 +99,97 @@ MUTATIONS = [
         ("hottest: the smallest direction", "vectors[:, -1]", "vectors[:, 0]"),
     ),
     *of(
-        f"{M}/assessment.py",
+        "infer/mcmc/assessment.py",
         DRIFT,
         ("drift: the spread of all draws", "sd = float(last.var(1)", "sd = float(energy.var(1)"),
         ("drift: against all draws", "float(first.mean() - last.mean()) / sd", "float(first.mean() - energy.mean()) / sd"),
         ("drift: without autocorrelation", "z = shift / (tau / first.numel()", "z = shift / (1.0 / first.numel()"),
     ),
     *of(
-        f"{M}/summary.py",
+        "infer/mcmc/summary.py",
         R_HAT,
         ("R-hat: of the draws themselves", "split_gelman_rubin(_normal_scores(each)", "split_gelman_rubin((each)"),
         ("R-hat: without the folded draws", "for each in (values, folded)]", "for each in (values, values)]"),
     ),
     *of(
-        f"{M}/runner.py",
-        f"{T}/test_drivers.py::test_arviz_sees_which_of_twelve_chains_were_lost",
+        "infer/mcmc/runner.py",
+        "infer/mcmc/test_drivers.py::test_arviz_sees_which_of_twelve_chains_were_lost",
         ("lost chains stay in the results", "if lost_chains or not self._left_out:", "if True:"),
+    ),
+    *of(
+        "infer/mcmc/restart.py",
+        GOOD,
+        ("restarts: from where warm-up began", "self.theta[good], self.energy[good] = kernel.theta[good], energy[good]", "pass"),
+        ("restarts: momentum stays", "kernel.variables[name][rows] = value[rows]", "pass"),
+        ("restarts: momentum of the start", "value[good] = kernel.variables[name][good]", "pass"),
+        ("restarts: of all chains", "rows = again.to(into.device)", "rows = torch.ones_like(again)"),
+        ("restarts: a tenth of what U may rise", "T * (1000.0 + 10.0 * potential.size)", "T * (100.0 + 10.0 * potential.size)"),
+        ("restarts: U may rise alike in every dimension", "T * (1000.0 + 10.0 * potential.size)", "T * 1000.0"),
+        ("restarts: U may rise alike at every temperature", "allowed = T * (1000.0", "allowed = (1000.0"),
+        ("restarts: five looks", "LOOKS = 50", "LOOKS = 5"),
+    ),
+    *of(
+        "infer/mcmc/assessment.py",
+        f"{ASSESSMENT}::test_drift_is_seen_and_is_not_seen_where_there_is_none",
+        ("drift: the first third alone", "FIRST_PARTS = (0.1, 0.2, 0.33)", "FIRST_PARTS = (0.33,)"),
+    ),
+    *of(
+        "infer/mcmc/assessment.py",
+        f"{ASSESSMENT}::test_drift_and_heat_are_told_beyond_their_bounds_alone",
+        (
+            "drift: a large z is enough",
+            'abs(found["z"]) <= LARGEST_Z or abs(found["shift"]) <= LARGEST_SHIFT',
+            'abs(found["z"]) <= LARGEST_Z',
+        ),
+        (
+            "drift: a large shift is enough",
+            'abs(found["z"]) <= LARGEST_Z or abs(found["shift"]) <= LARGEST_SHIFT',
+            'abs(found["shift"]) <= LARGEST_SHIFT',
+        ),
+        ("drift: upwards alone", 'abs(found["z"]) <= LARGEST_Z or', 'found["z"] <= LARGEST_Z or'),
+        ("heat: at temperature 1", "if hottest > LARGEST_HEAT * temperature:", "if hottest > LARGEST_HEAT:"),
+        ("heat: of the coldest site", 'max(about["T_eff"].items()', 'min(about["T_eff"].items()'),
+        ("heat: no direction", "if along is not None and along >", "if along is None and 0.0 >"),
+        (
+            "heat: the direction at temperature 1",
+            "hottest_allowed(DIRECTION_SHARE, kernel.potential.size)) * temperature:",
+            "hottest_allowed(DIRECTION_SHARE, kernel.potential.size)):",
+        ),
+        (
+            "heat: the remedy that is in force",
+            '"a larger batch_size" if kernel.automatic else',
+            '"a larger batch_size" if not kernel.automatic else',
+        ),
+    ),
+    *of(
+        "infer/mcmc/assessment.py",
+        (
+            f"{ASSESSMENT}::test_chains_that_have_not_mixed_are_told_by_their_predictions",
+            f"{ASSESSMENT}::test_weights_of_a_network_that_differ_between_modes_are_no_warning",
+            f"{ASSESSMENT}::test_a_coefficient_that_few_rows_know_of_is_looked_at_too",
+        ),
+        ("mixing: R-hat of 11", "LARGEST_R_HAT = 1.1", "LARGEST_R_HAT = 11.0"),
+        (
+            "mixing: weights of networks are compared",
+            'looked = {f"site {name!r}": value for name, value in compared.items()}',
+            'looked = {f"site {name!r}": value for name, value in samples.items()}',
+        ),
+        ("mixing: sites are not compared", 'looked = {f"site {name!r}": value for name, value in compared.items()}', "looked = {}"),
+        ("mixing: predictions are not compared", "if predictions is not None:", "if False:"),
+        (
+            "mixing: predictions of the first draws",
+            "kept = torch.linspace(0, mcmc.num_samples - 1, draws).round().long()",
+            "kept = torch.arange(draws)",
+        ),
+        (
+            "mixing: classes in place of their probabilities",
+            "law.mean.flatten() if probs is None else probs.flatten()",
+            "law.mean.flatten()",
+        ),
+    ),
+    *of(
+        "infer/mcmc/assessment.py",
+        f"{ASSESSMENT}::test_a_site_that_stands_still_is_told",
+        ("mixing: what stands still", "if bool(still.any()):", "if bool(still.all()) and len(samples) == 1:"),
     ),
 ]

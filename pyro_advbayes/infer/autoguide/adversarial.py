@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
+from pyro_advbayes.given import need_tensor
 from pyro_advbayes.refusals import Given, Refused, naming, refusing
 from pyro_advbayes.structure import kept_statistics, refuse_inference_mode, try_model
 from pyro_advbayes.supports import map_onto
@@ -169,15 +170,34 @@ class BaseNoise(Messenger):
             guide(x, y)
 
     :param dict noise: site -> :math:`\varepsilon`, of the shape of the site in unconstrained space.
-    :raises ValueError: at a site whose noise has another shape, or that is not drawn from a Normal.
+    :raises ValueError: for noise that is no tensor; at a site whose noise has another shape, or that is not drawn from a Normal; at the
+        end, if sites were drawn and a name is none of theirs.
     """
 
     def __init__(self, noise: Mapping[str, Tensor]) -> None:
         super().__init__()
+        if not isinstance(noise, Mapping):
+            raise ValueError(f"noise is a {type(noise).__name__}: a dict of noise by site is needed")
+        for name, value in noise.items():
+            need_tensor(value, f"noise[{name!r}]")
         self.noise = noise
+        self._met: dict[str, None] = {}
+
+    def __enter__(self) -> BaseNoise:
+        self._met = {}
+        return super().__enter__()
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        super().__exit__(kind, error, traceback)
+        strange = [name for name in self.noise if name not in self._met]
+        if kind is None and self._met and strange:
+            met = ", ".join(map(repr, self._met))
+            raise ValueError(f"noise: {strange[0]!r} is no site that was drawn, of {met}: give it the name of one, or leave it out")
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         name = msg["name"]
+        if not site_is_subsample(msg):
+            self._met[name] = None
         if name not in self.noise or msg["is_observed"]:
             return
         with refusing():

@@ -23,6 +23,7 @@ from pyro_advbayes.infer.distill.training import Training
 from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, data_digests, fingerprint, load_kernel, model_name, schedule_values
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
+from pyro_advbayes.infer.mcmc.threads import one_thread
 
 
 class OnlineAPD:
@@ -116,7 +117,7 @@ class OnlineAPD:
         """
         if self._fitter.checkpoint is not None:
             files.refuse_existing(self._fitter.checkpoint, self._fitter.overwrite)
-        with poutine.block(), pyro.validation_enabled(False):
+        with one_thread(), poutine.block(), pyro.validation_enabled(False):
             self._set_up(args, kwargs)
             return self._go_on(_Progress(self.buffer), None)
 
@@ -143,7 +144,7 @@ class OnlineAPD:
             raise files.FileError(f"{path}: its number of chains is not that of its state: it is spoilt")
         with files.reading(Path(path), passing=ValueError):
             online = cls(guide, kernel, **content["run"], **content["settings"], checkpoint=path, disable_progbar=disable_progbar)
-        with poutine.block(), pyro.validation_enabled(False):
+        with one_thread(), poutine.block(), pyro.validation_enabled(False):
             return online._resume_from(content, args, kwargs)
 
     def _resume_from(self, content: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Fit:

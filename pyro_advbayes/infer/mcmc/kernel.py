@@ -13,9 +13,8 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyro_advbayes.batches import Batch
-from pyro_advbayes.functions import BACKENDS
+from pyro_advbayes.functions import BACKENDS, KEPT, Kept
 from pyro_advbayes.given import refuse_unknown
-from pyro_advbayes.graph import autocast_state
 from pyro_advbayes.infer.mcmc.control_variate import ControlVariate
 from pyro_advbayes.infer.mcmc.files import random_state, set_random_state
 from pyro_advbayes.infer.mcmc.noise import NormalNoise
@@ -28,6 +27,7 @@ from pyro_advbayes.infer.mcmc.trajectory import SteepestStates
 from pyro_advbayes.infer.mcmc.update import chunk_update, compile_update
 from pyro_advbayes.initialization import init_to_fan_in
 from pyro_advbayes.potential import Potential
+from pyro_advbayes.tracing.guard import autocast_state
 
 
 class SGMCMCKernel(MCMCKernel):
@@ -107,7 +107,7 @@ class SGMCMCKernel(MCMCKernel):
         self.transforms: dict[str, Any] | None = None
         self._save_params: list[str] | None = None
         self._initial_params: dict[str, Tensor] | None = None
-        self._graphs: dict[Any, Callable] = {}
+        self._graphs: dict[Any, Callable] = Kept(KEPT)
         self._clear()
 
     @classmethod
@@ -194,6 +194,8 @@ class SGMCMCKernel(MCMCKernel):
         if self.potential.from_loader:
             self.potential.batches.check_lengths()  # now, and not when the run comes to it
         self.transforms = self.potential.transforms
+        if not self.automatic:
+            self.refuse_vanishing(self.step_size(0))
         self.names = [(site.name, slice(site.start, site.start + site.numel)) for site in self.potential.sites]
         if not find_start:
             theta = torch.zeros(self.num_chains, self.potential.size, dtype=self.potential.dtype, device=self.potential.device)
@@ -205,6 +207,11 @@ class SGMCMCKernel(MCMCKernel):
             self.potential.check_start(theta)
         self._start(theta)
         self._initial_params = self._split(theta.clone())
+
+    def refuse_vanishing(self, step_size: float) -> None:
+        """:raises ValueError: if a step size is so small that in the state's dtype nothing would move."""
+        if float(torch.tensor(self.update_rule.leapfrog_step(step_size) ** 2 / 2.0, dtype=self.potential.dtype)) == 0.0:
+            raise ValueError(f"step_size={step_size:.3g}: updates so small are 0 in {self.potential.dtype}: take a larger one")
 
     def _potential_options(self) -> dict[str, Any]:
         """What else the potential is to offer."""
@@ -295,7 +302,7 @@ class SGMCMCKernel(MCMCKernel):
         gone = ("potential", "theta", "_noise", "_normal", "variables", "_anchor", "noise_estimate", "_scalars", "_last", "steepest")
         for name in ("transforms", *gone):
             state[name] = None
-        state["_graphs"], state["_functions"] = {}, {}
+        state["_graphs"], state["_functions"] = Kept(KEPT), {}
         if "restarts" in state:
             state["restarts"] = self.restarts.without_states()
         return state
@@ -458,7 +465,8 @@ class SGMCMCKernel(MCMCKernel):
         if self.potential.backend != "compile":
             return update
         key = (self.update_rule, evaluate, self._learning, theta.shape)
-        if correction is not None or key not in self._graphs:
+        compiled = None if correction is not None else self._graphs.get(key)
+        if compiled is None:
             variables = {name: value[rows].clone() for name, value in self.variables.items()}
             example = (theta.clone(), torch.zeros_like(theta), self._scalar(1e-6), self._scalar(1.0), variables, *tensors)
             compiled = compile_update(update, example)
@@ -466,7 +474,7 @@ class SGMCMCKernel(MCMCKernel):
                 self.potential.backend = "graph"
                 return update
             self._graphs[key] = compiled
-        return self._graphs[key]
+        return compiled
 
     def gradient(self) -> Tensor:
         """A fresh stochastic gradient where the chains are, ``[chains, size]``."""

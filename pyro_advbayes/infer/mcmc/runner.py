@@ -22,6 +22,7 @@ from pyro_advbayes.infer.mcmc.assessment import Assessment, SamplingWarning, ass
 from pyro_advbayes.infer.mcmc.draws import PREFIXES, Field, FileDraws, MemoryDraws, refuse_name
 from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, data_digests, fingerprint, load_kernel, schedule_values
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
+from pyro_advbayes.infer.mcmc.threads import one_thread
 
 STATISTICS = ("energy", "step_size", "temperature", "gradient_norm", "diverging")
 _PREFIX, _EXTRA = PREFIXES
@@ -39,6 +40,8 @@ class SGMCMC(AbstractMCMC):
         mcmc.run(x, y)
         mcmc.summary(x_test)
         samples = mcmc.get_samples()
+
+    One thread of a process may run at a time, since Pyro's effect handlers are the process's; a second one is refused.
 
     :param SGMCMCKernel kernel: the kernel.
     :param int num_samples: samples to keep per chain, >= 1; each takes the kernel's ``num_steps_per_sample`` updates.
@@ -124,9 +127,9 @@ class SGMCMC(AbstractMCMC):
         :param args: the model's arguments, or one loader of them.
         :param kwargs: the model's keyword arguments.
         :raises OSError: if the disk becomes full; says how many draws are safe.
-        :raises RuntimeError: if another run writes to the file of draws.
+        :raises RuntimeError: if another run writes to the file of draws, or another thread samples.
         """
-        self._left_out = []
+        self._left_out, self._draws = [], None
         if self.checkpoint is not None:
             files.refuse_existing(self.checkpoint, self.overwrite)
         if self.draws_path is not None:
@@ -134,14 +137,13 @@ class SGMCMC(AbstractMCMC):
             self._refuse_one_file()
             with files.unused(self.draws_path):
                 pass  # before the model is looked at
-        with poutine.block(), pyro.validation_enabled(False):
+        with one_thread(), poutine.block(), pyro.validation_enabled(False):
             self._setup(args, kwargs)
             if self.checkpoint is not None:
                 # one of an earlier run, beside the draws of this one, would be resumed from with draws that nobody made
                 with files.unused(self.draws_path):
                     self.checkpoint.unlink(missing_ok=True)
-            self._draws = self._new_draws()
-            self._loop(self.kernel.initial_params, 0)
+            self._sample(0)
         self._warn()
 
     @classmethod
@@ -164,6 +166,7 @@ class SGMCMC(AbstractMCMC):
         :raises FileNotFoundError: if checkpoint or draws are missing.
         :raises ValueError: if the file is truncated, spoilt, of another version or kind, or the model, kernel or data are others; says what
             differs.
+        :raises RuntimeError: if another run writes to the file of draws, or another thread samples.
         """
         content = files.load(Path(path), _KIND)
         files.check_fields(Path(path), content, {"runner": dict, "fingerprint": dict, "energy": Tensor, "kernel": dict})
@@ -180,7 +183,7 @@ class SGMCMC(AbstractMCMC):
             draws=draws,
             draws_dtype=None if dtype is None else getattr(torch, dtype),
         )
-        with poutine.block(), pyro.validation_enabled(False):
+        with one_thread(), poutine.block(), pyro.validation_enabled(False):
             mcmc._resume_from(content, args, kwargs)
         mcmc._warn()
         return mcmc
@@ -193,14 +196,15 @@ class SGMCMC(AbstractMCMC):
         done = kernel._samples
         if not self.draws_path.exists():
             raise FileNotFoundError(f"{self.draws_path}: the draws that belong to {self.checkpoint} are missing")
-        self._draws = self._new_draws(resume=max(0, done - self.warmup_steps))
-        self._loop(kernel.initial_params, done)
+        self._sample(done, resume=max(0, done - self.warmup_steps))
 
     def _setup(self, args: Sequence[Any], kwargs: Mapping[str, Any], find_start: bool = True) -> None:
         self.kernel.initial_params = None if self._initial is None else dict(self._initial)
         self._scheduled = schedule_values(self.kernel, self.warmup_steps + self.num_samples)
         args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         self.kernel.setup_chains(self._asked_chains, self.warmup_steps, args, kwargs, find_start)
+        if "step_size" in self._scheduled:
+            self.kernel.refuse_vanishing(min(self._scheduled["step_size"]))
         for site in self._sites:
             refuse_name(site.name)
         # ArviZ runs the model on these: of a loader, its first batch
@@ -219,34 +223,43 @@ class SGMCMC(AbstractMCMC):
             return MemoryDraws(fields, self._asked_chains, self.num_samples)
         return FileDraws(self.draws_path, fields, self._asked_chains, self.num_samples, self.overwrite, resume)
 
-    def _loop(self, params: dict[str, Tensor], done: int) -> None:
-        total, kernel = self.warmup_steps + self.num_samples, self.kernel
-        bar = tqdm(total=total, initial=done, disable=True if self.disable_progbar else None, mininterval=0.5)
+    def _sample(self, done: int, resume: int | None = None) -> None:
+        """
+        :param done: samples that there are already.
+        :param resume: draws that stay in their file; None makes a new one.
+        """
+        kernel = self.kernel
         try:
-            with bar:
-                for i in range(done, total):
-                    params = kernel.sample(params)
-                    warmup = i < self.warmup_steps
-                    stage, place = ("Warmup", i) if warmup else ("Sample", i - self.warmup_steps)
-                    if not warmup:
-                        self._keep()
-                    if self.hook_fn is not None:
-                        self.hook_fn(kernel, params, stage, place)
-                    if self.checkpoint is not None and (i + 1) % self.checkpoint_every == 0:
-                        self._save_checkpoint()
-                    if not bar.disable:
-                        self._show(bar, stage)
-                    bar.update()
-            if self.checkpoint is not None:
-                self._save_checkpoint()
+            self._draws = self._new_draws(resume)
+            self._loop(kernel.initial_params, done)
         finally:  # what an interrupted run has is there to be looked at
             try:
-                self._draws.close()
+                if self._draws is not None:
+                    self._draws.close()
             finally:
                 self._diagnostics = kernel.diagnostics()
                 self._left_out = (~kernel.alive).nonzero().flatten().tolist() if bool(kernel.alive.any()) else []
                 self.transforms = kernel.transforms
                 kernel.cleanup()
+
+    def _loop(self, params: dict[str, Tensor], done: int) -> None:
+        total, kernel = self.warmup_steps + self.num_samples, self.kernel
+        with tqdm(total=total, initial=done, disable=True if self.disable_progbar else None, mininterval=0.5) as bar:
+            for i in range(done, total):
+                params = kernel.sample(params)
+                warmup = i < self.warmup_steps
+                stage, place = ("Warmup", i) if warmup else ("Sample", i - self.warmup_steps)
+                if not warmup:
+                    self._keep()
+                if self.hook_fn is not None:
+                    self.hook_fn(kernel, params, stage, place)
+                if self.checkpoint is not None and (i + 1) % self.checkpoint_every == 0:
+                    self._save_checkpoint()
+                if not bar.disable:
+                    self._show(bar, stage)
+                bar.update()
+        if self.checkpoint is not None:
+            self._save_checkpoint()
 
     def _warn(self) -> None:
         """Looks at what came out, and says in one warning what is wrong with it."""

@@ -305,3 +305,24 @@ def test_a_flat_loss_leaves_a_draw_where_it_is():
     for ascent in (NoiseAscent(), NoiseAscent(radius=1.0)):
         ended = ascent.run([torch.zeros(3)], [torch.ones(3)], [torch.ones(3)], lambda values: [torch.zeros(3)])
         assert torch.equal(ended.values([torch.zeros(3)], [torch.ones(3)])[0], torch.ones(3))
+
+
+def test_noise_for_a_site_that_there_is_not_is_refused_by_name():
+    guide, (x, y) = AutoAdversarialNormal(logistic), data()
+    guide(x, y)
+    with pytest.raises(ValueError, match=r"noise: 'typo' is no site that was drawn, of 'w', 'b'"), BaseNoise({"typo": torch.zeros(3)}):
+        guide(x, y)
+    with pytest.raises(ValueError, match=r"noise: 'typo' is no site"), BaseNoise({"w": torch.zeros(3), "typo": torch.zeros(3)}):
+        guide(x, y)
+        guide(x, y)
+    with pytest.raises(KeyError, match="its own"), BaseNoise({"typo": torch.zeros(3)}):
+        guide(x, y)
+        raise KeyError("its own")
+    handler = BaseNoise({"b": torch.zeros(())})
+    for _ in range(2):  # used again it starts anew
+        with handler:
+            assert torch.equal(guide(x, y)["b"], guide.median(x, y)["b"])
+    with pytest.raises(ValueError, match=r"noise\['w'\] is a list: give a tensor"):
+        BaseNoise({"w": [0.0, 0.0, 0.0]})
+    with pytest.raises(ValueError, match="noise is a Tensor: a dict of noise by site"):
+        BaseNoise(torch.zeros(3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from types import SimpleNamespace
 
 import arviz
 import pyro
@@ -14,7 +15,7 @@ from pyro.ops.stats import effective_sample_size
 
 import pyro_advbayes as ab
 from models.mlp import mlp
-from pyro_advbayes.infer.mcmc.assessment import drift, fitted_values
+from pyro_advbayes.infer.mcmc.assessment import _drifting, _heat, drift, fitted_values
 from pyro_advbayes.infer.mcmc.noise_estimate import NoiseEstimate
 from pyro_advbayes.infer.mcmc.summary import shrink_factor
 
@@ -59,6 +60,21 @@ def test_drift_has_its_formula():
 
 
 # ----------------------------------------------------------------------------------------------------------------- warnings
+
+
+def test_drift_and_heat_are_told_beyond_their_bounds_alone():
+    for z, shift, expected in ((5.1, 0.51, True), (-5.1, -0.51, True), (5.1, 0.49, False), (4.9, 0.51, False)):
+        assert bool(_drifting({"z": z, "shift": shift, "first": 2.0, "last": 1.0})) == expected
+
+    def told(hottest, along, automatic=True, size=20):
+        kernel = SimpleNamespace(automatic=automatic, potential=SimpleNamespace(size=size))
+        return " ".join(_heat(kernel, {"T_eff": {"a": 0.5, "b": hottest, "c": 0.5}, "T_eff direction": along}, 0.5))
+
+    assert "site 'b' to T_eff 0.561 where 0.5 was" in told(0.561, None) and told(0.559, None) == ""
+    # a direction may be hotter by 2 * 0.125 * 20 / 10 of 0.5
+    assert "is largest to T_eff 0.751 where 0.5 was" in told(0.5, 0.751) and told(0.5, 0.749) == ""
+    assert told(0.5, 0.626, size=5) and not told(0.5, 0.624, size=5)
+    assert '"auto"' not in told(0.6, None) and '"auto"' in told(0.6, None, automatic=False)
 
 
 def gaussian():

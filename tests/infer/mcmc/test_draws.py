@@ -174,6 +174,23 @@ def test_a_flipped_bit_is_refused_where_draws_are_checked_and_by_a_resumed_run(t
         assert path.read_bytes() == spoilt
 
 
+def test_draws_that_have_changed_places_are_refused(tmp_path):
+    """Each with its own digest."""
+    path = tmp_path / "draws"
+    draws = FileDraws(path, {"b": FIELDS["b"]}, 1, 3)
+    for i in range(3):
+        draws.append({"b": torch.tensor([float(i)])})
+    draws.close()
+    whole = bytearray(path.read_bytes())
+    for start, size in ((draws._starts["b"], 8), (draws._starts["draws digest"] + 16, 16)):
+        first, second = slice(start, start + size), slice(start + size, start + 2 * size)
+        whole[first], whole[second] = whole[second], whole[first]
+    path.write_bytes(whole)
+    assert read_draws(path)["b"].tolist() == [[1.0, 0.0, 2.0]]
+    with pytest.raises(ValueError, match="draws is spoilt: draw 0 is not what was written to it"):
+        read_draws(path, check=True)
+
+
 def test_what_is_spoilt_after_the_checkpoint_is_drawn_again(tmp_path):
     path = tmp_path / "draws"
     draws = FileDraws(path, FIELDS, 2, 7)

@@ -200,6 +200,16 @@ def test_a_file_of_another_version_kind_or_content_is_refused(tmp_path, changes,
         files.load(tmp_path / "file")
 
 
+@pytest.mark.parametrize("other", [torch.ones(4).view(torch.int32), torch.ones(2, 2)], ids=["dtype", "shape"])
+def test_the_same_bytes_as_other_numbers_are_refused(tmp_path, other):
+    files.save(tmp_path / "file", {"value": torch.ones(4)})
+    with safe_open(tmp_path / "file", framework="pt") as file:
+        metadata = file.metadata()
+    save_file({"t0": other}, tmp_path / "file", metadata=metadata)
+    with pytest.raises(ValueError, match="its digest is not that of its content"):
+        files.load(tmp_path / "file")
+
+
 @pytest.mark.parametrize(
     "plain", ["[" * 100_000, '{"dict":' * 100_000, '{"tensor": "t9"}', '{"list": 3}', '{"list": []', "{}", '{"dict": []}']
 )

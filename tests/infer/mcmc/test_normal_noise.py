@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -36,6 +38,16 @@ def test_tails_go_as_far_as_32_bits_let_them():
     share = 2.0 * float(torch.special.ndtr(torch.tensor(-4.0, dtype=torch.float64)))
     assert abs(int((drawn.abs() > 4.0).sum()) - share * len(drawn)) < 4.5 * (share * len(drawn)) ** 0.5
     assert float(drawn.abs().max()) < math.sqrt(2 * 32 * math.log(2))
+
+
+def test_numbers_are_those_of_the_formula_for_the_smallest_and_the_largest_bits():
+    """u is 2⁻³², 1 and a half (a negative word is that of its last 31 bits), the angles 0, π / 4 and -π / 2."""
+    words = np.array([0, 2**31 - 1, -(2**30), 0, 2**29, -(2**30), 5, 5], dtype=np.int32)
+    noise, row = NormalNoise(torch.empty(1, LONG)), torch.empty(6)
+    noise._bits = SimpleNamespace(random_raw=lambda count: words.view(np.uint64)[:count])
+    noise.fill(row[None])
+    expected = [(64 * math.log(2)) ** 0.5, 0.0, 0.0, 0.0, 0.0, -((2 * math.log(2)) ** 0.5)]
+    assert row.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 def test_the_two_halves_of_a_row_and_the_rows_are_independent():

@@ -210,6 +210,31 @@ def test_a_chain_that_is_lost_in_warm_up_starts_again_with_half_the_step(thrown)
     assert 0.5 < float(mcmc.get_samples()["x"].var()) < 2.0
 
 
+def test_a_chain_starts_again_from_its_last_good_state():
+    """U = |x|² / 2 + c in three dimensions at T = 0.5 may rise by 515: a chain is well at a distance of 32 from 0, and lost at 32.2."""
+    kernel = ab.SGHMC(wide, temperature=0.5, backend="handlers")
+    kernel.setup_chains(3, 100, (), {})
+    kernel.step_size.value = 0.25
+    momentum = kernel.variables["momentum"]
+
+    def look(steps, theta, speed):
+        kernel.theta.copy_(torch.as_tensor(theta, dtype=torch.float32)), momentum.fill_(speed)
+        kernel.steps = steps
+        kernel.restarts.watch(kernel)
+        return kernel.theta.tolist(), momentum[:, 0].tolist(), kernel.restarts.counts
+
+    zeros = [[0.0] * 3] * 3
+    look(0, torch.full((3, 3), 0.1), 1.0)
+    assert look(2, zeros, 2.0) == (zeros, [2.0] * 3, [0, 0, 0])
+    away = [[32.0, 0.0, 0.0], [0.0, 0.0, 32.25], [0.0, 1.0, 0.0]]
+    assert look(3, away, 3.0) == (away, [3.0] * 3, [0, 0, 0]), "a look at every fiftieth of warm-up"
+    assert look(4, away, 3.0) == ([away[0], zeros[1], away[2]], [3.0, 2.0, 3.0], [0, 1, 0])
+    assert kernel.step_size.value == 0.125
+    away[0], away[1] = [45.0, 0.0, 0.0], zeros[1]  # U = 1012 is 500 above the last good one
+    assert look(6, away, 4.0) == (away, [4.0] * 3, [0, 1, 0])
+    assert look(8, torch.full((3, 3), torch.nan), 5.0) == (away, [4.0] * 3, [1, 2, 1])
+
+
 def test_restarts_are_bounded_and_a_step_that_was_given_has_none():
     def throw(kernel, params, stage, i):
         if stage == "Warmup":
