@@ -218,9 +218,16 @@ MUTATIONS = [
         "test_initialization.py::test_real_sites_start_at_their_priors_mean_with_the_scale_of_their_fan_in",
         ("start: the scale of the prior", "torch.minimum(variance.sqrt(), scale)", "variance.sqrt()"),
         ("start: the variance of the prior", "torch.minimum(variance.sqrt(), scale)", "torch.minimum(variance, scale)"),
-        ("start: around 0", "return centre + scale * torch.randn_like(like)", "return scale * torch.randn_like(like)"),
+        ("start: around 0", "return centre + scale * direction", "return scale * direction"),
         ("start: fan-in is not its root", "fan_in**-0.5", "fan_in**-1.0"),
         ("start: the fan-in of all elements", "shape[1:].numel() if len(shape) > 1", "shape.numel() if len(shape) > 1"),
+    ),
+    *of(
+        "initialization.py",
+        "test_initialization.py::test_sites_that_are_no_weights_start_up_to_two_from_their_priors_mean",
+        ("start: every site is a weight", 'or "." in site["name"]', "or True"),
+        ("start: no vector is a weight", "or shape.numel() > FEW", ""),
+        ("start: one side of the mean", "2.0 * torch.rand_like(like) - 1.0", "torch.rand_like(like)"),
     ),
     *of(
         "batches.py",

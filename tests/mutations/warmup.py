@@ -71,7 +71,37 @@ MUTATIONS = [
         "infer/mcmc/step_size.py",
         f"{WARMUP}::test_energy_error_shortens_the_step_where_curvature_grows_along_the_way",
         ("auto: energy errors do not count", "if not energy_rises(kernel, self.value):", "if True:"),
-        ("auto: energy may rise without bound", "if bool((~(rise <= allowed))", "if bool((rise != rise)"),
+        ("auto: energy may rise without bound", "return bool((rise > allowed)", "return bool((rise != rise)"),
+    ),
+    *of(
+        "infer/mcmc/trajectory.py",
+        f"{ASSESSMENT}::test_the_step_is_tried_where_a_chain_met_its_largest_gradient",
+        ("steepest: the latest state", "steeper = norm > self.norm", "steeper = norm == norm"),
+        ("steepest: the flattest state", "steeper = norm > self.norm", "steeper = norm < self.norm"),
+        ("steepest: steps of the rule, not of Hamiltonian dynamics", "leapfrog_step(step_size)", "leapfrog_step(0.5 * step_size)"),
+        ("steepest: any gain is too large", "temperature * (50.0 +", "temperature * (0.0 *"),
+        ("steepest: no gain is too large", "(rises > allowed)", "(rises > torch.inf)"),
+    ),
+    *of(
+        "infer/mcmc/trajectory.py",
+        f"{ASSESSMENT}::test_the_rise_of_energy_is_the_largest_along_the_way",
+        ("trajectory: the energy at its end", "torch.maximum(largest, rise.nan_to_num(torch.inf))", "rise.nan_to_num(torch.inf)"),
+        (
+            "trajectory: half a kick too much",
+            "momentum = momentum - 0.5 * step * gradient\n        theta",
+            "momentum = momentum - step * gradient\n        theta",
+        ),
+    ),
+    *of(
+        "infer/mcmc/assessment.py",
+        f"{ASSESSMENT}::test_the_neck_of_a_funnel_is_told",
+        ("assessment: unstable steps are not told", "share <= LARGEST_UNSTABLE", "share <= 1.0"),
+    ),
+    *of(
+        "infer/mcmc/assessment.py",
+        f"{ASSESSMENT}::test_data_in_their_own_units_are_named_where_a_run_is_not_right",
+        ("assessment: units of good data are named", "if bool(odd.any()):", "if True:"),
+        ("assessment: units are not named", "if bool(odd.any()):", "if False:"),
     ),
     *of(
         "infer/mcmc/step_size.py",

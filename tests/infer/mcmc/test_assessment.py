@@ -18,6 +18,7 @@ from models.mlp import mlp
 from pyro_advbayes.infer.mcmc.assessment import _drifting, _heat, drift, fitted_values
 from pyro_advbayes.infer.mcmc.noise_estimate import NoiseEstimate
 from pyro_advbayes.infer.mcmc.summary import shrink_factor
+from pyro_advbayes.infer.mcmc.trajectory import energy_rise
 
 
 def autoregressive(chains, draws, rho, random):
@@ -210,6 +211,22 @@ def test_the_step_is_tried_where_a_chain_met_its_largest_gradient():
     assert steepest.unstable(kernel, 3.6, 1.0) == 0.0 and steepest.unstable(kernel, 4.4, 1.0) > 0.5
     steepest.watch(torch.tensor([[9.0, 9.0], [8.0, 8.0], [7.0, 7.0]]), torch.tensor([100.0, 0.0, torch.nan]))
     assert (steepest.theta[0] == 9.0).all() and (steepest.theta[1:] < 7.0).all() and float(steepest.norm[0]) == 100.0
+
+
+def test_the_rise_of_energy_is_the_largest_along_the_way():
+    """On U = x^2 / 4 + y^2 / 4, by the leapfrog's own matrix; at 1.8 of the limit's 4 energy swings up and down."""
+    kernel = ab.SGLD(lambda: pyro.sample("x", dist.Normal(torch.zeros(2, dtype=torch.float64), 2.0**0.5).to_event(1)), 0.1)
+    kernel.setup(0)
+    theta, seed, step = torch.tensor([[1.0, -2.0]], dtype=torch.float64), 7, (2.0 * 1.8) ** 0.5
+    momentum = torch.randn(1, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    stage = torch.tensor([[1.0 - step**2 / 4.0, step], [-0.5 * step * (1.0 - step**2 / 8.0), 1.0 - step**2 / 4.0]], dtype=torch.float64)
+    phase, energies = torch.stack([theta, momentum]).flatten(1), []
+    for _ in range(11):
+        energies.append(float(0.25 * phase[0].square().sum() + 0.5 * phase[1].square().sum()))
+        phase = stage @ phase
+    rise = max(energies) - energies[0]
+    assert rise > 1.2 * (energies[-1] - energies[0]) and rise > 0.0
+    assert float(energy_rise(kernel, theta, 1.8, 1.0, seed)) == pytest.approx(rise, abs=1e-4)
 
 
 def test_the_neck_of_a_funnel_is_told():
