@@ -100,8 +100,8 @@ MUTATIONS = [
     *of(
         "infer/mcmc/assessment.py",
         f"{ASSESSMENT}::test_data_in_their_own_units_are_named_where_a_run_is_not_right",
-        ("assessment: units of good data are named", "if bool(odd.any()):", "if True:"),
-        ("assessment: units are not named", "if bool(odd.any()):", "if False:"),
+        ("assessment: units of good data are named", "if float(size[column]) > LARGEST_SCALE:", "if True:"),
+        ("assessment: units are not named", "if float(size[column]) > LARGEST_SCALE:", "if False:"),
     ),
     *of(
         "infer/mcmc/step_size.py",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import arviz
 import matplotlib.image
+import pyro
 import pytest
 import torch
 
@@ -77,6 +78,17 @@ def test_the_table_shows_the_numbers_of_the_json_and_no_progress_bar(first):
 
 
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter")  # 80 draws of chains that have not mixed
+@pytest.mark.parametrize("method", ["SGAdaLD", "SGHMC"])
+def test_energies_are_flat_from_the_first_kept_sample_on(method):
+    """While V followed the chain through all of warm-up, energies of SGAdaLD fell from 1700 to 370 over the first kept samples."""
+    pyro.set_rng_seed(0)
+    scale = quickstart.SCALES["full"]._replace(num_samples=30, warmup=40, updates={method: 60})
+    _, energies = quickstart.sample(method, quickstart.new_model(), quickstart.load(), scale)
+    kept = torch.from_numpy(energies[scale.warmup :]).T
+    for part in (kept[:, :3], kept[:, :10]):
+        assert abs(float(part.mean() / kept[:, 15:].mean()) - 1.0) < 0.1
+
+
 def test_arviz_reads_the_posterior(first):
     idata = arviz.from_netcdf(first[0] / "posterior.nc")
     samples = quickstart.SCALES["small"].num_samples

@@ -25,7 +25,7 @@ LARGEST_R_HAT = 1.1
 LARGEST_HEAT = 1.12  # mean over a site; "auto" keeps to 1.1
 DIRECTION_SHARE = 0.125  # along the direction in which noise heats most; "auto" keeps to 0.1 of it
 LARGEST_FALL = 100.0
-LARGEST_SCALE, LARGEST_OFFSET = 30.0, 5.0  # of a column of the data; its standard deviation, and its mean over that
+LARGEST_SCALE = 30.0  # of a column of the data, its mean or its standard deviation
 LARGEST_UNSTABLE = 0.01  # share of short trajectories from the steepest states
 FIRST_PARTS = (0.1, 0.2, 0.33)
 # Predictions are looked at on so many rows and draws, and for at most this share of the work that the run itself was.
@@ -156,15 +156,15 @@ def _heat(kernel: Any, about: dict[str, Any], temperature: float) -> list[str]:
 
 
 def _units(arguments: Arguments) -> list[str]:
-    """Columns of the data far from mean 0 and standard deviation 1, where something else is wrong: it is the most frequent cause."""
+    """The largest column of the data, where it is far from 1 in size: the most frequent cause of what else is found."""
     for label, tensor in zip(arguments.labels, arguments.tensors, strict=True):
         if not tensor.is_floating_point() or tensor.dim() not in (1, 2) or len(tensor) < LEAST_DRAWS:
             continue
         columns = tensor.reshape(len(tensor), -1).double()
         mean, sd = columns.nanmean(0), (columns - columns.nanmean(0)).square().nanmean(0).sqrt()
-        odd = (sd > 0.0) & ((sd > LARGEST_SCALE) | (sd < 1.0 / LARGEST_SCALE) | (mean.abs() > LARGEST_OFFSET * sd))
-        if bool(odd.any()):
-            column = int((odd * (sd.log().abs() + mean.abs() / sd.clamp_min(1e-300))).nan_to_num(0.0).argmax())
+        size = torch.maximum(mean.abs(), sd)
+        column = int(size.nan_to_num(0.0).argmax())
+        if float(size[column]) > LARGEST_SCALE:
             where = f"column {column} of {label}" if tensor.dim() == 2 else label
             return [
                 f"{where} has mean {float(mean[column]):.3g} and standard deviation {float(sd[column]):.3g}, which makes a posterior that "
