@@ -22,7 +22,7 @@ from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from pyro_advbayes.batches import Batch, Loader
-from pyro_advbayes.handlers import CoveredMessenger, GivenMessenger, minibatch
+from pyro_advbayes.handlers import CoveredMessenger, GivenMessenger
 from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
 from pyro_advbayes.infer.predictive import RandomState
@@ -33,6 +33,7 @@ from pyro_advbayes.outcomes import Origins
 from pyro_advbayes.potential import Potential
 from pyro_advbayes.readout import Readout
 from pyro_advbayes.refusals import Given, check_number, told
+from pyro_advbayes.scale import minibatch
 from pyro_advbayes.structure import kept_statistics, prior_factors, refuse_random_layers, try_model
 
 Weights = nn.Module | Mapping[str, Tensor]
