@@ -168,8 +168,9 @@ class _CheckedMinibatch(MinibatchMessenger):
 
 
 def _call(first: _FirstLook, fn: Callable, *args: Any, **kwargs: Any) -> Any:
+    result = fn(*args, **kwargs)  # first, for what the handler refuses by name
     first.look(fn, args, kwargs)
-    return fn(*args, **kwargs)
+    return result
 
 
 class _FirstLook:
