@@ -1,7 +1,6 @@
 """Bayesian deep learning that holds up under attack, in Pyro."""
 
 from pyro_advbayes import attacks, datasets, diagnostics, nn
-from pyro_advbayes.handlers import minibatch
 from pyro_advbayes.infer import distill
 from pyro_advbayes.infer.active import active_learning
 from pyro_advbayes.infer.adapter import UncertaintyRegularizer, bayes_adapter, weight_decay_prior
@@ -24,7 +23,9 @@ from pyro_advbayes.infer.mcmc.sgld import SGLD
 from pyro_advbayes.infer.predictive import Predictive
 from pyro_advbayes.infer.regressor import PosteriorRegressor
 from pyro_advbayes.initialization import init_to_fan_in
+from pyro_advbayes.notices import TemperedLikelihoodWarning
 from pyro_advbayes.potential import Potential
+from pyro_advbayes.scale import minibatch
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "Predictive",
     "SGAdaLD",
     "SamplingWarning",
+    "TemperedLikelihoodWarning",
     "TraceAdversarial_ELBO",
     "TraceRobust_ELBO",
     "UncertaintyRegularizer",

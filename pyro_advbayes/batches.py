@@ -332,11 +332,14 @@ class Loader:
                 else not_finite(value, f"tensor {i} in batch {number} of the loader", None if self.covers is None else "y")
             )
             if message:
-                if self.covers is None or not self.covers(tuple(item), message):
+                if self.covers is None or not self.covers(self._moved(item), message):
                     raise ValueError(message)
                 self._covered.add(i)
         for place, labels in self.labels:
             labels.check(item[place], f", batch {number} of the loader,")
+        return self._moved(item)
+
+    def _moved(self, item: Sequence[Tensor]) -> Batch:
         return tuple(item) if self.device is None else tuple(value.to(self.device) for value in item)
 
     def _own_generators(self) -> list[torch.Generator]:

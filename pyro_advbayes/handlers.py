@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from pyro_advbayes.refusals import Refused
 
 class MinibatchMessenger(Messenger):
     """
-    Scales the observed sites of the data plate from a minibatch to the whole data set; see :func:`minibatch`.
+    Scales the observed sites of the data plate from a minibatch to the whole data set; see :func:`~pyro_advbayes.minibatch`.
 
     :param prior_factors: names of factors outside the plate, which are not scaled.
     :param int copies: how many rows of the plate stand for one row of the data.
@@ -95,30 +95,6 @@ def _only_plate(site: str, frames: dict[str, Any]) -> str:
             "rows of the data, plate=..."
         )
     return next(iter(frames))
-
-
-def minibatch(fn: Callable | None = None, size: int | None = None, plate: str | None = None, prior_factors: Sequence[str] = ()) -> Any:
-    r"""
-    Scales a model's data plate to the whole set: with :math:`B` rows in the plate and ``size`` :math:`= N`,
-
-    .. math:: \log p(\theta) + \frac{N}{B} \sum_{i=1}^{B} \log p(y_i \mid x_i, \theta),
-
-    an unbiased estimate of the log-joint of all :math:`N` rows when the :math:`B` rows are drawn uniformly. :math:`B` is read
-    off the plate at every call, so that a short last batch is scaled by its own length.
-
-    Example::
-
-        svi = SVI(minibatch(model, size=50_000), guide, optim, Trace_ELBO())
-
-    :param fn: a Pyro model; without it the handler itself is returned, for use as a context manager or decorator.
-    :param int size: number of rows in the whole data set, >= 1.
-    :param str plate: name of the data plate; needed only where observed sites are in several nested plates.
-    :param prior_factors: names of ``pyro.factor`` terms that belong to the prior, and are not scaled.
-    :raises ValueError: at the first call, if a site would be scaled wrongly: an observed site outside the plate, a latent
-        site inside it, a sequential plate, a plate that subsamples itself, more rows than ``size``.
-    """
-    messenger = MinibatchMessenger(size, plate, prior_factors)
-    return messenger if fn is None else messenger(fn)
 
 
 class GivenMessenger(Messenger):

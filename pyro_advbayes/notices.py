@@ -17,6 +17,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_advbayes.handlers import UnvalidatedMessenger, kept_random_state
 
+_SILENCE = "warnings.simplefilter('ignore', pyro_advbayes.TemperedLikelihoodWarning) silences this"
+
 
 def never_seen_data(module: nn.Module) -> bool:
     """Whether a layer is a BatchNorm whose running statistics are those that it was made with."""
@@ -88,6 +90,38 @@ def tell_of_held_parameters(model: Any, args: Sequence[Any], kwargs: Mapping[str
             "requires_grad_(False) on a layer, says that they are meant to be fixed",
             stacklevel=3,
         )
+
+
+class TemperedLikelihoodWarning(UserWarning):
+    """The likelihood counts for more or less than the data do, so that the posterior is tempered."""
+
+
+def tell_of_scales(scales: Mapping[str, float]) -> None:
+    """:param scales: by which a model multiplies the log-likelihood at observed sites."""
+    for name, scale in scales.items():
+        warnings.warn(
+            f"observed site {name!r}: its log-likelihood is multiplied by {scale:g} (poutine.scale), so that the posterior is that of data "
+            f"which count {scale:g} times: prior x likelihood^{scale:g}. Drop the scale (minibatches are scaled already); if it is "
+            f"meant, {_SILENCE}",
+            TemperedLikelihoodWarning,
+            stacklevel=4,
+        )
+
+
+def tell_of_mean(name: str, whole: float, total: float, rows: int) -> None:
+    """
+    :param name: of a site of which the log-likelihood is a mean over rows.
+    :param whole: what it is for a few rows.
+    :param total: the sum of what it is for the halves of these.
+    :param rows: of all data, N.
+    """
+    warnings.warn(
+        f"observed site {name!r}: the log-likelihood of some rows is {whole:.6g}, the mean of those of two halves and not their sum, "
+        f"{total:.6g}: a mean over rows, so that all {rows} rows count like one and the posterior is nearly the prior. Give every row its "
+        f"own term (reduction='none', inside the plate), or multiply the mean by {rows}; if it is meant, {_SILENCE}",
+        TemperedLikelihoodWarning,
+        stacklevel=4,
+    )
 
 
 def _in_words(what: str, names: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from pyro_advbayes.handlers import CoveredMessenger, MinibatchMessenger, Unvalid
 from pyro_advbayes.initialization import init_to_fan_in
 from pyro_advbayes.notices import tell_of_held_parameters
 from pyro_advbayes.refusals import Given, check_number, raised_here, told
-from pyro_advbayes.scale import check_additive
+from pyro_advbayes.scale import check_additive, tell_of_tempering
 from pyro_advbayes.structure import Site, Structure, look
 
 # Largest number of weights for which chains side by side (one batched product) beat one after the other on a CPU; with
@@ -116,6 +116,8 @@ class Potential:
             self.dtype = torch.promote_types(self.dtype, site.dtype)
         if self.structure.plate is not None and not batch_dependent:
             check_additive(self)
+        if not batch_dependent:
+            tell_of_tempering(self)
         tell_of_held_parameters(model, *self.example_arguments(), self.structure.parameters)
         self.chunk_size = self._default_chunk() if chunk_size is None else min(chunk_size, num_chains)
         if self.chunk_size < 1:

@@ -1,34 +1,30 @@
-"""Whether a factor N / B takes a minibatch's log-likelihood to the whole data set: it must be a sum over rows."""
+"""Models whose log-likelihood no factor N / B takes to the whole data set: what is refused of minibatches, and told of the full data."""
 
 from __future__ import annotations
 
-import math
-import random
+import contextlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
-from pyro.poutine.util import site_is_subsample
+from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
-from pyro_advbayes.handlers import UnvalidatedMessenger, kept_random_state
+from pyro_advbayes.additivity import HALF, Call, Failed, Parts, Subject, Values, check, draw, looking, means, pick_rows
+from pyro_advbayes.batches import Arguments
+from pyro_advbayes.handlers import CoveredMessenger, MinibatchMessenger
+from pyro_advbayes.notices import tell_of_mean, tell_of_scales
+from pyro_advbayes.refusals import in_a_line, refusing
+from pyro_advbayes.structure import kept_statistics, refuse_random_layers
 
 if TYPE_CHECKING:
     from pyro_advbayes.potential import Potential
 
-HALF = 4  # rows in each of the two halves that are compared with the whole
 DRAWS = 5  # of each kind, until the likelihood is finite
-
-
-class Parts(NamedTuple):
-    """Row numbers of the whole, and of two parts whose log-likelihoods must add up to ``times`` that of the whole."""
-
-    whole: Tensor
-    parts: tuple[Tensor, Tensor]
-    times: int = 1
+LOOKS = 4  # until a likelihood on the full data is said to be a mean: once may be a coincidence
 
 
 def check_additive(potential: Potential) -> None:
@@ -45,163 +41,160 @@ def check_additive(potential: Potential) -> None:
     :param potential: whose data plate was found.
     :raises ValueError: with both numbers, the site, and what usually causes it.
     """
-    rows = _choose(potential)
+    found, rows = potential.structure, _choose(potential)
     if rows is None:
         return
-    factor = potential.batches.num_data / potential.structure.plate_batch
-    with kept_random_state(), torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
-        for strategy in (potential.init_strategy, init_to_sample):
-            for _ in range(DRAWS):
-                values = _draw(potential, strategy)
-                whole = _likelihood(potential, values, rows.whole)
-                if all(map(math.isfinite, whole.sums.values())):
-                    _compare(potential, rows, values, whole)
-                    _check_scale(potential.structure.plate, factor, whole)
-                    return
+    subject = Subject(potential.model, partial(_cut, potential), found.prior_factors, potential.covering)
+    strategies = (potential.init_strategy, init_to_sample)
+    with looking():
+        draws = (draw(potential.model, potential.example_arguments(), each) for each in strategies for _ in range(DRAWS))
+        try:
+            check(subject, rows, draws, potential.batches.num_data / found.plate_batch)
+        except Failed as failed:
+            raise ValueError(
+                f"the model runs on the first {found.plate_batch} rows and fails on {failed} others: {in_a_line(failed.__cause__)}. "
+                "It must run on any minibatch; batch_dependent=True takes it untried"
+            ) from failed.__cause__
+
+
+def tell_of_tempering(potential: Potential) -> None:
+    """
+    Warns of a likelihood that counts for more or less than the data: one that is scaled by a number, or, on the full data, one that is a
+    mean over rows. Whatever else makes rows depend on each other (a Gaussian process, a time series) is right on the full data.
+
+    :param potential: whose model was looked at.
+    """
+    found = potential.structure
+    if found.scales:
+        tell_of_scales(dict(found.scales))
+    if found.plate is not None or not any(t.dim() for t in potential.arguments.tensors):
+        return
+    places, size = potential.arguments.rows(None)
+    if size < 2:
+        return
+    subject = Subject(potential.model, partial(_cut, potential, places=places), (), potential.covering)
+    looks: list[Mapping[str, tuple[float, float, bool]]] = []
+    with contextlib.suppress(Exception), warnings.catch_warnings(), pyro.get_param_store().scope(), kept_statistics(), looking():
+        warnings.simplefilter("ignore")  # whatever a model's Python does with fewer rows than all
+        while len(looks) < LOOKS and (not looks or looks[-1]):
+            rows = pick_rows([potential.arguments.tensors[i] for i in places], size, min(HALF, size // 2), seed=len(looks))
+            call, _ = subject.cut(rows.whole)
+            looks.append(means(subject, rows, draw(potential.model, call, init_to_sample)))
+    for name, (whole, total, _) in looks[-1].items() if len(looks) == LOOKS else ():
+        seen = [each.get(name, (0.0, 0.0, None))[2] for each in looks]
+        if None not in seen and sum(seen) > 1 and name not in dict(found.scales):
+            tell_of_mean(name, whole, total, size)
 
 
 def _choose(potential: Potential) -> Parts | None:
-    """Rows that differ between the halves: some at random, the smallest and the largest label, sorted by label."""
     found = potential.structure
     if not potential.places and found.scaling != "indices":  # rows are not cut: a plate with indices that stay
         return None
-    tensors = [potential.arguments.tensors[i] for i in potential.places]
-    if found.scaling == "indices":
-        size, half, odd = found.plate_size, found.plate_batch // 2, found.plate_batch % 2
-        if half == 0:  # one row for every plate: no rows that could depend on each other
-            return None
-        tensors = [t for t in potential.arguments.tensors if t.dim() and len(t) == size]
-    else:
-        size, odd = len(tensors[0]), 0
-        half = min(HALF, found.plate_batch)
-    count = 2 * half + odd
-    chosen = random.Random(0).sample(range(size), min(count, size))
-    rows = torch.tensor((chosen * count)[:count], device="cpu")
-    labels = [t.flatten() for t in tensors if t.numel() == len(t) == size]
-    if labels:
-        label = labels[-1].float()
-        rows[0], rows[-1] = int(label.argmin()), int(label.argmax())
-        rows = rows[label[rows.to(label.device)].cpu().argsort(stable=True)]
-    first, second, rest = rows[:half], rows[half : 2 * half], rows[2 * half :]
-    if found.scaling == "indices":
-        return Parts(rows, (torch.cat([first, first, rest]), torch.cat([second, second, rest])), 2)
-    return Parts(rows, (first, second))
+    if found.scaling != "indices":
+        tensors = [potential.arguments.tensors[i] for i in potential.places]
+        return pick_rows(tensors, len(tensors[0]), min(HALF, found.plate_batch))
+    half, odd = found.plate_batch // 2, found.plate_batch % 2
+    if half == 0:  # one row for every plate: no rows that could depend on each other
+        return None
+    tensors = [t for t in potential.arguments.tensors if t.dim() and len(t) == found.plate_size]
+    rows = pick_rows(tensors, found.plate_size, half, odd)
+    (first, second), rest = rows.parts, rows.whole[2 * half :]
+    return Parts(rows.whole, (torch.cat([first, first, rest]), torch.cat([second, second, rest])), 2)
 
 
-def _draw(potential: Potential, strategy: Callable) -> dict[str, Tensor]:
-    args, kwargs = potential.example_arguments()
-    trace = poutine.trace(InitMessenger(strategy)(potential.model)).get_trace(*args, **kwargs)
-    return {site.name: trace.nodes[site.name]["value"].detach() for site in potential.sites}
-
-
-class _Likelihood(NamedTuple):
-    """Sums over rows by observed site; of the absolute values, too; and the coarsest rounding on the way."""
-
-    sums: dict[str, float]
-    sizes: dict[str, float]
-    eps: float
-    scales: Mapping[str, Any]
-
-
-def _likelihood(potential: Potential, values: Mapping[str, Tensor], rows: Tensor) -> _Likelihood:
-    plate, given = potential.structure.plate, dict(values)
-    arguments = potential.arguments
-    tensors, dtypes = arguments.tensors, {value.dtype for value in values.values()}
+def _cut(potential: Potential, rows: Tensor, places: Sequence[int] | None = None) -> tuple[Call, Values]:
     if potential.structure.scaling == "indices":
-        given[plate] = rows.to(potential.device)
-    else:
-        length = len(tensors[potential.places[0]])
-        cut = [i for i in potential.places if len(tensors[i]) == length]
-        tensors = [t.index_select(0, rows.to(t.device)) if i in cut else t for i, t in enumerate(tensors)]
-    args, kwargs = arguments.replace(tensors)
-    try:
-        with UnvalidatedMessenger(), potential.covering():
-            trace = poutine.trace(poutine.condition(potential.model, given)).get_trace(*args, **kwargs)
-        trace.compute_log_prob(lambda name, node: _is_data(name, node, given, potential.structure.prior_factors))
-    except Exception as error:  # whatever a model's Python does with other rows than those of the first look
-        raise ValueError(
-            f"the model runs on the first {potential.structure.plate_batch} rows and fails on {len(rows)} others: "
-            f"{str(error).splitlines()[0]}. It must run on any minibatch; batch_dependent=True takes it untried"
-        ) from error
-    sums, sizes, scales = {}, {}, {}
-    for name, node in trace.nodes.items():
-        if node["type"] != "sample" or not _is_data(name, node, given, potential.structure.prior_factors):
-            continue
-        own = 1.0
-        for frame in node["cond_indep_stack"]:
-            if frame.name == plate and frame.full_size is not None:
-                own = frame.full_size / frame.size  # the plate's own scale: right for any number of rows
-        log_prob = node["log_prob"].detach().cpu().double() / own
-        sums[name], sizes[name] = float(log_prob.sum()), float(log_prob.abs().sum()) + 0.1 * log_prob.numel()
-        scales[name] = (node["scale"], own)
-        dtypes.add(node["log_prob"].dtype)
-    return _Likelihood(sums, sizes, _rounding(dtypes, tensors, potential.device), scales)
+        return potential.arguments.replace(potential.arguments.tensors), {potential.structure.plate: rows.to(potential.device)}
+    return _cut_arguments(potential.arguments, potential.places if places is None else places, rows), {}
 
 
-def _is_data(name: str, node: Mapping[str, Any], given: Mapping[str, Tensor], prior_factors: Sequence[str]) -> bool:
-    return (
-        node["is_observed"]
-        and name not in given
-        and name not in prior_factors
-        and not site_is_subsample(node)
-        and not node["infer"].get("_deterministic")
-    )
+def _cut_arguments(arguments: Arguments, places: Sequence[int], rows: Tensor) -> Call:
+    tensors = arguments.tensors
+    length = len(tensors[places[0]])
+    cut = [i for i in places if len(tensors[i]) == length]
+    return arguments.replace([t.index_select(0, rows.to(t.device)) if i in cut else t for i, t in enumerate(tensors)])
 
 
-def _rounding(dtypes: set[torch.dtype], tensors: Sequence[Tensor], device: torch.device) -> float:
-    """The coarsest of the numbers' precisions; on a GPU, convolutions and products round float32 to 10 bits by default."""
-    dtypes = {dtype for dtype in dtypes | {t.dtype for t in tensors} if dtype.is_floating_point}
-    if torch.is_autocast_enabled(device.type):
-        dtypes.add(torch.get_autocast_dtype(device.type))
-    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    return max(eps, 2.0**-10) if device.type == "cuda" and torch.float32 in dtypes else eps
+# ------------------------------------------------------------------------------------------------ minibatches of SVI
 
 
-def _compare(potential: Potential, rows: Parts, values: dict[str, Tensor], whole: _Likelihood) -> None:
-    parts = [_likelihood(potential, values, each) for each in rows.parts]
-    tolerance = max(1e-10, *(each.eps for each in (whole, *parts))) ** 0.5
-    names = list({name: None for each in (whole, *parts) for name in each.sums})
-    worst = max(names, key=lambda name: _difference(whole, parts, rows.times, name, tolerance), default=None)
-    if worst is None or _difference(whole, parts, rows.times, worst, tolerance) <= 1.0:
-        return
-    again = _likelihood(potential, values, rows.whole)
-    if _difference(whole, [again], 1, worst, tolerance) <= 1.0:  # else it draws random numbers, which is looked at where chains start
-        raise _refusal(worst, whole, parts, rows, tolerance)
+def minibatch(
+    fn: Callable | None = None,
+    size: int | None = None,
+    plate: str | None = None,
+    prior_factors: Sequence[str] = (),
+    batch_dependent: bool = False,
+) -> Any:
+    r"""
+    Scales a model's data plate to the whole set: with :math:`B` rows in the plate and ``size`` :math:`= N`,
+
+    .. math:: \log p(\theta) + \frac{N}{B} \sum_{i=1}^{B} \log p(y_i \mid x_i, \theta),
+
+    an unbiased estimate of the log-joint of all :math:`N` rows when the :math:`B` rows are drawn uniformly. :math:`B` is read
+    off the plate at every call, so that a short last batch is scaled by its own length.
+
+    Example::
+
+        svi = SVI(minibatch(model, size=50_000), guide, optim, Trace_ELBO())
+
+    At the first call with fewer than N rows the model is run on eight of them and on two halves of these, once, to see whether its
+    log-likelihood is a sum over rows. Not where it cannot be seen: as a context manager the handler gets no arguments, a model may run on
+    its own number of rows only, and layers in training mode (BatchNorm) make rows depend on each other by intent.
+
+    :param fn: a Pyro model; without it the handler itself is returned, for use as a context manager or decorator.
+    :param int size: number of rows in the whole data set, >= 1.
+    :param str plate: name of the data plate; needed only where observed sites are in several nested plates.
+    :param prior_factors: names of ``pyro.factor`` terms that belong to the prior, and are not scaled.
+    :param bool batch_dependent: accepts a log-likelihood that is not a sum over rows, so that :math:`N / B` times it is no estimate of the
+        whole data set's; refused by default.
+    :raises ValueError: at the first call, if a site would be scaled wrongly: an observed site outside the plate, a latent
+        site inside it, a sequential plate, a plate that subsamples itself, more rows than ``size``, rows that depend on each other.
+    """
+    messenger = _CheckedMinibatch(size, plate, prior_factors, batch_dependent)
+    return messenger if fn is None else messenger(fn)
 
 
-def _difference(whole: _Likelihood, parts: Sequence[_Likelihood], times: int, site: str, tolerance: float) -> float:
-    """Of one site's sums, in units of what rounding may do."""
-    size = times * whole.sizes.get(site, 0.0) + sum(part.sizes.get(site, 0.0) for part in parts)
-    found = abs(times * whole.sums.get(site, 0.0) - sum(part.sums.get(site, 0.0) for part in parts))
-    return found / (tolerance * size) if math.isfinite(found) else math.inf
+class _CheckedMinibatch(MinibatchMessenger):
+    """Looks at the first minibatch of each model that it is put around."""
+
+    def __init__(self, size: int, plate: str | None, prior_factors: Sequence[str], batch_dependent: bool) -> None:
+        super().__init__(size, plate, prior_factors)
+        self.batch_dependent = batch_dependent
+
+    def __call__(self, fn: Callable) -> Callable:
+        if self.batch_dependent or not callable(fn):
+            return super().__call__(fn)
+        return super().__call__(partial(_call, _FirstLook(self), fn))  # as poutine.unwrap knows handlers: the model is the second argument
 
 
-def _check_scale(plate: str, factor: float, likelihood: _Likelihood) -> None:
-    """Refuses a second factor N / B: one that is the same number for all batches leaves a sum over rows such a sum."""
-    for name, (scale, own) in likelihood.scales.items():
-        given = torch.as_tensor(scale, dtype=torch.float64, device="cpu") / own
-        if factor > 1.0 and bool(torch.isclose(given, torch.full_like(given, factor), rtol=1e-5).all()):
-            raise ValueError(
-                f"observed site {name!r} is scaled twice: the rows of plate {plate!r} are scaled by N / B = {factor:g} already, and a "
-                "poutine.scale in the model does so again. Drop the poutine.scale; batch_dependent=True accepts the model as it is"
-            )
+def _call(first: _FirstLook, fn: Callable, *args: Any, **kwargs: Any) -> Any:
+    result = fn(*args, **kwargs)  # first, for what the handler refuses by name
+    first.look(fn, args, kwargs)
+    return result
 
 
-def _refusal(site: str, whole: _Likelihood, parts: Sequence[_Likelihood], rows: Parts, tolerance: float) -> ValueError:
-    whole_sum, part_sum = whole.sums.get(site, 0.0), sum(part.sums.get(site, 0.0) for part in parts) / rows.times
-    how = "but its halves add up to" if rows.times == 1 else "but its halves, each taken twice, add up to twice"
-    if abs(part_sum - 2.0 * whole_sum) <= 3.0 * tolerance * whole.sizes.get(site, 0.0):
-        cause = (
-            "The model divides by the number of rows itself: drop its poutine.scale(scale=N / len(x)), since minibatches are scaled "
-            "already, and give every row its own loss (reduction='none') in place of a mean"
-        )
-    else:
-        cause = (
-            "A row's term depends on the other rows of its batch, mostly through x standardised by the batch's own mean and deviation, "
-            "class weights from bincount(y), or a number of classes y.max() + 1: take these from the whole data set, before the run"
-        )
-    return ValueError(
-        f"observed site {site!r}: the log-likelihood of {len(rows.whole)} rows is {whole_sum:.6g}, {how} {part_sum:.6g} (at the same "
-        f"values of the latent sites), so that no factor N / B takes a minibatch to the whole data set. {cause}. batch_dependent=True "
-        "accepts the model as it is"
-    )
+class _FirstLook:
+    def __init__(self, handler: MinibatchMessenger) -> None:
+        self._handler, self._over = handler, False
+
+    def look(self, model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """:raises ValueError: as :func:`check_additive`, at the first minibatch."""
+        if self._over or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return
+        arguments = Arguments(model, args, kwargs)
+        if not any(t.dim() for t in arguments.tensors):
+            return
+        places, batch = arguments.rows(None)
+        if batch >= self._handler.size:
+            return
+        self._over = True
+        found = False
+        with contextlib.suppress(Exception), kept_statistics(), refuse_random_layers(model), looking():
+            rows = pick_rows([arguments.tensors[i] for i in places], batch, max(1, min(HALF, batch // 2)))
+            values = draw(model, (args, kwargs), init_to_sample)  # fails where layers are in training mode, say
+            found = True
+        if not found:
+            return
+        subject = Subject(model, lambda rows: (_cut_arguments(arguments, places, rows), {}), self._handler.prior_factors, CoveredMessenger)
+        with refusing(), contextlib.suppress(Failed), kept_statistics(), looking():
+            check(subject, rows, [values], self._handler.size / batch)

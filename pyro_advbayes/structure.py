@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_advbayes.batches import in_words
 from pyro_advbayes.given import is_array, kind
-from pyro_advbayes.handlers import covered, is_masked, minibatch, unvalidated
+from pyro_advbayes.handlers import MinibatchMessenger, covered, is_masked, unvalidated
 from pyro_advbayes.notices import tell_of_new_statistics
 from pyro_advbayes.refusals import Mismatch, Refused, in_a_line, label_of, not_given, original
 from pyro_advbayes.supports import map_onto
@@ -79,7 +79,7 @@ class Structure(NamedTuple):
     """
     What :func:`look` found: the latent sites in flat order, the data plate, what is observed of classes, factors of the prior, which
     are outside the plate and stay unscaled, whether some of what is observed is masked,
-    and the names of parameters.
+    the names of parameters, and the numbers other than 1 by which the model itself scales observed sites.
 
     ``scaling`` is ``"none"`` (full data, or a model that is given its indices and scales itself), ``"minibatch"``
     (:func:`~pyro_advbayes.handlers.minibatch` scales the plate) or ``"indices"`` (the plate draws its own subsample and scales
@@ -95,6 +95,7 @@ class Structure(NamedTuple):
     prior_factors: tuple[str, ...] = ()
     masked: bool = False
     parameters: tuple[str, ...] = ()
+    scales: tuple[tuple[str, float], ...] = ()
 
 
 def look(
@@ -175,7 +176,7 @@ def _look(
             labels += [] if each.differs else [each]
     check_densities(first)
     masked = any(is_masked(node["fn"], node["mask"]) for node in _observations(first).values())
-    return found._replace(sites=sites, labels=tuple(labels), masked=masked, parameters=tuple(first.param_nodes))
+    return found._replace(sites=sites, labels=tuple(labels), masked=masked, parameters=tuple(first.param_nodes), scales=_scales(first))
 
 
 class _Drawn(ValueError):
@@ -494,7 +495,7 @@ def _repeating_a_row(arguments: tuple[Call, Call], rows: tuple[int, int]) -> Ite
 def _check_scaling(model: Callable, arguments: Call, num_data: int, found: Structure) -> None:
     """Lets the handler refuse, by name, what it would scale wrongly."""
     try:
-        _trace(minibatch(model, num_data, found.plate, found.prior_factors), arguments)
+        _trace(MinibatchMessenger(num_data, found.plate, found.prior_factors)(model), arguments)
     except ValueError as error:
         raise ValueError(str(error)) from None
 
@@ -541,6 +542,22 @@ def _observations(trace: Trace) -> dict[str, dict[str, Any]]:
         and isinstance(node["value"], Tensor)
         and not node["infer"].get("_deterministic")
     }
+
+
+def _scales(trace: Trace) -> tuple[tuple[str, float], ...]:
+    """Numbers other than 1 that scale observed sites, aside from what a plate that subsamples itself does; weights of rows are none."""
+    found = []
+    for name, node in _observations(trace).items():
+        if isinstance(node["fn"], Unit) and not node["cond_indep_stack"]:  # of the prior, maybe
+            continue
+        scale = torch.as_tensor(node["scale"], dtype=torch.float64, device="cpu").detach()
+        for frame in node["cond_indep_stack"]:
+            if frame.full_size is not None:
+                scale = scale * frame.size / frame.full_size
+        number = float(scale.flatten()[0]) if scale.dim() == 0 or scale.numel() > 1 else 1.0  # one row's weight tells nothing
+        if bool((scale == number).all()) and abs(number - 1.0) > 1e-6:
+            found.append((name, number))
+    return tuple(found)
 
 
 def _labels(trace: Trace, argument: str, given: Tensor) -> list[Labels]:

@@ -401,6 +401,23 @@ def test_an_ensemble_is_trained_around_what_is_missing():
         ab.deep_ensemble(regression, (X, torch.where(MISSING, torch.nan, y)), num_members=1, num_steps=1, optim=Adam({"lr": 0.1}))
 
 
+@pytest.mark.parametrize("row", [3, 58])
+def test_bayes_adapter_is_fitted_around_what_is_missing_in_the_first_batch_or_a_later_one(row):
+    law, y = LAWS["Normal"]
+    fits = []
+    for value in (torch.nan, 7.0):
+        pyro.set_rng_seed(0)
+        holes, seen = y.clone(), torch.ones(N, dtype=torch.bool)
+        holes[row], seen[row] = value, False
+        loader = DataLoader(TensorDataset(X, holes, seen), 10)
+        fits.append(ab.bayes_adapter(masked(law, "mask"), {"w": torch.ones(3)}, loader, num_epochs=2))
+    assert fits[0].losses == fits[1].losses
+    assert torch.equal(*(fit.guide.median()["w"] for fit in fits)) and not torch.equal(fits[0].guide.median()["w"], torch.ones(3))
+    loader = DataLoader(TensorDataset(X, torch.where(seen, y, torch.nan), torch.ones(N, dtype=torch.bool)), 10)
+    with pytest.raises(ValueError, match=rf"tensor 1 in batch {1 + row // 10} of the loader holds 1 non-finite .*poutine\.mask"):
+        ab.bayes_adapter(masked(law, "mask"), {"w": torch.ones(3)}, loader)
+
+
 def test_what_is_not_masked_stays_as_it_is():
     value = torch.tensor([1.0, torch.nan, torch.inf])
     kept = covered(dist.Normal(torch.zeros(3), 1.0).mask(torch.tensor([True, False, True])), None, value)

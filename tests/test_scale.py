@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import MCMC
+from pyro.infer import MCMC, SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 from pyro.infer.autoguide.initialization import init_to_value
+from pyro.optim import Adam
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_advbayes as ab
-from pyro_advbayes.scale import _rounding
+from pyro_advbayes.additivity import _rounding
 from tests.small_models import data, logistic, mixed, regression, subsampling, weights
 
 X, Y = data()
@@ -202,9 +205,89 @@ def test_who_means_it_says_so(kernel):
     assert mcmc.get_samples()["w"].isfinite().all()
 
 
-def test_on_the_full_data_nothing_has_to_add_up():
-    for model, args, _ in WRONG.values():
-        assert ab.Potential(model, args, backend="handlers").energy(ab.Potential(model, args, backend="handlers").init()).isfinite().all()
+# ----------------------------------------------------------------------------------------------------------- the full data
+
+
+def told(model, args, **options):
+    """The energy is finite; what is warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        potential = ab.Potential(model, args, backend="handlers", **options)
+    assert potential.energy(potential.init()).isfinite().all()
+    return [str(warning.message) for warning in caught if warning.category is ab.TemperedLikelihoodWarning]
+
+
+def mean_loss_outside(x, y):
+    """As a network is trained, one number for all rows; and a term of the prior."""
+    f = logits(x)
+    pyro.factor("ridge", -f.new_ones(()))
+    pyro.factor("loss", -cross_entropy(f, y))
+
+
+def time_series(x, y):
+    w = weights()
+    state = 0.0
+    for t, row in enumerate(x):
+        state = 0.9 * state + row @ w
+        pyro.sample(f"y_{t}", dist.Normal(state, 1.0), obs=y[t])
+
+
+def as_many_rows_as_there_are(x, y):
+    offset = pyro.sample("offset", dist.Normal(torch.zeros(N), 1.0).to_event(1))
+    with pyro.plate("data", N):
+        pyro.sample("obs", dist.Normal(x[:, 0] + offset, 1.0), obs=y)
+
+
+MEANS = {"mean loss": (mean_loss, (X, CLASSES)), "mean loss of all rows": (mean_loss_outside, (X, CLASSES))}
+FULL = {name: (model, args) for name, (model, args, _) in WRONG.items() if name not in MEANS} | {
+    "time series": (time_series, (X, Y)),
+    "a size that is fixed": (as_many_rows_as_there_are, (X, Y)),
+}
+
+
+@pytest.mark.parametrize("rows", [2, 5, N])
+@pytest.mark.parametrize("name", MEANS)
+def test_a_mean_over_rows_of_the_full_data_is_told_with_both_numbers_and_can_be_meant(name, rows):
+    model, args = MEANS[name]
+    args = tuple(t[:rows] for t in args)
+    (message,) = told(model, args)
+    numbers = re.search(r"'loss': the log-likelihood of some rows is (\S+), the mean .* not their sum, (\S+): .* all (\d+) rows", message)
+    whole, total, size = (float(number) for number in numbers.groups())
+    assert total == pytest.approx(2 * whole, rel=1e-3) and size == rows
+    assert "reduction='none'" in message and "pyro_advbayes.TemperedLikelihoodWarning" in message
+    assert told(model, args, batch_dependent=True) == []
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_on_the_full_data_nothing_has_to_add_up(name):
+    assert told(*FULL[name]) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 10}], ids=["full data", "minibatches"])
+def test_a_likelihood_that_is_multiplied_by_a_number_is_told(options):
+    (message,) = told(own_scale, (X, Y), **options)
+    assert re.search(
+        r"'obs': its log-likelihood is multiplied by 0\.5 \(poutine\.scale\).*count 0\.5 times.*TemperedLikelihoodWarning", message
+    )
+    assert told(class_weights_of_all, (X, CLASSES), **options) == []
+    assert told(own_scale, (X, Y), batch_dependent=True, **options) == []
+
+
+def test_a_mean_by_a_scale_is_told_once():
+    def model(x, y):
+        with poutine.scale(scale=1 / len(x)):
+            logistic(x, y)
+
+    (message,) = told(model, (X, Y))
+    assert "'obs': its log-likelihood is multiplied by 0.0166667" in message
+
+
+def test_a_look_at_the_full_data_moves_no_random_numbers_and_no_statistics():
+    starts = []
+    for options in ({}, {"batch_dependent": True}):
+        pyro.set_rng_seed(3)
+        starts.append(ab.Potential(mean_loss_outside, (X, CLASSES), backend="handlers", **options).init())
+    assert torch.equal(*starts)
 
 
 # ---------------------------------------------------------------------------------------- plates that subsample themselves
@@ -424,3 +507,80 @@ def test_the_look_leaves_the_random_numbers_of_a_run_as_they_are():
         pyro.set_rng_seed(5)
         starts.append(ab.Potential(logistic, (X, Y), batch_size=10, batch_dependent=batch_dependent).init())
     assert torch.equal(*starts)
+
+
+# ------------------------------------------------------------------------------------------------------ minibatches of SVI
+
+
+def step(model, args, rows=20, **options):
+    """One call of a model under ``minibatch``: its trace."""
+    return poutine.trace(ab.minibatch(model, size=N, **options)).get_trace(*(t[:rows] for t in args))
+
+
+@pytest.mark.parametrize("rows", [4, 20])
+@pytest.mark.parametrize("name", WRONG)
+def test_under_the_handler_the_first_minibatch_is_looked_at(name, rows):
+    model, args, says = WRONG[name]
+    with pytest.raises(ValueError, match=f"(?s)(?=.*{NUMBERS})(?=.*{says})(?=.*batch_dependent=True)") as caught:
+        step(model, args, rows)
+    assert "Trace Shapes" not in str(caught.value)
+    step(model, args, rows, batch_dependent=True)
+    step(model, args, N)  # all rows are scaled by 1
+
+
+def test_a_second_factor_is_refused_under_the_handler():
+    def model(x, y):
+        f = x @ weights()
+        with poutine.scale(scale=N / 10), pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Bernoulli(logits=f), obs=y)
+
+    with pytest.raises(ValueError, match=r"'obs' is scaled twice.*N / B = 6"):
+        step(model, (X, Y), 10)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 20])
+@pytest.mark.parametrize("name", RIGHT)
+def test_under_the_handler_a_sum_over_rows_is_let_pass(name, rows):
+    step(*RIGHT[name], rows)
+
+
+def test_svi_refuses_at_its_first_step_and_ensembles_do():
+    guide = AutoNormal(logistic)
+    with pytest.raises(ValueError, match="standardised"):
+        SVI(ab.minibatch(standardised, size=N), guide, Adam({"lr": 0.01}), Trace_ELBO()).step(X[:10], Y[:10])
+    with pytest.raises(ValueError, match="standardised"):
+        ab.deep_ensemble(standardised, (X, Y), num_members=1, num_steps=1, optim=Adam({"lr": 0.01}), batch_size=10)
+
+
+def test_the_handlers_look_is_one_look_that_nobody_sees():
+    calls = []
+
+    def model(x, y):
+        calls.append(len(x))
+        return logistic(x, y)
+
+    draws = []
+    for options in ({}, {"batch_dependent": True}):
+        handled = ab.minibatch(model, size=N, **options)
+        assert poutine.unwrap(handled) is model
+        pyro.set_rng_seed(1)
+        draws += [poutine.trace(handled).get_trace(X[:20], Y[:20]).nodes for _ in range(2)][:1]
+    assert calls == [20, 20, 8, 4, 4, 20, 20, 20]
+    assert list(draws[0]) == list(draws[1]) and torch.equal(draws[0]["w"]["value"], draws[1]["w"]["value"])
+
+
+def test_what_cannot_be_seen_under_the_handler_is_let_pass():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 5))
+    training = ab.nn.Classifier(ab.nn.bayesianize(net, eval_only=False))
+    statistics = training.net[1].running_mean.clone()
+    step(training.eval().train(), (X, CLASSES))
+    assert not torch.equal(training.net[1].running_mean, statistics) and int(training.net[1].num_batches_tracked) == 1
+
+    def always_twenty(x, y):
+        f = x @ weights()
+        with pyro.plate("data", 20):
+            pyro.sample("obs", dist.Bernoulli(logits=f), obs=y)
+
+    step(always_twenty, (X, Y))
+    with ab.minibatch(size=N):
+        standardised(X[:10], Y[:10])

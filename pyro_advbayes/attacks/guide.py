@@ -10,6 +10,8 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_advbayes.given import need_tensor
+from pyro_advbayes.outcomes import Origins
+from pyro_advbayes.readout import Readout
 from pyro_advbayes.refusals import told
 
 
@@ -20,19 +22,22 @@ class GuideClassifier(nn.Module):
     .. math:: x \mapsto \log \frac{1}{S} \sum_{s=1}^{S} \mathrm{softmax}\, f(x, \theta_s), \qquad \theta_s \sim q.
 
     An attack on it has to average over many draws to see a direction at all, since the draws that it is judged by are others:
-    ``PGD(eps=0.1, eot=10)``. For draws that stay, and far less time, take :class:`~pyro_advbayes.PosteriorClassifier`.
+    ``PGD(eps=0.1, eot=10)``. For draws that stay, and far less time, take :class:`~pyro_advbayes.PosteriorClassifier`, which reads the
+    probabilities off the model's likelihood in the same way.
 
-    :param model: a Pyro model of ``x`` that returns logits ``[N, K]``.
+    :param model: a Pyro model of ``x``.
     :param guide: its guide; called with ``x``.
     :param int num_samples: S, the draws of one call, >= 1.
-    :raises ValueError: if ``num_samples`` is below 1.
+    :param str return_site: as in :class:`~pyro_advbayes.PosteriorClassifier`.
+    :raises ValueError: if ``num_samples`` is below 1; at the first call, if the model's likelihood is no classifier's.
     """
 
-    def __init__(self, model: Callable, guide: Callable, num_samples: int = 1) -> None:
+    def __init__(self, model: Callable, guide: Callable, num_samples: int = 1, return_site: str = "_RETURN") -> None:
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples!r}: how many draws a call makes, >= 1")
         super().__init__()
-        self.model, self.guide, self.num_samples = model, guide, num_samples
+        self.model, self.guide, self.num_samples, self.return_site = model, guide, num_samples, return_site
+        self._readouts: dict[int, Readout] = {}  # by the number of inputs
 
     def forward(self, x: Tensor) -> Tensor:
         """
@@ -48,6 +53,10 @@ class GuideClassifier(nn.Module):
             yield told(self._drawn, {"x": x}).log_softmax(-1).unsqueeze(0)
 
     def _drawn(self, given: Mapping[str, Tensor]) -> Tensor:
-        with poutine.block(), poutine.mask(mask=False):
-            trace = poutine.trace(self.guide).get_trace(given["x"])
-            return poutine.replay(self.model, trace=trace)(given["x"])
+        x = given["x"]
+        with poutine.block(), poutine.mask(mask=False), Origins() as origins:
+            drawn = poutine.trace(self.guide).get_trace(x)
+            trace = poutine.trace(poutine.replay(self.model, trace=drawn)).get_trace(x)
+            if len(x) not in self._readouts:
+                self._readouts = {len(x): Readout(self.model, trace, (x,), {}, drawn.nodes, self.return_site, type(self).__name__)}
+            return self._readouts[len(x)].logits(trace, origins)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,14 +22,18 @@ from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from pyro_advbayes.batches import Batch, Loader
-from pyro_advbayes.handlers import GivenMessenger, minibatch
+from pyro_advbayes.handlers import CoveredMessenger, GivenMessenger
 from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
-from pyro_advbayes.infer.likelihood import CLASSES, read_likelihood
 from pyro_advbayes.infer.predictive import RandomState
 from pyro_advbayes.nn import Classifier, bayesianize
 from pyro_advbayes.nn.bayesian import declared_sites
+from pyro_advbayes.notices import never_seen_data, statistics_message
+from pyro_advbayes.outcomes import Origins
+from pyro_advbayes.potential import Potential
+from pyro_advbayes.readout import Readout
 from pyro_advbayes.refusals import Given, check_number, told
+from pyro_advbayes.scale import minibatch
 from pyro_advbayes.structure import kept_statistics, prior_factors, refuse_random_layers, try_model
 
 Weights = nn.Module | Mapping[str, Tensor]
@@ -61,18 +66,21 @@ class UncertaintyRegularizer:
     .. math:: \text{weight} \cdot \mathrm{mean}_{\tilde x} \max\Bigl(0,\; \text{threshold} - H\bigl(\tfrac{p_1 + p_2}{2}\bigr)
         + \tfrac12 \bigl(H(p_1) + H(p_2)\bigr)\Bigr),
 
-    in nats. Two draws cannot disagree by more than log 2 = 0.69, so that the authors' threshold of 0.75 always pulls.
+    in nats. Two draws cannot disagree by more than log 2 = 0.69, so that the authors' threshold of 0.75 always pulls. The probabilities
+    are those of the model's likelihood, as in :class:`~pyro_advbayes.PosteriorClassifier`.
 
     Source: Deng et al., BayesAdapter, 2020.
 
     :param float eps: half the width of the noise, > 0, in the units of the inputs.
     :param float threshold: how much disagreement is enough, > 0.
     :param float weight: of the term beside the loss per data point, > 0.
+    :param str return_site: as in :class:`~pyro_advbayes.PosteriorClassifier`.
     """
 
     eps: float
     threshold: float = 0.75
     weight: float = 1.0
+    return_site: str = "_RETURN"
 
     def __post_init__(self) -> None:
         for name in ("eps", "threshold", "weight"):
@@ -82,19 +90,24 @@ class UncertaintyRegularizer:
     def loss(self, model: Callable, guide: Callable, x: Tensor, *rest: Tensor) -> Tensor:
         """
         :param x: inputs ``[N, ...]``; with ``rest`` the model's arguments.
-        :raises ValueError: if the model does not return logits ``[N, K]``.
+        :raises ValueError: if the model's likelihood is no classifier's.
         """
         moved = x + torch.empty_like(x).uniform_(-self.eps, self.eps)
         probs = torch.stack([self._logits(model, guide, moved, *rest).softmax(-1) for _ in range(2)])
         disagreement = _entropy(probs.mean(0)) - _entropy(probs).mean(0)
         return self.weight * (self.threshold - disagreement).relu().mean()
 
-    def _logits(self, model: Callable, guide: Callable, x: Tensor, *rest: Tensor) -> Tensor:
-        with poutine.block(), kept_statistics():
-            logits = GivenMessenger(guide(x, *rest))(model)(x, *rest)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
-            raise ValueError(f"uncertainty: the model must return logits [N, K], not {getattr(logits, 'shape', type(logits).__name__)}")
-        return logits
+    def check(self, model: Callable, *batch: Tensor) -> None:
+        """:raises ValueError: as :meth:`loss`, of a model and a batch of its arguments."""
+        with torch.no_grad(), pyro.validation_enabled(False), RandomState().again():
+            self._logits(model, lambda *_: {}, *batch)
+
+    def _logits(self, model: Callable, guide: Callable, *batch: Tensor) -> Tensor:
+        with poutine.block(), kept_statistics(), Origins() as origins:
+            values = guide(*batch)
+            trace = poutine.trace(GivenMessenger(values)(model)).get_trace(*batch)
+            instead = "leave uncertainty= out, which asks two draws for different classes"
+            return Readout(model, trace, batch, {}, values, self.return_site, "uncertainty", instead).logits(trace, origins)
 
 
 def _entropy(probs: Tensor) -> Tensor:
@@ -162,7 +175,7 @@ def bayes_adapter(
         parameters, and for its buffers and parameters that are no sites, which are written into the model; of these, parameters that
         require a gradient are learnt like the means.
     :param loader: a ``DataLoader``, or any iterable of ``(x, y)`` with a length; batches go to where the model's parameters are, or its
-        priors.
+        priors. Observations may be NaN where the model masks them.
     :param float weight_decay: of the training, > 0, for the prior; with a plain network only, since a Pyro model has its own.
     :param int num_epochs: >= 0; 0 makes the guide and fits nothing.
     :param float lr: learning rate of the means, > 0, for losses per data point.
@@ -175,14 +188,19 @@ def bayes_adapter(
     :raises ValueError: before any training: naming every name or shape in ``pretrained`` that does not fit, or the argument.
     """
     _check_numbers(num_epochs=num_epochs, lr=lr, scale_lr=scale_lr)
-    batches = Loader(loader, num_data, _device(model))
+    missing = _Missing()
+    batches = Loader(loader, num_data, _device(model), covers=missing)
     model = _as_model(model, weight_decay, batches)
     check_number(model, batches.example)
+    missing.check(model)
     given = Given(model, batches.example)
     told(lambda values: _try(model, given.call(values)[0]), given.values)
     if uncertainty is not None:
-        _check_classes(model, batches.example)
+        uncertainty.check(model, *batches.example)
     values = _fitting_values(model, pretrained, batches.example)
+    unseen = [] if weight_decay is None else [name for name, layer in model.net.named_modules() if never_seen_data(layer)]
+    if unseen:
+        warnings.warn(statistics_message(unseen), stacklevel=2)
     guide = AutoAdversarialNormal(model, init_loc_fn=init_to_value(values=values), init_scale=float(init_scale))
     guide._pyro_name = f"adapted{next(_COUNT)}"  # Pyro's guides of one class share their parameters in its store, by name
     guide(*batches.example)
@@ -191,7 +209,7 @@ def bayes_adapter(
     optimiser = torch.optim.SGD(groups, momentum=0.9, nesterov=True) if optim is None else optim(groups)
     with RandomState().again():
         factors = prior_factors(model, (batches.example, {}), len(batches.example[0]))
-    scaled, losses = minibatch(model, size=batches.num_data, prior_factors=factors), []
+    scaled, losses = CoveredMessenger()(minibatch(model, size=batches.num_data, prior_factors=factors)), []
     elbo = TraceAdversarial_ELBO(mix=0) if loss is None else loss
 
     def objective(*batch: Tensor) -> Tensor:
@@ -202,6 +220,33 @@ def bayes_adapter(
         for _ in range(num_epochs):
             losses.append(_epoch(objective, batches, optimiser, bar))
     return Adapted(model, guide, losses)
+
+
+class _Missing:
+    """Whether a model masks what is NaN in a batch; of batches that come before the model is known, later."""
+
+    def __init__(self) -> None:
+        self._model: Callable | None = None
+        self._first: list[tuple[Batch, str]] = []
+
+    def __call__(self, batch: Batch, message: str) -> bool:
+        if self._model is None:
+            self._first.append((batch, message))
+            return True
+        try:
+            with RandomState().again(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a sampler, which this is not
+                Potential(self._model, batch, backend="handlers")  # refuses what no mask covers
+        except ValueError:
+            return False
+        return True
+
+    def check(self, model: Callable) -> None:
+        """:raises ValueError: if the model does not mask what was NaN in earlier batches."""
+        self._model = model
+        for batch, message in self._first:
+            if not self(batch, message):
+                raise ValueError(message)
 
 
 def _try(model: Callable, batch: Batch) -> None:
@@ -230,15 +275,6 @@ def _device(model: Callable) -> torch.device | None:
     return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers(), means)), None)
 
 
-def _check_classes(model: Callable, batch: Batch) -> None:
-    likelihood = read_likelihood(model, batch)
-    if likelihood is not None and likelihood.kind != CLASSES:
-        raise ValueError(
-            f"uncertainty: asks two draws for different classes, and the likelihood at observed site {likelihood.site!r} is "
-            f"{type(likelihood.fn).__name__}: leave it out"
-        )
-
-
 def _as_model(model: Callable, weight_decay: float | None, batches: Loader) -> Callable:
     plain = isinstance(model, nn.Module) and not isinstance(model, PyroModule)
     if plain and weight_decay is None:
@@ -256,7 +292,9 @@ def _as_model(model: Callable, weight_decay: float | None, batches: Loader) -> C
             "a Pyro model whose observed site is Normal, with the network as pretrained (models/heteroscedastic_regression.py is one); "
             "for classes give y.long()"
         )
-    return Classifier(bayesianize(model, prior=weight_decay_prior(weight_decay, batches.num_data)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "BatchNorm layer")  # whose statistics are still to come from the trained network
+        return Classifier(bayesianize(model, prior=weight_decay_prior(weight_decay, batches.num_data)))
 
 
 def _fitting_values(model: Callable, pretrained: Weights, batch: Batch) -> dict[str, Tensor]:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from pyro_advbayes.given import need_tensor
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.conditioned import ConditionedModel
-from pyro_advbayes.infer.likelihood import Origins
 from pyro_advbayes.infer.predictive import Predictive, RandomState, agree, default_chunk, predict, record_draws, refuse_nan
-from pyro_advbayes.infer.readout import Readout
+from pyro_advbayes.outcomes import Origins
+from pyro_advbayes.readout import Readout
 from pyro_advbayes.tape import Replays, Tape, record
 
 # For how many shapes of inputs (batches, and the last, shorter one) a recording is kept.
@@ -217,7 +217,7 @@ class _Logits:
         state, x = RandomState(), x.detach().requires_grad_(x.requires_grad)
         with _by_itself(), Origins() as origins:
             trace = model.look(x)
-            self._readout = Readout(model.model, trace, x, model.samples, site)
+            self._readout = Readout(model.model, trace, (x,), {}, model.samples, site, "PosteriorClassifier")
             first = self._readout.logits(trace, origins)
         # Recorded at other inputs than it is checked at, since a number taken from the inputs would stay what it was.
         leaves = [x, *leaves] if x.requires_grad else leaves

@@ -10,8 +10,9 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Normal
 
-from pyro_advbayes.infer.likelihood import Likelihood, read_likelihood, without_wrappers
+from pyro_advbayes.infer.likelihood import read_likelihood
 from pyro_advbayes.infer.predictive import Predictive, refuse_nan
+from pyro_advbayes.outcomes import Likelihood, without_wrappers
 
 
 class PosteriorRegressor:

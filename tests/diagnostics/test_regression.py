@@ -47,9 +47,9 @@ def test_rmse_and_r2_by_hand_and_by_scikit_learn():
 
 
 def test_r2_of_large_targets_keeps_its_digits():
-    y = 1e4 + torch.tensor([0.0, 1.0, 2.0])
-    assert r2(y + 0.5, y) == pytest.approx(1 - 0.25 / (2 / 3), rel=1e-6)
-    assert regression_scores(y + 0.5, 1.0, y).r2.value == pytest.approx(1 - 0.25 / (2 / 3), rel=1e-6)
+    for y in (1e4 + torch.tensor([0.0, 1.0, 2.0]), 1e9 + torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)):
+        assert r2(y + 0.5, y) == pytest.approx(1 - 0.25 / (2 / 3), rel=1e-6)
+        assert regression_scores(y + 0.5, 1.0, y).r2.value == pytest.approx(1 - 0.25 / (2 / 3), rel=1e-6)
 
 
 def test_the_nll_of_one_normal_is_that_of_torch_under_either_law():
@@ -271,12 +271,14 @@ def test_regression_scores_are_the_single_ones_with_their_errors(law):
 
 
 def test_bootstrap_errors_are_those_of_a_mean():
+    """Rows are heteroscedastic, so that all of them must be drawn from."""
     mean, y = torch.zeros(2000), torch.randn(2000)
+    y[:1000] *= 0.3
     found = regression_scores(mean, 1.0, y)
     for name, rows in (("nll", gaussian_nll(mean, 1.0, y)), ("crps", gaussian_crps(mean, 1.0, y))):
         # of 200 resamples: a standard deviation good to 5 %
         assert getattr(found, name).error == pytest.approx(rows.std().item() / math.sqrt(2000), rel=0.2)
-    assert found.rmse.error == pytest.approx(1 / math.sqrt(2 * 2000), rel=0.2)
+    assert found.rmse.error == pytest.approx(y.square().std().item() / (2 * rmse(mean, y) * math.sqrt(2000)), rel=0.2)
     assert found.epiw.error == pytest.approx(0, abs=1e-12)  # every row has the same width
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -145,6 +146,14 @@ def test_one_call_makes_a_fitted_posterior_of_a_torchvision_network():
     assert {f"net.{name}" for name, _ in net.named_parameters()} == set(guide.parameters_by_site())
 
 
+def test_statistics_are_looked_at_once_they_come_from_the_trained_network(trained):
+    for pretrained, unseen in ((trained, False), (convnet(), True)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            bayes_adapter(convnet(), pretrained, loader(), weight_decay=1e-3, num_epochs=0)
+        assert ["layer '1': running statistics that have never" in str(w.message) for w in caught] == [True] * unseen
+
+
 def test_layers_that_only_training_needs_have_no_part_in_it(trained):
     class Aided(nn.Module):
         def __init__(self):
@@ -251,12 +260,10 @@ def test_the_uncertainty_regulariser_makes_draws_disagree_beside_the_data(traine
     assert disagreement[1] > 1.5 * disagreement[0]
 
 
-def test_the_uncertainty_regulariser_wants_logits_and_numbers(trained):
+def test_the_uncertainty_regulariser_wants_numbers():
     for wrong in ({"eps": 0.0}, {"eps": 1.0, "threshold": -1.0}, {"eps": 1.0, "weight": 0.0}):
         with pytest.raises(ValueError, match="a number > 0"):
             UncertaintyRegularizer(**wrong)
-    with pytest.raises(ValueError, match=r"must return logits \[N, K\], not NoneType"):
-        bayes_adapter(Excluded(), trained, loader(), uncertainty=UncertaintyRegularizer(eps=0.1))
 
 
 def test_weights_that_do_not_fit_are_listed_before_training(trained):
@@ -405,5 +412,5 @@ def test_a_regression_is_told_what_it_needs():
     model = HeteroscedasticRegression(1, hidden=())
     state = {f"1.{name}": value for name, value in net.state_dict().items()}
     assert len(bayes_adapter(model, state, loader).losses) == 1
-    with pytest.raises(ValueError, match=r"uncertainty: asks two draws for different classes, .* 'obs' is Normal: leave it out"):
+    with pytest.raises(ValueError, match=r"uncertainty: .* 'obs', Normal, is a regression.*: leave uncertainty= out"):
         bayes_adapter(model, state, loader, uncertainty=UncertaintyRegularizer(eps=0.1))

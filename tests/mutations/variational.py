@@ -10,8 +10,19 @@ OBJECTIVE = "infer/test_adversarial_elbo.py::test_the_objective_is_its_equation_
 ASCENT = "infer/autoguide/test_adversarial.py"
 TRAINING = "infer/distill/test_training.py"
 APD = "infer/distill/test_apd.py"
+READOUT = "test_readout.py::test_the_classes_are_the_likelihoods_in_every_form"
 
 MUTATIONS = [
+    *of(
+        "attacks/guide.py",
+        READOUT,
+        ("a guide's classes: the return value", "self._readouts[len(x)].logits(trace, origins)", 'trace.nodes["_RETURN"]["value"]'),
+    ),
+    *of(
+        "infer/distill/compare.py",
+        READOUT,
+        ("comparison: the return value", "self._readout.logits(trace, origins).double()", 'trace.nodes["_RETURN"]["value"].double()'),
+    ),
     *of(
         "nn/reparameterization.py",
         FLIPOUT,

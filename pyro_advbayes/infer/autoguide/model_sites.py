@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
 from pyro.poutine.trace_struct import Trace
@@ -17,6 +15,7 @@ from torch.distributions import Transform
 
 from pyro_advbayes.infer.conditioned import without_leading_ones
 from pyro_advbayes.nn.bayesian import declared_sites, map_tensors
+from pyro_advbayes.outcomes import follower
 from pyro_advbayes.structure import Site, same_map
 from pyro_advbayes.supports import map_onto
 
@@ -62,22 +61,6 @@ def missing_sites(model: Callable, trace: Trace, own: set[str], args: Sequence[A
     plates = {name: {frame.name for frame in nodes[name]["cond_indep_stack"] if frame.vectorized} for name in others}
     of_outcomes = set().union(*(plates[name] for name in others if followers.get(name) is None))
     return {name: follower for name, follower in followers.items() if follower is not None and not plates[name] & of_outcomes}
-
-
-def follower(
-    model: Callable, nodes: Mapping[str, Any], name: str, after: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> str | None:
-    """The first of the sites ``after`` this one whose log-density changes when this one alone is drawn again."""
-    if not after:
-        return None
-    given = {other: node["value"] for other, node in nodes.items() if other != name}
-    with pyro.validation_enabled(False):  # the values of others may be outside their supports now
-        runs = [poutine.trace(poutine.condition(model, given)).get_trace(*args, **kwargs).nodes for _ in range(2)]
-        for other in after:
-            one, two = (run[other]["fn"].log_prob(run[other]["value"]) if other in run else None for run in runs)
-            if one is None or two is None or not torch.equal(one.nan_to_num(), two.nan_to_num()):
-                return other
-    return None
 
 
 def declared_priors(model: Callable, shapes: Mapping[str, torch.Size]) -> dict[str, TorchDistributionMixin]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_advbayes.diagnostics.two_sample import MMDTest, mmd_test, sliced_wasserstein
@@ -15,6 +16,9 @@ from pyro_advbayes.diagnostics.uncertainty import mutual_information
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, read_samples
 from pyro_advbayes.infer.predictive import Predictive
+from pyro_advbayes.outcomes import Origins
+from pyro_advbayes.readout import Readout
+from pyro_advbayes.refusals import signature_of
 
 
 class Against(NamedTuple):
@@ -91,13 +95,14 @@ def compare(
 
     :param samples: as for :meth:`APD.fit <pyro_advbayes.infer.distill.APD>`.
     :param guide: a fitted guide.
-    :param args: the model's arguments without observations: inputs at which predictions are compared. None compares none.
+    :param args: the model's arguments without observations: inputs at which predictions are compared, the probabilities of a classifier's
+        likelihood as in :class:`~pyro_advbayes.PosteriorClassifier`. None compares none.
     :param num_samples: draws of each half and of the guide, from 2 to half the draws; evenly spaced. By default at most 1000.
     :param num_projections: directions of the sliced Wasserstein distance, >= 1.
     :param num_permutations: relabellings of the MMD test, >= 1.
-    :param return_site: where the logits ``[N, K]`` are: the model's return value, or the name of a site.
+    :param str return_site: as in :class:`~pyro_advbayes.PosteriorClassifier`.
     :raises ValueError: if the draws are not of the guide's sites, too few, or not finite, if these are not those of the model at its
-        arguments, if what the model returns is not logits, or naming a number out of range.
+        arguments, if the model is no classifier, or naming a number out of range.
     """
     guide.sample(1)  # of a guide that has not been fitted, the error
     guide.check(*args, **kwargs)
@@ -145,15 +150,30 @@ def _moments(one: Tensor, two: Tensor, made: Tensor) -> Moments:
     return Moments(_against(means, one, two, made), _against(sds, one, two, made))
 
 
+class _Probabilities:
+    """A model with the probabilities ``[N, K]`` of its classes in place of its return value."""
+
+    def __init__(self, model: Callable, given: Collection[str], return_site: str) -> None:
+        self._model, self._given, self._return_site = model, given, return_site
+        self._readout: Readout | None = None
+        self.__signature__ = signature_of(model)  # names in messages
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        with Origins() as origins:
+            trace = poutine.trace(self._model).get_trace(*args, **kwargs)
+            if self._readout is None:
+                with poutine.block():
+                    self._readout = Readout(
+                        self._model, trace, args, kwargs, self._given, self._return_site, "compare", "leave its inputs out"
+                    )
+            return self._readout.logits(trace, origins).double().softmax(-1)
+
+
 def _functions(
     sets: list[dict[str, Tensor]], guide: AutoImplicit, args: tuple[Any, ...], kwargs: dict[str, Any], site: str
 ) -> FunctionSpace:
-    probs = []
-    for samples in sets:
-        logits = Predictive(guide.model, samples, return_sites=[site])(*args, **kwargs)[site]
-        if logits.dim() != 3 or logits.shape[-1] < 2 or not logits.is_floating_point():
-            raise ValueError(f"return_site={site!r}: logits [N, K] are needed, the model gives {tuple(logits.shape[1:])} for a draw")
-        probs.append(logits.double().softmax(-1))
+    model = _Probabilities(guide.model, sets[0], site)
+    probs = [Predictive(model, samples, return_sites=["_RETURN"])(*args, **kwargs)["_RETURN"] for samples in sets]
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
         p, q = a.mean(0), b.mean(0)

@@ -157,5 +157,5 @@ def test_bad_input_is_refused_by_name():
         for wrong in (0, 2.5):
             with pytest.raises(ValueError, match=f"{name}={wrong}: an int >= 1"):
                 compare(draws(), guide(), **{name: wrong})
-    with pytest.raises(ValueError, match=r"return_site='obs': logits \[N, K\] are needed"):
-        compare(draws(), guide(), X, return_site="obs")
+    with pytest.raises(ValueError, match=r"return_site='slope' holds neither the logits nor the probabilities of .* site 'obs'"):
+        compare(draws(), guide(), X, return_site="slope")

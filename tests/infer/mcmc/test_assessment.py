@@ -157,14 +157,23 @@ def test_a_coefficient_that_few_rows_know_of_is_looked_at_too():
 
 
 def test_weights_of_a_network_that_differ_between_modes_are_no_warning():
-    """Predictions of the chains agree, though a hidden unit of one has the number of another's; R-hat of the weights says otherwise."""
-    x = torch.randn(40, 3)
-    y = (x[:, 0] > 0).long()
-    mcmc = ab.SGMCMC(ab.SGHMC(mlp((3, 4, 2)), num_steps_per_sample=60), 150, 100, 4, disable_progbar=True)
+    """Two hidden units are one each for x < 0 and x > 0, in two chains the other way round: R-hat of the weights is large."""
+    x = 2.0 * torch.randn(40, 1)
+    y = torch.bernoulli(torch.sigmoid(4.0 * x[:, 0].abs() - 4.0)).long()
+    inner, outer = torch.tensor([[2.0], [-2.0]]), torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+    start = {
+        "net.1.weight": torch.stack([inner, inner, -inner, -inner]),
+        "net.1.bias": torch.zeros(4, 2),
+        "net.3.weight": outer.expand(4, 2, 2),
+        "net.3.bias": torch.tensor([2.0, -2.0]).expand(4, 2),
+    }
+    mcmc = ab.SGMCMC(ab.SGHMC(mlp((1, 2, 2)), num_steps_per_sample=20), 100, 100, 4, initial_params=start, disable_progbar=True)
     assert warned(lambda: mcmc.run(x, y)) is None
-    assert fitted_values(mcmc).shape == (4, 150, 80)
+    assert float(mcmc.diagnostics()["net.1.weight"]["r_hat"].max()) > 1.5
+    values = fitted_values(mcmc)
+    assert values.shape == (4, 100, 80)
     probs = ab.Predictive(mcmc.kernel.model, mcmc.get_samples(), return_sites=["_RETURN"])(x)["_RETURN"].softmax(-1)
-    torch.testing.assert_close(fitted_values(mcmc).reshape(600, 40, 2), probs)
+    torch.testing.assert_close(values.reshape(400, 40, 2), probs)
 
 
 def test_scales_of_groups_and_labels_of_a_mixture_are_compared_and_a_networks_single_weight_is_not():

@@ -97,7 +97,15 @@ def test_a_file_goes_on_after_the_draws_that_count(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "chains,samples,fields", [(3, 7, FIELDS), (2, 8, FIELDS), (2, 7, {**FIELDS, "b": FIELDS["w"]}), (2, 7, {"b": FIELDS["b"]})]
+    "chains,samples,fields",
+    [
+        (3, 7, FIELDS),
+        (2, 8, FIELDS),
+        (2, 7, {**FIELDS, "b": FIELDS["w"]}),
+        (2, 7, {"b": FIELDS["b"]}),
+        (2, 7, {**FIELDS, "b": Field(torch.Size([]), torch.int64)}),  # in files of the same size
+        (2, 7, {**FIELDS, "w": Field(torch.Size([3, 2]), torch.float32)}),
+    ],
 )
 def test_a_file_of_other_draws_is_not_gone_on_with(tmp_path, chains, samples, fields):
     path = tmp_path / "draws"

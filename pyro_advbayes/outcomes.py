@@ -1,0 +1,262 @@
+"""The outcomes of a Pyro model: the sites that it observes, what kind of outcome each is, and the logits of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Bernoulli, Binomial, Categorical, Distribution, Independent, Multinomial, OneHotCategorical
+from torch.overrides import TorchFunctionMode
+
+CLASSES, LABELS, COUNTS, NUMBERS = "classes", "labels", "counts", "numbers"
+
+_BINARY = Bernoulli, Binomial
+_SEVERAL = Categorical, OneHotCategorical, Multinomial
+_OWN = {each.log_prob for each in (*_BINARY, *_SEVERAL, dist.Bernoulli, dist.Binomial, dist.Categorical)}
+
+
+class Likelihood(NamedTuple):
+    """
+    The distribution of a model's outcomes.
+
+    :ivar site: name of the observed site.
+    :ivar fn: its distribution, without ``to_event``, masks and expansions.
+    :ivar shape: the number of outcomes along each dimension, the rows of the data among them.
+    :ivar rows: N, the number of inputs.
+    """
+
+    site: str
+    fn: Distribution
+    shape: torch.Size
+    rows: int
+
+    @property
+    def kind(self) -> str:
+        """
+        ``"classes"`` (one of K classes for each row: Categorical and OneHotCategorical, Bernoulli and Binomial of one trial, whose classes
+        are 0 and 1), ``"labels"`` (several such choices for each row), ``"counts"`` (another discrete outcome) or ``"numbers"``
+        (a continuous one).
+        """
+        one_trial = not isinstance(self.fn, (Binomial, Multinomial)) or bool((torch.as_tensor(self.fn.total_count) == 1).all())
+        if isinstance(self.fn, _BINARY + _SEVERAL) and one_trial:
+            return CLASSES if self.shape.numel() == self.rows else LABELS
+        try:
+            return COUNTS if self.fn.support.is_discrete else NUMBERS
+        except NotImplementedError:
+            return NUMBERS
+
+    def check_classes(self, who: str, instead: str = "take Predictive for its predictions") -> None:
+        """
+        :param who: takes classifiers only; begins the message.
+        :param instead: what to do with counts and numbers; ends the message.
+        :raises ValueError: unless :attr:`kind` is ``"classes"``, of two classes or more.
+        """
+        name, kind = type(self.fn).__name__, self.kind
+        if kind == CLASSES:
+            if isinstance(self.fn, _SEVERAL) and self.fn.probs.shape[-1] < 2:
+                raise ValueError(f"{who}: the {name} at observed site {self.site!r} has one class: give a logit for each of K >= 2 classes")
+            return
+        what = {
+            LABELS: f"has {self.shape.numel()} outcomes of {self.rows} inputs, several labels each: take a sigmoid (or softmax) of each "
+            "label's logits from Predictive, or one observed site for each label and return_site= with its name",
+            COUNTS: f"is a distribution of counts, and not of classes: {instead}",
+            NUMBERS: f"is a regression, and not a classifier: {instead}",
+        }
+        raise ValueError(f"{who}: the likelihood at observed site {self.site!r}, {name}, {what[kind]}")
+
+    def logits(self, origins: Origins | None = None) -> Tensor:
+        """
+        Logits ``[N, K]`` of the classes, those that the distribution was given if ``origins`` saw it being made. The logarithm of a
+        probability of 0 is that of the smallest number > 0, so that its gradient is finite.
+        """
+        if type(self.fn).log_prob not in _OWN:
+            logits = self._enumerated()
+        elif isinstance(self.fn, _BINARY):
+            probs = self.fn.probs
+            one = None if origins is None else origins.of(probs, "sigmoid")
+            if one is None:
+                logits = _log(torch.stack([1 - probs, probs], -1))
+            else:
+                logits = torch.stack([torch.zeros_like(one), one], -1)
+        else:
+            logits = None if origins is None else origins.of(self.fn.probs, "softmax")
+            logits = _log(self.fn.probs) if logits is None else logits
+        if logits.shape[:-1].numel() != self.rows:
+            logits = logits.expand(*self.shape, logits.shape[-1])
+        return logits if logits.dim() == 2 else logits.reshape(self.rows, logits.shape[-1])
+
+    def _enumerated(self) -> Tensor:
+        """Log-probabilities by a ``log_prob`` that is the distribution's own, of label noise, say."""
+        probs, binary = self.fn.probs, isinstance(self.fn, _BINARY)
+        count = 2 if binary else probs.shape[-1]
+        if isinstance(self.fn, (OneHotCategorical, Multinomial)):
+            values = torch.eye(count, dtype=probs.dtype, device=probs.device).reshape(count, *(1,) * len(self.fn.batch_shape), count)
+        else:
+            values = torch.arange(count, dtype=probs.dtype if binary else None, device=probs.device)
+            values = values.reshape(count, *(1,) * len(self.fn.batch_shape))
+        return self.fn.log_prob(values.expand(count, *self.fn.shape())).movedim(0, -1)
+
+
+def _log(probs: Tensor) -> Tensor:
+    return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
+
+
+def find_outcomes(model: Callable, trace: Trace, args: Sequence[Any], kwargs: Mapping[str, Any], given: Collection[str]) -> list[str]:
+    """
+    The sites of a run that hold an outcome for each row: observed ones if there are some, and else those that would be, given ``y``: in a
+    plate of as many rows (or of as many rows without a plate), and no other site depends on them.
+
+    :param given: sites that have draws.
+    """
+    rows = rows_of(args, kwargs)
+    nodes = {name: node for name, node in trace.nodes.items() if name not in given and is_outcome(node)}
+    inside = {name for name, node in nodes.items() if any(f.vectorized and f.size == rows for f in node["cond_indep_stack"])}
+    bare = {name for name, node in nodes.items() if not node["cond_indep_stack"] and node["value"].shape[:1] == (rows,)}
+    for found in (inside, bare):
+        observed = [name for name in nodes if name in found and nodes[name]["is_observed"]]
+        if observed:
+            return observed
+        drawn = [name for name in nodes if name in found]
+        if len(drawn) > 1:  # local latents may be among them
+            every = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
+            drawn = [name for i, name in enumerate(drawn) if follower(model, every, name, drawn[i + 1 :], args, kwargs) is None]
+        if drawn:
+            return drawn
+    return []
+
+
+def follower(
+    model: Callable, nodes: Mapping[str, Any], name: str, after: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str | None:
+    """The first of the sites ``after`` this one whose log-density changes when this one alone is drawn again."""
+    if not after:
+        return None
+    given = {other: node["value"] for other, node in nodes.items() if other != name}
+    with pyro.validation_enabled(False):  # the values of others may be outside their supports now
+        runs = [poutine.trace(poutine.condition(model, given)).get_trace(*args, **kwargs).nodes for _ in range(2)]
+        for other in after:
+            one, two = (run[other]["fn"].log_prob(run[other]["value"]) if other in run else None for run in runs)
+            if one is None or two is None or not torch.equal(one.nan_to_num(), two.nan_to_num()):
+                return other
+    return None
+
+
+def one_outcome(trace: Trace, outcomes: Sequence[str], site: str | None, argument: str = "site") -> str:
+    """
+    :param site: the value of an argument that may say which.
+    :param argument: its name.
+    :raises ValueError: if there are several, and ``site`` names none, or is not in the model.
+    """
+    if site is not None and site not in trace.nodes:
+        raise ValueError(f"{argument}={site!r}: the model has no such site; it observes {', '.join(map(repr, outcomes))}")
+    if site is None and len(outcomes) > 1:
+        raise ValueError(f"the model observes {', '.join(map(repr, outcomes))}: name the one that is meant, {argument}={outcomes[0]!r}")
+    return outcomes[0] if site is None else site
+
+
+def likelihood_at(trace: Trace, site: str, rows: int) -> Likelihood:
+    """The likelihood at a site of a run with so many inputs."""
+    fn = trace.nodes[site]["fn"]
+    base, shape = without_wrappers(fn), fn.shape()
+    return Likelihood(site, base, shape[: len(shape) - len(base.event_shape)], rows)
+
+
+def without_wrappers(fn: Distribution) -> Distribution:
+    """A distribution without ``to_event``, masks and expansions."""
+    while isinstance(fn, (Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def is_outcome(node: Mapping[str, Any]) -> bool:
+    """Whether a site is random: no plate's indices, no deterministic value and no factor."""
+    helper = node["type"] != "sample" or site_is_subsample(node) or bool(node["infer"].get("_deterministic"))
+    return not helper and not isinstance(node["fn"], dist.Unit)
+
+
+def rows_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """N: the length of the first tensor among a call's arguments."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
+    if not tensors:
+        raise ValueError("the model's arguments hold no tensor, whose rows the outcomes could belong to")
+    return len(tensors[0])
+
+
+_SHAPES = frozenset({"squeeze", "unsqueeze", "flatten", "reshape", "view", "__getitem__"})
+_NOTED = _SHAPES | {"broadcast_tensors", "expand", "sigmoid", "softmax", "logsumexp", "sum", "sub", "div"}
+
+
+class Origins(TorchFunctionMode):
+    """
+    Within it, remembers of which logits probabilities were made: a softmax of confident logits has zeros, whose logarithm has lost value
+    and gradient, and a distribution keeps none of the logits that it was given.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: dict[int, tuple[Tensor, str, Tensor, int | None]] = {}  # the tensors, so that no other gets their ids
+
+    def of(self, probs: Tensor, function: str) -> Tensor | None:
+        """The logits of which probabilities are the ``"softmax"`` or ``"sigmoid"``; None if that is not known."""
+        found = self._logits(probs, function)
+        inner = None if found is None else self._logits(found, "log_softmax")
+        return found if inner is None else inner
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name, x = getattr(func, "__name__", ""), args[0] if args else None
+        if name not in _NOTED:  # before any look at a tensor, which is a call of its own for the modes outside
+            pass
+        elif name == "broadcast_tensors":
+            for value, old in zip(result, args, strict=True) if len(args) == 1 else ():
+                if old.shape == value.shape:
+                    self._pass_on(old, value)
+        elif not isinstance(x, Tensor) or not isinstance(result, Tensor) or result is x or result.dtype != x.dtype:
+            pass
+        elif name == "expand" and result.shape == x.shape:  # Pyro's plates, whether there is something to expand or not
+            self._pass_on(x, result)
+        elif name == "sigmoid" or (name == "softmax" and _last(x, args, kwargs)):
+            self._note(result, name, x)
+        elif name in ("logsumexp", "sum") and _last(x, args, kwargs) and result.shape == (*x.shape[:-1], 1):
+            self._note(result, name, x)
+        elif name in ("sub", "div") and len(args) == 2 and not kwargs:
+            whole = self._logits(args[1], "logsumexp" if name == "sub" else "sum") if isinstance(args[1], Tensor) else None
+            if whole is x and name == "sub":
+                self._note(result, "log_softmax", x)
+            elif whole is x and self._logits(x, "softmax") is not None:
+                self._pass_on(x, result)
+        elif name in _SHAPES:
+            logits = self._logits(x, "sigmoid")
+            if logits is not None:
+                self._note(result, "sigmoid", func(logits, *args[1:], **kwargs))
+        return result
+
+    def _note(self, value: Tensor, made_by: str, of: Tensor) -> None:
+        self._found[id(value)] = value, made_by, of, _version(of)
+
+    def _pass_on(self, old: Tensor, new: Tensor) -> None:
+        if id(old) in self._found:
+            self._found[id(new)] = new, *self._found[id(old)][1:]
+
+    def _logits(self, value: Tensor, function: str) -> Tensor | None:
+        found = self._found.get(id(value))
+        return found[2] if found is not None and found[1] == function and _version(found[2]) == found[3] else None
+
+
+def _last(x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a reduction is over the last dimension."""
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    return dim in (-1, x.dim() - 1, (-1,), [-1])
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often it was written to; torch has no public way to tell."""
+    return None if tensor.is_inference() else tensor._version
