@@ -143,10 +143,21 @@ def test_rows_sorted_by_class_hide_nothing():
             ab.Potential(WRONG[name][0], (X[order], CLASSES[order]), batch_size=10, backend="handlers")
 
 
-def test_labels_that_alternate_hide_nothing():
-    """Of two classes a half at random has rows of both, mostly; halves by label have not."""
+def test_halves_by_label_show_what_halves_at_random_hide():
+    """The rows that are looked at have the labels 0101 and 0001: either half has the largest of the whole, unless they are sorted."""
     with pytest.raises(ValueError, match=NUMBERS):
-        ab.Potential(classes_of_the_batch, (X, torch.arange(N) % 2), batch_size=10, backend="handlers")
+        ab.Potential(classes_of_the_batch, (X, (torch.arange(N) % 16 == 8).long()), batch_size=10, backend="handlers")
+
+
+def test_a_draw_without_a_finite_likelihood_is_followed_by_another():
+    def model(x, y):
+        mean = torch.where(weights().abs().max() < 100.0, -1.0, -torch.inf) / len(x)
+        with pyro.plate("data", len(x)):
+            pyro.factor("loss", mean.expand(len(x)))
+
+    with pytest.raises(ValueError, match=NUMBERS):
+        far = init_to_value(values={"w": torch.full((3,), 200.0)})
+        ab.Potential(model, (X, Y), batch_size=10, backend="handlers", init_strategy=far)
 
 
 def test_a_half_without_a_finite_likelihood_is_refused():

@@ -8,7 +8,7 @@ SCALE, NOTICES = "test_scale.py", "test_notices.py"
 LIKELIHOOD, ROWS = "infer/test_likelihood.py", "infer/test_arviz_rows.py"
 LABELS_HIDDEN = (
     f"{SCALE}::test_rows_sorted_by_class_hide_nothing",
-    f"{SCALE}::test_labels_that_alternate_hide_nothing",
+    f"{SCALE}::test_halves_by_label_show_what_halves_at_random_hide",
     f"{SCALE}::test_one_row_in_a_thousand_of_the_last_class_is_enough",
 )
 PRECISION = (
@@ -81,7 +81,7 @@ MUTATIONS = [
         (
             f"{SCALE}::test_a_likelihood_that_is_no_sum_over_rows_is_refused_with_both_numbers_and_the_cause",
             f"{SCALE}::test_a_half_without_a_finite_likelihood_is_refused",
-            f"{SCALE}::test_a_model_without_a_finite_likelihood_is_left_to_the_search_for_a_start",
+            f"{SCALE}::test_a_draw_without_a_finite_likelihood_is_followed_by_another",
             f"{SCALE}::test_a_start_where_all_is_well_fitted_is_let_pass",
             f"{SCALE}::test_a_sum_over_rows_is_let_pass",
         ),
