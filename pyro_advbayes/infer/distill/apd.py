@@ -222,7 +222,8 @@ class APD:
         :param num_draws: that the rows stand for.
         :param save: called every ``checkpoint_every`` steps, where there is to be a checkpoint.
         """
-        settings, over = self.settings, False
+        # a checkpoint may be of the very step at which training stopped
+        settings, over = self.settings, stopping is not None and stopping.over
         bar = tqdm(total=last, initial=training.steps, desc="APD", disable=True if self.disable_progbar else None, mininterval=0.5)
         with bar:
             while training.steps < last and not over:

@@ -21,7 +21,16 @@ from pyro_advbayes.infer.distill.reservoir import Reservoir
 from pyro_advbayes.infer.distill.stopping import Stopping, refuse_few
 from pyro_advbayes.infer.distill.training import Training
 from pyro_advbayes.infer.mcmc import files
-from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, data_digests, fingerprint, load_kernel, model_name, schedule_values
+from pyro_advbayes.infer.mcmc.fingerprint import (
+    KERNEL_FIELDS,
+    check_fingerprint,
+    data_digests,
+    fingerprint,
+    kernel_content,
+    load_kernel,
+    model_name,
+    schedule_values,
+)
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.threads import one_thread
 
@@ -136,8 +145,8 @@ class OnlineAPD:
         :raises ValueError: if it is truncated or no checkpoint of this class, or if generator, model, kernel or data are others.
         """
         content = files.load(Path(path), "checkpoint of OnlineAPD")
-        kinds = dict.fromkeys(("run", "settings", "fingerprint", "kernel", "reservoir", "progress", "random"), dict)
-        files.check_fields(Path(path), content, {**kinds, "energy": Tensor, "training": object, "stopping": object, "generator": object})
+        kinds = {**dict.fromkeys(("run", "settings", "fingerprint", "reservoir", "progress", "random"), dict), **KERNEL_FIELDS}
+        files.check_fields(Path(path), content, {**kinds, "training": object, "stopping": object, "generator": object})
         files.check_fields(Path(path), content["kernel"], {"theta": Tensor}, "kernel")
         files.check_fields(Path(path), content["run"], {"num_chains": int}, "run")
         if content["run"]["num_chains"] != len(content["kernel"]["theta"]):  # before chains are set up
@@ -150,7 +159,7 @@ class OnlineAPD:
     def _resume_from(self, content: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Fit:
         self._set_up(args, kwargs, find_start=False)
         check_fingerprint(self._fingerprint, content["fingerprint"], self._fitter.checkpoint)
-        load_kernel(self.kernel, content["kernel"], content["energy"], self._fitter.checkpoint)
+        load_kernel(self.kernel, content, self._fitter.checkpoint)
         with files.reading(self._fitter.checkpoint):
             self._reservoir.load(content["reservoir"])
             progress = _Progress(**content["progress"])
@@ -248,8 +257,7 @@ class OnlineAPD:
             },
             "settings": {name: value for name, value in asdict(fitter.settings).items() if name != "num_steps" or self._goes_on},
             "fingerprint": self._fingerprint,
-            "energy": kernel.reference_energy(),
-            "kernel": kernel.state(),
+            **kernel_content(kernel),
             "reservoir": self._reservoir.state(),
             "progress": asdict(at),
             "generator": dict(self.guide.network.state_dict()) if training is None else None,

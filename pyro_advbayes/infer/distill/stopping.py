@@ -70,6 +70,11 @@ class Stopping:
         self.since_best += 1
         if self.best is None or self.distance < self.best[0]:
             self.best, self.since_best = (self.distance, [p.detach().clone() for p in parameters]), 0
+        return self.over
+
+    @property
+    def over(self) -> bool:
+        """Whether it is time to stop, of a state that was loaded too."""
         return self.arrived or self.since_best >= PATIENCE
 
     @property

@@ -20,7 +20,15 @@ from pyro_advbayes.batches import is_loader
 from pyro_advbayes.infer.mcmc import files, summary
 from pyro_advbayes.infer.mcmc.assessment import Assessment, SamplingWarning, assess
 from pyro_advbayes.infer.mcmc.draws import PREFIXES, Field, FileDraws, MemoryDraws, refuse_name
-from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, data_digests, fingerprint, load_kernel, schedule_values
+from pyro_advbayes.infer.mcmc.fingerprint import (
+    KERNEL_FIELDS,
+    check_fingerprint,
+    data_digests,
+    fingerprint,
+    kernel_content,
+    load_kernel,
+    schedule_values,
+)
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.threads import one_thread
 
@@ -169,7 +177,7 @@ class SGMCMC(AbstractMCMC):
         :raises RuntimeError: if another run writes to the file of draws, or another thread samples.
         """
         content = files.load(Path(path), _KIND)
-        files.check_fields(Path(path), content, {"runner": dict, "fingerprint": dict, "energy": Tensor, "kernel": dict})
+        files.check_fields(Path(path), content, {"runner": dict, "fingerprint": dict, **KERNEL_FIELDS})
         settings = content["runner"]
         _check_content(Path(path), settings, content["kernel"])
         dtype = settings.pop("draws_dtype")
@@ -192,7 +200,7 @@ class SGMCMC(AbstractMCMC):
         kernel = self.kernel
         self._setup(args, kwargs, find_start=False)
         check_fingerprint(self._fingerprint(), content["fingerprint"], self.checkpoint)
-        load_kernel(kernel, content["kernel"], content["energy"], self.checkpoint)
+        load_kernel(kernel, content, self.checkpoint)
         done = kernel._samples
         if not self.draws_path.exists():
             raise FileNotFoundError(f"{self.draws_path}: the draws that belong to {self.checkpoint} are missing")
@@ -298,8 +306,7 @@ class SGMCMC(AbstractMCMC):
                 "draws_dtype": None if self.draws_dtype is None else str(self.draws_dtype).removeprefix("torch."),
             },
             "fingerprint": self._fingerprint(),
-            "energy": self.kernel.reference_energy(),
-            "kernel": self.kernel.state(),
+            **kernel_content(self.kernel),
         }
         files.save(self.checkpoint, content, _KIND)
 
