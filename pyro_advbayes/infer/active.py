@@ -77,6 +77,7 @@ def active_learning(
     :raises ValueError: naming the argument that is out of range, a pool that is too small, inputs that are more or fewer than their
         classes, or a file of another run.
     :raises FileNotFoundError: if the folder of ``path`` is missing.
+    :raises RuntimeError: if another run writes to ``path``.
     """
     x, y = pool
     if num_initial is not None and per_class is not None:
@@ -96,30 +97,33 @@ def active_learning(
         path = Path(path)
         files.refuse_existing(path, overwrite=True)
         settings |= _fingerprint(pool, test)
-    pyro.set_rng_seed(seed)
-    labelled, scores = task.first(y), []
-    first = len(labelled)
-    if path is not None and path.exists():
-        labelled, scores, then = _load(path, settings, x.device)
-        sources.check(made_of, then, "fit", path)
-        made_of = {part: made_of[part] for part in then if part in made_of}
-        scores = scores[: num_rounds + 1]
-    fitted = False
-    bar = tqdm(total=num_rounds + 1, initial=len(scores), desc=settings["acquisition"], disable=True if disable_progbar else None)
-    with bar:
-        while len(scores) <= num_rounds:
-            predictor = fit(x[labelled], y[labelled])
-            if path is not None and not fitted:  # what a fit changes (a log, a counter) is no part of what it is
-                after, fitted = sources.parts(fit), True
-                made_of = {part: digest for part, digest in made_of.items() if after.get(part) == digest}
-            scores.append(task.judge(predictor, *test))
-            # a longer run, where the pool has room for one, goes on from what is asked for after the last round
-            if len(scores) <= num_rounds or (path is not None and len(labelled) + per_round <= len(y)):
-                labelled = torch.cat([labelled, _ask(task, predictor, x, labelled, settings)])
-            if path is not None:
-                _save(path, settings, labelled, scores, made_of)
-            bar.set_postfix(labels=len(labelled), refresh=False, **task.in_words(scores[-1]))
-            bar.update()
+    with files.Held(path) as held:
+        pyro.set_rng_seed(seed)
+        labelled, scores = task.first(y), []
+        first = len(labelled)
+        if path is not None and path.exists():
+            labelled, scores, then = _load(path, settings, x.device)
+            task.check(path, scores)
+            _check_labelled(path, labelled, len(y), first, per_round, len(scores))
+            sources.check(made_of, then, "fit", path)
+            made_of = {part: made_of[part] for part in then if part in made_of}
+            scores = scores[: num_rounds + 1]
+        fitted = False
+        hidden = True if disable_progbar else None
+        with tqdm(total=num_rounds + 1, initial=len(scores), desc=settings["acquisition"], disable=hidden) as bar:
+            while len(scores) <= num_rounds:
+                predictor = fit(x[labelled], y[labelled])
+                if path is not None and not fitted:  # what a fit changes (a log, a counter) is no part of what it is
+                    after, fitted = sources.parts(fit), True
+                    made_of = {part: digest for part, digest in made_of.items() if after.get(part) == digest}
+                scores.append(task.judge(predictor, *test))
+                # a longer run, where the pool has room for one, goes on from what is asked for after the last round
+                if len(scores) <= num_rounds or (path is not None and len(labelled) + per_round <= len(y)):
+                    labelled = torch.cat([labelled, _ask(task, predictor, x, labelled, settings)])
+                if path is not None:
+                    _save(held, settings, labelled, scores, made_of)
+                bar.set_postfix(labels=len(labelled), refresh=False, **task.in_words(scores[-1]))
+                bar.update()
     return task.curve(first + per_round * torch.arange(num_rounds + 1), torch.tensor(scores, dtype=torch.float64))
 
 
@@ -188,6 +192,11 @@ class _Classification(NamedTuple):
     def judge(self, classifier: Any, x: Tensor, y: Tensor) -> float:
         return float((_probs(classifier, x).mean(0).argmax(-1) == y).double().mean())
 
+    def check(self, path: Path, scores: list[Any]) -> None:
+        """:raises ValueError: if a file holds something else than scores."""
+        if not scores or not all(isinstance(score, float) and 0.0 <= score <= 1.0 for score in scores):
+            raise files.FileError(f"{path}: its accuracies are {str(scores)[:100]}: it is spoilt")
+
     def acquire(self, classifier: Any, x: Tensor, count: int, acquisition: str) -> Tensor:
         return acquire(_probs(classifier, x), count, acquisition)
 
@@ -212,6 +221,11 @@ class _Regression(NamedTuple):
         mean, scale = _normals(law, x)
         return [rmse(mean, y), float(log_predictive_density(Normal(mean, scale).log_prob(y)).double().mean())]
 
+    def check(self, path: Path, scores: list[Any]) -> None:
+        pairs = [score if isinstance(score, (list, tuple)) else [score] for score in scores]
+        if not scores or not all(len(pair) == 2 and all(isinstance(each, float) for each in pair) for pair in pairs):
+            raise files.FileError(f"{path}: its scores are {str(scores)[:100]}: it is spoilt")
+
     def acquire(self, law: Any, x: Tensor, count: int, acquisition: str) -> Tensor:
         return acquire_regression(*_normals(law, x), count, acquisition)
 
@@ -221,6 +235,16 @@ class _Regression(NamedTuple):
     def curve(self, num_labels: Tensor, scores: Tensor) -> RegressionCurve:
         """:param scores: ``[rounds, 2]``."""
         return RegressionCurve(num_labels, *scores.T[:, None])
+
+
+def _check_labelled(path: Path, labelled: Tensor, size: int, first: int, per_round: int, rounds: int) -> None:
+    """:raises ValueError: if a file says that other inputs were labelled than may be after so many rounds."""
+    whole = labelled.dim() == 1 and labelled.dtype == torch.int64
+    lengths = [first + per_round * (rounds - 1), first + per_round * rounds]  # what is wanted next is there, where the pool has room
+    if not whole or len(labelled) not in lengths or len(labelled.unique()) < len(labelled) or not 0 <= int(labelled.min()):
+        raise files.FileError(f"{path}: its labelled inputs are not those of {rounds} rounds: it is spoilt")
+    if int(labelled.max()) >= size:
+        raise files.FileError(f"{path}: input {int(labelled.max())} is labelled of {size}: it is spoilt")
 
 
 def _ask(task: _Classification | _Regression, predictor: Any, x: Tensor, labelled: Tensor, settings: Mapping[str, Any]) -> Tensor:
@@ -261,10 +285,10 @@ def _fingerprint(pool: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> di
     return {**digests, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _save(path: Path, settings: Mapping[str, Any], labelled: Tensor, scores: list[Any], made_of: Mapping[str, str]) -> None:
+def _save(held: files.Held, settings: Mapping[str, Any], labelled: Tensor, scores: list[Any], made_of: Mapping[str, str]) -> None:
     # scores of whatever kind are called what files of classifications have always called them
     state = {"settings": dict(settings), "fit": dict(made_of), "labelled": labelled, "accuracies": scores}
-    files.save(path, {**state, "random": files.random_state(labelled.device)}, _KIND)
+    held.save({**state, "random": files.random_state(labelled.device)}, _KIND)
 
 
 def _load(path: Path, settings: Mapping[str, Any], device: torch.device) -> tuple[Tensor, list[Any], dict[str, str]]:

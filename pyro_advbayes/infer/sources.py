@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_advbayes.infer.mcmc.files import FileError
 from pyro_advbayes.infer.mcmc.fingerprint import tensor_digest
 from pyro_advbayes.infer.mcmc.reference import parameters
 
@@ -45,9 +46,11 @@ def check(now: Mapping[str, str], then: Mapping[str, Any], name: str, path: Path
     :param name: of the argument that it is.
     :raises ValueError: naming what is another. Warns where another Python, which has other byte code, leaves nothing to compare.
     """
-    if now[_PYTHON] != then.get(_PYTHON):
+    if not all(isinstance(each, str) for each in (then.get(_PYTHON), *then.values())):
+        raise FileError(f"{path}: what it says of its {name} is no text: it is spoilt")
+    if now[_PYTHON] != then[_PYTHON]:
         warnings.warn(
-            f"{path} was written by Python {str(then.get(_PYTHON))[:20]}, here it is {now[_PYTHON]}: whether {name} is the same function "
+            f"{path} was written by Python {then[_PYTHON][:20]}, here it is {now[_PYTHON]}: whether {name} is the same function "
             "cannot be told",
             stacklevel=4,
         )

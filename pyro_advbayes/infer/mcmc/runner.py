@@ -109,6 +109,7 @@ class SGMCMC(AbstractMCMC):
         self._initial = initial_params
         self._draws: MemoryDraws | FileDraws | None = None
         self._assessment = Assessment()
+        self._held = files.Held(self.checkpoint)
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
 
@@ -135,7 +136,7 @@ class SGMCMC(AbstractMCMC):
         :param args: the model's arguments, or one loader of them.
         :param kwargs: the model's keyword arguments.
         :raises OSError: if the disk becomes full; says how many draws are safe.
-        :raises RuntimeError: if another run writes to the file of draws, or another thread samples.
+        :raises RuntimeError: if another run writes to the files, or another thread samples.
         """
         self._left_out, self._draws = [], None
         if self.checkpoint is not None:
@@ -145,7 +146,7 @@ class SGMCMC(AbstractMCMC):
             self._refuse_one_file()
             with files.unused(self.draws_path):
                 pass  # before the model is looked at
-        with one_thread(), poutine.block(), pyro.validation_enabled(False):
+        with files.Held(self.checkpoint) as self._held, one_thread(), poutine.block(), pyro.validation_enabled(False):
             self._setup(args, kwargs)
             if self.checkpoint is not None:
                 # one of an earlier run, beside the draws of this one, would be resumed from with draws that nobody made
@@ -174,25 +175,27 @@ class SGMCMC(AbstractMCMC):
         :raises FileNotFoundError: if checkpoint or draws are missing.
         :raises ValueError: if the file is truncated, spoilt, of another version or kind, or the model, kernel or data are others; says what
             differs.
-        :raises RuntimeError: if another run writes to the file of draws, or another thread samples.
+        :raises RuntimeError: if another run writes to the files, or another thread samples.
         """
-        content = files.load(Path(path), _KIND)
-        files.check_fields(Path(path), content, {"runner": dict, "fingerprint": dict, **KERNEL_FIELDS})
-        settings = content["runner"]
-        _check_content(Path(path), settings, content["kernel"])
-        dtype = settings.pop("draws_dtype")
-        draws = Path(path).parent / settings.pop("draws")
-        mcmc = cls(
-            kernel,
-            **settings,
-            hook_fn=hook_fn,
-            disable_progbar=disable_progbar,
-            checkpoint=path,
-            draws=draws,
-            draws_dtype=None if dtype is None else getattr(torch, dtype),
-        )
-        with one_thread(), poutine.block(), pyro.validation_enabled(False):
-            mcmc._resume_from(content, args, kwargs)
+        with files.Held(Path(path)) as held:
+            content = files.load(Path(path), _KIND)
+            files.check_fields(Path(path), content, {"runner": dict, "fingerprint": dict, **KERNEL_FIELDS})
+            settings = content["runner"]
+            _check_content(Path(path), settings, content["kernel"])
+            dtype = settings.pop("draws_dtype")
+            draws = Path(path).parent / settings.pop("draws")
+            mcmc = cls(
+                kernel,
+                **settings,
+                hook_fn=hook_fn,
+                disable_progbar=disable_progbar,
+                checkpoint=path,
+                draws=draws,
+                draws_dtype=None if dtype is None else getattr(torch, dtype),
+            )
+            mcmc._held = held
+            with one_thread(), poutine.block(), pyro.validation_enabled(False):
+                mcmc._resume_from(content, args, kwargs)
         mcmc._warn()
         return mcmc
 
@@ -308,7 +311,7 @@ class SGMCMC(AbstractMCMC):
             "fingerprint": self._fingerprint(),
             **kernel_content(self.kernel),
         }
-        files.save(self.checkpoint, content, _KIND)
+        self._held.save(content, _KIND)
 
     def _fingerprint(self) -> dict[str, Any]:
         return fingerprint(self.kernel, self._scheduled, self._data)
