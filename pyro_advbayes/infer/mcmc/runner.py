@@ -174,7 +174,8 @@ class SGMCMC(AbstractMCMC):
         :return: the finished runner.
         :raises FileNotFoundError: if checkpoint or draws are missing.
         :raises ValueError: if the file is truncated, spoilt, of another version or kind, or the model, kernel or data are others; says what
-            differs.
+            differs. Priors, likelihoods and functions are told by what they compute on fixed inputs, a loader by the first 16 batches
+            (or 16 MiB) that it gives from a fixed random state; one that then gives others every time is named when the run starts.
         :raises RuntimeError: if another run writes to the files, or another thread samples.
         """
         with files.Held(Path(path)) as held:
