@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.util import get_rng_state, set_rng_state
+from pyro.util import get_rng_state, set_rng_seed, set_rng_state
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -17,6 +17,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -27,6 +28,9 @@ from pyro_advbayes.given import as_tensor, is_array, is_pandas, kind
 from pyro_advbayes.refusals import Mismatch, label_of
 
 Batch = tuple[Tensor, ...]
+
+# By how many batches a loader is known, and after how many bytes no more are looked at.
+LOOKED_AT, LOOKED_AT_BYTES = 16, 2**24
 
 _SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)  # which tell how many rows they choose from
 
@@ -253,14 +257,45 @@ class Loader:
 
     @property
     def tensors(self) -> Batch:
-        """The data behind the loader, where it is tensors."""
-        dataset = getattr(self.loader, "dataset", None)
-        return dataset.tensors if isinstance(dataset, TensorDataset) else ()
+        """What the loader holds as tensors: the data behind it, or the batches themselves, and what its sampler chooses rows by."""
+        if isinstance(self.loader, (list, tuple)):
+            return tuple(value for number, item in enumerate(self.loader, 1) for value in self._tensors(item, number))
+        dataset, sampler = getattr(self.loader, "dataset", None), _sampler(self.loader)
+        found = list(dataset.tensors) if isinstance(dataset, TensorDataset) else []
+        chosen = [getattr(part, name, None) for part, name in ((dataset, "indices"), (sampler, "indices"), (sampler, "weights"))]
+        found += [rows for rows in chosen if isinstance(rows, Tensor)]
+        numbers = [list(rows) for rows in chosen if isinstance(rows, Sequence)]
+        return (*found, *(torch.tensor(rows) for rows in numbers if all(isinstance(row, int) for row in rows)))
 
     def describe(self) -> list[Any]:
         """Plain values in which loaders that give other batches of the same data mostly differ."""
         sampler = getattr(self.loader, "sampler", None)
         return [type(self.loader).__name__, type(sampler).__name__, self.batch_size, getattr(self.loader, "drop_last", None)]
+
+    def first_batches(self) -> Iterator[Batch]:
+        """
+        Those of an epoch that begins under a fixed random state, up to 16 of them or 16 MiB: what tells one loader from another. Stream and
+        generators are in the end where they were. The first batches of a loader that can be replayed are always the same.
+        """
+        shared, own = get_rng_state(), self._own_states()
+        place = None if self._iterator is None else self.state()  # a loader whose workers live on has one iterator
+        size = 0
+        try:
+            set_rng_seed(0)
+            for generator in self._own_generators():
+                generator.manual_seed(0)
+            for number, item in enumerate(self.loader, 1):
+                batch = self._tensors(item, number)
+                yield batch
+                size += sum(value.nbytes for value in batch)
+                if number == LOOKED_AT or size >= LOOKED_AT_BYTES:
+                    break
+        finally:
+            if place is None:
+                self._set_own_states(own)
+            else:
+                self.load(place)
+            set_rng_state(shared)
 
     def next(self) -> Batch:
         """
@@ -343,9 +378,11 @@ class Loader:
         return tuple(item) if self.device is None else tuple(value.to(self.device) for value in item)
 
     def _own_generators(self) -> list[torch.Generator]:
-        """Generators that the loader or its samplers have to themselves."""
-        batch_sampler = getattr(self.loader, "batch_sampler", None)
-        parts = (self.loader, getattr(self.loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+        """Generators that the loader, its samplers or its data set have to themselves."""
+        batch_sampler, dataset = getattr(self.loader, "batch_sampler", None), getattr(self.loader, "dataset", None)
+        parts = [self.loader, getattr(self.loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None), dataset]
+        while isinstance(dataset, Subset):
+            parts.append(dataset := dataset.dataset)
         found = [g for part in parts for g in getattr(part, "__dict__", {}).values() if isinstance(g, torch.Generator)]
         return list({id(generator): generator for generator in found}.values())
 

@@ -10,6 +10,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -475,6 +476,13 @@ class Potential:
         """U at one row ``[size]`` on the first probe, by Pyro's handlers: tells one model from another."""
         return self._functions.by_handlers(row, self.scalar(1.0), self.probes(0)[0], with_gradient=False)[0]
 
+    def reference_trace(self, row: Tensor) -> Trace:
+        """What the model does at one row ``[size]`` on the first probe, with log-densities."""
+        with torch.no_grad(), pyro.validation_enabled(False):
+            trace = self._trace(self._values(row)[0], self.probes(0)[0])
+            trace.compute_log_prob()
+        return trace
+
     def shared_gradient(self, row: Tensor, batch: Batch, temperature: float = 1.0) -> Tensor:
         """The gradient at one row ``[size]`` from a batch that no chain has to itself (:meth:`batches.epoch`)."""
         return self._functions.by_handlers(row, self.scalar(temperature), self._inputs(batch))[1]
@@ -492,6 +500,11 @@ class Potential:
     def log_density(self, row: Tensor, temperature: Tensor, *tensors: Tensor) -> Tensor:
         """U of one chain: everything else evaluates, differentiates, batches or traces this (or :meth:`data_loss`)."""
         values, log_jacobian = self._values(row)
+        trace = self._trace(values, tensors)
+        return -(trace.log_prob_sum() + temperature * log_jacobian).to(row.dtype)
+
+    def _trace(self, values: dict[str, Tensor], tensors: Sequence[Tensor]) -> Trace:
+        """The model at given values of its sites, scaled to the whole data set."""
         model = self.model
         if self.structure.scaling == "minibatch":
             model = MinibatchMessenger(self.structure.plate_size, self.structure.plate, self.structure.prior_factors, self.copies)(model)
@@ -499,8 +512,7 @@ class Potential:
             *tensors, values[self.structure.plate] = tensors
         args, kwargs = self.arguments.replace(tensors)
         with poutine.block(), UnvalidatedMessenger(), self.covering():
-            trace = poutine.trace(poutine.condition(model, values)).get_trace(*args, **kwargs)
-        return -(trace.log_prob_sum() + temperature * log_jacobian).to(row.dtype)
+            return poutine.trace(poutine.condition(model, values)).get_trace(*args, **kwargs)
 
     def covering(self) -> Any:
         """A handler under which observations that a mask covers may be NaN, where some are or a loader may bring some."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 import zipfile
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 DATA_VARIABLE = "PYRO_ADVBAYES_DATA"
+EXPANDED = 2**28  # bytes to which any array of a file may expand
 
 
 def find_file(root: str | Path | None, file: str, *, remedy: str) -> Path:
@@ -58,7 +60,8 @@ def read_npz(path: Path, num_dims: dict[str, int]) -> dict[str, Tensor]:
 
     :param path: the file.
     :param num_dims: the arrays to read, by name, with the number of dimensions that each must have.
-    :raises ValueError: if the file is truncated, or an array is absent, of another rank, or not of integers.
+    :raises ValueError: if the file is truncated, an array is absent, of another rank, or not of integers, or the file expands to far more
+        than it is (over 256 MiB and a hundred times its size), before there is memory for it.
     """
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not a whole npz file: delete it and fetch it again")
@@ -66,13 +69,33 @@ def read_npz(path: Path, num_dims: dict[str, int]) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as file:
             if absent := sorted(set(num_dims) - set(file.files)):
                 raise ValueError(f"it lacks {', '.join(absent)}; it holds {', '.join(file.files)}")
+            for name in num_dims:
+                _check_member(file.zip, name, num_dims[name])
             arrays = {name: file[name] for name in num_dims}
-        for name, array in arrays.items():
-            if array.dtype.kind not in "iu" or array.ndim != num_dims[name]:
-                raise ValueError(f"{name} must be {num_dims[name]}-dimensional integers, not {array.dtype}{list(array.shape)}")
     except (EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as this set: {error}") from error
     return {name: torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False)) for name, array in arrays.items()}
+
+
+def _check_member(file: zipfile.ZipFile, name: str, num_dims: int) -> None:
+    """Refuses an array by its header."""
+    member = f"{name}.npy" if f"{name}.npy" in file.namelist() else name
+    with file.open(member) as array:
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        version = np.lib.format.read_magic(array)
+        if version not in readers:
+            raise ValueError(f"{name} is of version {version} of the format, which no integers need")
+        shape, _, dtype = readers[version](array)
+        start = array.tell()
+    if dtype.hasobject:
+        return  # which NumPy refuses to unpickle
+    if dtype.kind not in "iu" or len(shape) != num_dims:
+        raise ValueError(f"{name} must be {num_dims}-dimensional integers, not {dtype}{list(shape)}")
+    size, info = start + math.prod(shape) * dtype.itemsize, file.getinfo(member)
+    if size != info.file_size:
+        raise ValueError(f"{name} of shape {list(shape)} takes {size} bytes, and it holds {info.file_size}")
+    if size > EXPANDED and size > 100 * info.compress_size:
+        raise ValueError(f"{name} would expand from {info.compress_size} bytes to {size}")
 
 
 def read_table(path: Path) -> np.ndarray:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from pyro_advbayes.diagnostics import LearningCurve, RegressionCurve, acquire, acquire_regression, log_predictive_density, rmse
 from pyro_advbayes.diagnostics.acquisition import ACQUISITIONS, REGRESSION_ACQUISITIONS
 from pyro_advbayes.given import need_tensor
+from pyro_advbayes.infer import sources
 from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, tensor_digest
 
@@ -69,12 +70,14 @@ def active_learning(
         uncertain of thousands tend to be of one kind; about ten for each label that is asked for keep a round of them varied.
     :param int seed: of everything that is random, fits included.
     :param path: a file that keeps every finished round; where there is one, the run goes on from it, to the same end. Pool, test set and
-        arguments must be the same, bit for bit, but for ``num_rounds``: more go on from those kept, fewer return the first of them.
+        arguments must be the same, bit for bit, but for ``num_rounds``: more go on from those kept, fewer return the first of them. Of
+        ``fit`` that is its code and what it holds in closure, defaults and globals, but for what it changes itself.
     :param bool disable_progbar: no progress bar; there is none where the output is no terminal.
     :return: accuracy of the mean prediction after every fit, or a regression's scores, as one repetition.
     :raises ValueError: naming the argument that is out of range, a pool that is too small, inputs that are more or fewer than their
         classes, or a file of another run.
     :raises FileNotFoundError: if the folder of ``path`` is missing.
+    :raises RuntimeError: if another run writes to ``path``.
     """
     x, y = pool
     if num_initial is not None and per_class is not None:
@@ -88,29 +91,39 @@ def active_learning(
         "seed": seed,
     }
     _check({**settings, "num_rounds": num_rounds}, pool, test)
+    made_of = None if path is None else sources.parts(fit)
     task = _Regression(num_initial) if regression else _Classification(settings["per_class"])
     if path is not None:
         path = Path(path)
         files.refuse_existing(path, overwrite=True)
         settings |= _fingerprint(pool, test)
-    pyro.set_rng_seed(seed)
-    labelled, scores = task.first(y), []
-    first = len(labelled)
-    if path is not None and path.exists():
-        labelled, scores = _load(path, settings, x.device)
-        scores = scores[: num_rounds + 1]
-    bar = tqdm(total=num_rounds + 1, initial=len(scores), desc=settings["acquisition"], disable=True if disable_progbar else None)
-    with bar:
-        while len(scores) <= num_rounds:
-            predictor = fit(x[labelled], y[labelled])
-            scores.append(task.judge(predictor, *test))
-            # a longer run, where the pool has room for one, goes on from what is asked for after the last round
-            if len(scores) <= num_rounds or (path is not None and len(labelled) + per_round <= len(y)):
-                labelled = torch.cat([labelled, _ask(task, predictor, x, labelled, settings)])
-            if path is not None:
-                _save(path, settings, labelled, scores)
-            bar.set_postfix(labels=len(labelled), refresh=False, **task.in_words(scores[-1]))
-            bar.update()
+    with files.Held(path) as held:
+        pyro.set_rng_seed(seed)
+        labelled, scores = task.first(y), []
+        first = len(labelled)
+        if path is not None and path.exists():
+            labelled, scores, then = _load(path, settings, x.device)
+            task.check(path, scores)
+            _check_labelled(path, labelled, len(y), first, per_round, len(scores))
+            sources.check(made_of, then, "fit", path)
+            made_of = {part: made_of[part] for part in then if part in made_of}
+            scores = scores[: num_rounds + 1]
+        fitted = False
+        hidden = True if disable_progbar else None
+        with tqdm(total=num_rounds + 1, initial=len(scores), desc=settings["acquisition"], disable=hidden) as bar:
+            while len(scores) <= num_rounds:
+                predictor = fit(x[labelled], y[labelled])
+                if path is not None and not fitted:  # what a fit changes (a log, a counter) is no part of what it is
+                    after, fitted = sources.parts(fit), True
+                    made_of = {part: digest for part, digest in made_of.items() if after.get(part) == digest}
+                scores.append(task.judge(predictor, *test))
+                # a longer run, where the pool has room for one, goes on from what is asked for after the last round
+                if len(scores) <= num_rounds or (path is not None and len(labelled) + per_round <= len(y)):
+                    labelled = torch.cat([labelled, _ask(task, predictor, x, labelled, settings)])
+                if path is not None:
+                    _save(held, settings, labelled, scores, made_of)
+                bar.set_postfix(labels=len(labelled), refresh=False, **task.in_words(scores[-1]))
+                bar.update()
     return task.curve(first + per_round * torch.arange(num_rounds + 1), torch.tensor(scores, dtype=torch.float64))
 
 
@@ -179,6 +192,11 @@ class _Classification(NamedTuple):
     def judge(self, classifier: Any, x: Tensor, y: Tensor) -> float:
         return float((_probs(classifier, x).mean(0).argmax(-1) == y).double().mean())
 
+    def check(self, path: Path, scores: list[Any]) -> None:
+        """:raises ValueError: if a file holds something else than scores."""
+        if not scores or not all(isinstance(score, float) and 0.0 <= score <= 1.0 for score in scores):
+            raise files.FileError(f"{path}: its accuracies are {str(scores)[:100]}: it is spoilt")
+
     def acquire(self, classifier: Any, x: Tensor, count: int, acquisition: str) -> Tensor:
         return acquire(_probs(classifier, x), count, acquisition)
 
@@ -203,6 +221,11 @@ class _Regression(NamedTuple):
         mean, scale = _normals(law, x)
         return [rmse(mean, y), float(log_predictive_density(Normal(mean, scale).log_prob(y)).double().mean())]
 
+    def check(self, path: Path, scores: list[Any]) -> None:
+        pairs = [score if isinstance(score, (list, tuple)) else [score] for score in scores]
+        if not scores or not all(len(pair) == 2 and all(isinstance(each, float) for each in pair) for pair in pairs):
+            raise files.FileError(f"{path}: its scores are {str(scores)[:100]}: it is spoilt")
+
     def acquire(self, law: Any, x: Tensor, count: int, acquisition: str) -> Tensor:
         return acquire_regression(*_normals(law, x), count, acquisition)
 
@@ -212,6 +235,16 @@ class _Regression(NamedTuple):
     def curve(self, num_labels: Tensor, scores: Tensor) -> RegressionCurve:
         """:param scores: ``[rounds, 2]``."""
         return RegressionCurve(num_labels, *scores.T[:, None])
+
+
+def _check_labelled(path: Path, labelled: Tensor, size: int, first: int, per_round: int, rounds: int) -> None:
+    """:raises ValueError: if a file says that other inputs were labelled than may be after so many rounds."""
+    whole = labelled.dim() == 1 and labelled.dtype == torch.int64
+    lengths = [first + per_round * (rounds - 1), first + per_round * rounds]  # what is wanted next is there, where the pool has room
+    if not whole or len(labelled) not in lengths or len(labelled.unique()) < len(labelled) or not 0 <= int(labelled.min()):
+        raise files.FileError(f"{path}: its labelled inputs are not those of {rounds} rounds: it is spoilt")
+    if int(labelled.max()) >= size:
+        raise files.FileError(f"{path}: input {int(labelled.max())} is labelled of {size}: it is spoilt")
 
 
 def _ask(task: _Classification | _Regression, predictor: Any, x: Tensor, labelled: Tensor, settings: Mapping[str, Any]) -> Tensor:
@@ -252,19 +285,19 @@ def _fingerprint(pool: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> di
     return {**digests, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _save(path: Path, settings: Mapping[str, Any], labelled: Tensor, scores: list[Any]) -> None:
+def _save(held: files.Held, settings: Mapping[str, Any], labelled: Tensor, scores: list[Any], made_of: Mapping[str, str]) -> None:
     # scores of whatever kind are called what files of classifications have always called them
-    state = {"settings": dict(settings), "labelled": labelled, "accuracies": scores, "random": files.random_state(labelled.device)}
-    files.save(path, state, _KIND)
+    state = {"settings": dict(settings), "fit": dict(made_of), "labelled": labelled, "accuracies": scores}
+    held.save({**state, "random": files.random_state(labelled.device)}, _KIND)
 
 
-def _load(path: Path, settings: Mapping[str, Any], device: torch.device) -> tuple[Tensor, list[Any]]:
+def _load(path: Path, settings: Mapping[str, Any], device: torch.device) -> tuple[Tensor, list[Any], dict[str, str]]:
     content = files.load(path, _KIND)
     then = content.get("settings") if isinstance(content, dict) else None
     if not isinstance(then, dict) or set(then) != set(settings):
         raise ValueError(f"{path} holds no active learning that this version can go on with: delete it, or choose another path")
-    files.check_fields(path, content, {"labelled": Tensor, "accuracies": list, "random": dict})
+    files.check_fields(path, content, {"labelled": Tensor, "accuracies": list, "random": dict, "fit": dict})
     check_fingerprint(dict(settings), then, path)
     with files.reading(path):
         files.set_random_state(content["random"], device)
-    return content["labelled"].to(device), list(content["accuracies"])
+    return content["labelled"].to(device), list(content["accuracies"]), content["fit"]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import os
 import struct
+import time
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 from PIL import Image
 
 from pyro_advbayes import datasets
+from pyro_advbayes.datasets import files
 
 REAL = os.environ.get("PYRO_ADVBAYES_DATA")
 RNG = np.random.default_rng(0)
@@ -259,3 +263,42 @@ def test_the_real_sets_have_their_known_shapes_and_moments(load, shape, mean, st
     assert x.double().mean().item() == pytest.approx(mean, abs=6e-5)
     if std is not None:
         assert x.double().std().item() == pytest.approx(std, abs=6e-5)
+
+
+def lying(path, shape):
+    """An npz file whose header claims another shape than there are numbers."""
+    with zipfile.ZipFile(path, "w") as file, file.open("images.npy", "w") as array:
+        np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        array.write(bytes(12))
+
+
+@pytest.mark.parametrize("shape", [(10**12, 28, 28), (3, 2, 3), (2, 2, 2)])
+def test_a_header_that_lies_is_refused_before_there_is_memory_for_it(tmp_path, shape):
+    lying(tmp_path / "set.npz", shape)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"set\.npz cannot be read as this set: images of shape .* takes \d+ bytes, and it holds \d+"):
+        files.read_npz(tmp_path / "set.npz", {"images": 3})
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    lying(tmp_path / "set.npz", (3, 2, 2))
+    assert files.read_npz(tmp_path / "set.npz", {"images": 3})["images"].shape == (3, 2, 2)
+
+
+def test_a_small_file_that_expands_to_gigabytes_is_refused_within_a_second_and_a_megabyte(tmp_path):
+    path = tmp_path / "set.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file, file.open("images.npy", "w") as array:
+        np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": (300, 1024, 1024)})
+        for _ in range(300):
+            array.write(bytes(2**20))
+    assert path.stat().st_size < 2**21
+    start = time.process_time()
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"set\.npz cannot be read as this set: images would expand from \d+ bytes to \d+"):
+        files.read_npz(path, {"images": 3})
+    assert time.process_time() - start < 1.0 and tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_what_compresses_well_and_is_no_larger_than_images_are_is_read(tmp_path):
+    np.savez_compressed(tmp_path / "set.npz", images=np.zeros((64, 256, 256), np.uint8))
+    assert files.read_npz(tmp_path / "set.npz", {"images": 3})["images"].shape == (64, 256, 256)

@@ -82,15 +82,15 @@ MUTATIONS = [
         ("lock: shared", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
         (
             "lock: an existing file's is not asked for",
-            "        if not try_lock(file):\n            raise RuntimeError(",
-            "        if False:\n            raise RuntimeError(",
+            "        if not try_lock(file):\n            raise _in_use(path)",
+            "        if False:\n            raise _in_use(path)",
         ),
+        ("lock: children hold it", "    for file in closed_in_children:\n        file.close()", "    pass"),
     ),
     *of(
         "infer/mcmc/draws.py",
         LOCKED,
         ("lock: a resumed file's is not asked for", "if not try_lock(self._file.fileno()):", "if False:"),
-        ("lock: children hold it", "        draws._file.close()", "        pass"),
     ),
     *of(
         "infer/mcmc/draws.py",

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
-from pyro_advbayes.infer.autoguide.generators import RowGenerator
+from pyro_advbayes.infer.autoguide.generators import RowGenerator, mlp_numbers
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.model_sites import same_sites
 from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, read_samples, row_dtype, site_at
@@ -100,6 +100,7 @@ class APD:
         self.guide, self.disable_progbar, self.overwrite = guide, disable_progbar, overwrite
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every = checkpoint_every
+        self.held = files.Held(self.checkpoint)
 
     def fit(self, samples: Mapping[str, Tensor] | str | Path, *args: Any, **kwargs: Any) -> Fit:
         """
@@ -113,9 +114,14 @@ class APD:
         :raises ValueError: naming the site, if draws are missing, fewer than a batch, not finite, or the same in an element; or if the
             generator does not fit.
         :raises FileExistsError: if there is a checkpoint already.
+        :raises RuntimeError: if another run writes to it.
         """
         if self.checkpoint is not None:
             files.refuse_existing(self.checkpoint, self.overwrite)
+        with self.held:
+            return self._fit(samples, args, kwargs)
+
+    def _fit(self, samples: Mapping[str, Tensor] | str | Path, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Fit:
         rows, potential = self._prepare(samples, args, kwargs)
         if not self.guide.network.trainable:  # all of it came from the draws
             return Fit(0, None, None, None, self._finish(rows, len(rows), potential))
@@ -143,25 +149,30 @@ class APD:
         :raises FileNotFoundError: if there is no such file.
         :raises ValueError: if it is truncated, or of other draws, other data or another generator.
         """
-        content = files.load(Path(path), "checkpoint of APD")
-        kinds = {"settings": dict, "every": int, "fingerprint": dict, "training": dict, "stopping": object, "random": dict}
-        files.check_fields(Path(path), content, kinds)
-        with files.reading(Path(path), passing=ValueError):
-            apd = cls(guide, checkpoint=path, checkpoint_every=content["every"], disable_progbar=disable_progbar, **content["settings"])
-        rows, potential = apd._prepare(samples, args, kwargs)
-        fingerprint = _fingerprint(guide, rows, potential)
-        for what, here in fingerprint.items():
-            if content["fingerprint"].get(what) != here:
-                raise ValueError(f"{path} is of another fit: its {what} is {content['fingerprint'].get(what)}, here it is {here}")
-        with files.reading(Path(path)):
-            guide.network.restore(content["training"]["generator"])  # which says what codes are
-            codes = Codes(guide.network, rows)
-            training, stopping = apd.training(codes), apd.stopping(codes)
-            training.load(content["training"])
-            if stopping is not None:
-                stopping.load(content["stopping"])
-            files.set_random_state(content["random"], rows.device)
-        return apd._train_offline(rows, training, stopping, potential, fingerprint)
+        with files.Held(Path(path)) as held:
+            content = files.load(Path(path), "checkpoint of APD")
+            kinds = {"settings": dict, "every": int, "fingerprint": dict, "training": dict, "stopping": object, "random": dict}
+            files.check_fields(Path(path), content, kinds)
+            with files.reading(Path(path)):
+                apd = cls(guide, checkpoint=path, checkpoint_every=content["every"], disable_progbar=disable_progbar, **content["settings"])
+            apd.held = held
+            count = content["fingerprint"].get("number of draws")
+            if not isinstance(count, int) or count < apd.settings.batch_size:
+                raise files.FileError(f"{path}: its batch_size is {apd.settings.batch_size}, and it is of {count} draws: it is spoilt")
+            rows, potential = apd._prepare(samples, args, kwargs)
+            fingerprint = _fingerprint(guide, rows, potential)
+            for what, here in fingerprint.items():
+                if content["fingerprint"].get(what) != here:
+                    raise ValueError(f"{path} is of another fit: its {what} is {content['fingerprint'].get(what)}, here it is {here}")
+            with files.reading(Path(path)):
+                guide.network.restore(content["training"]["generator"])  # which says what codes are
+                codes = Codes(guide.network, rows)
+                training = apd.loaded(codes, content["training"], apd.settings.num_steps)
+                stopping = apd.stopping(codes)
+                if stopping is not None:
+                    stopping.load(content["stopping"])
+                files.set_random_state(content["random"], rows.device)
+            return apd._train_offline(rows, training, stopping, potential, fingerprint)
 
     def _prepare(self, samples: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Rows, Potential | None]:
         """The draws as rows that the guide's generator has looked at."""
@@ -189,6 +200,23 @@ class APD:
         """What trains the guide's generator, prepared for the draws, on their codes."""
         kind = WGAN if self.settings.objective == "wgan-gp" else Energy
         return kind(self.guide.network, codes.size, self.settings, codes.random)
+
+    def loaded(self, codes: Codes, state: dict[str, Any], last: int) -> Training:
+        """
+        :meth:`training` in a state of it.
+
+        :param last: the number of its last step.
+        :raises ValueError: if the state makes no sense, before there is memory for it.
+        """
+        if self.settings.objective == "wgan-gp":
+            held = sum(value.numel() for value in state["critic"].values())
+            if mlp_numbers((codes.size, *self.settings.critic_hidden, 1)) > held:
+                raise ValueError(f"critic_hidden={self.settings.critic_hidden} is of a critic of more than its {held} numbers")
+        training = self.training(codes)
+        training.load(state)
+        if not isinstance(training.steps, int) or not 0 <= training.steps <= last:
+            raise ValueError(f"it is at step {str(training.steps)[:100]} of {last}")
+        return training
 
     def stopping(self, codes: Codes) -> Stopping | None:
         """What ends the training on these codes, if anything does."""
@@ -222,7 +250,8 @@ class APD:
         :param num_draws: that the rows stand for.
         :param save: called every ``checkpoint_every`` steps, where there is to be a checkpoint.
         """
-        settings, over = self.settings, False
+        # a checkpoint may be of the very step at which training stopped
+        settings, over = self.settings, stopping is not None and stopping.over
         bar = tqdm(total=last, initial=training.steps, desc="APD", disable=True if self.disable_progbar else None, mininterval=0.5)
         with bar:
             while training.steps < last and not over:
@@ -286,7 +315,7 @@ class APD:
             "stopping": None if stopping is None else stopping.state(),
             "random": files.random_state(device),
         }
-        files.save(self.checkpoint, content, "checkpoint of APD")
+        self.held.save(content, "checkpoint of APD")
 
 
 def settings_of(preset: str, changes: Mapping[str, Any]) -> Settings:

@@ -21,7 +21,16 @@ from pyro_advbayes.infer.distill.reservoir import Reservoir
 from pyro_advbayes.infer.distill.stopping import Stopping, refuse_few
 from pyro_advbayes.infer.distill.training import Training
 from pyro_advbayes.infer.mcmc import files
-from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, data_digests, fingerprint, load_kernel, model_name, schedule_values
+from pyro_advbayes.infer.mcmc.fingerprint import (
+    KERNEL_FIELDS,
+    check_fingerprint,
+    data_digests,
+    fingerprint,
+    kernel_content,
+    load_kernel,
+    model_name,
+    schedule_values,
+)
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.threads import one_thread
 
@@ -114,10 +123,11 @@ class OnlineAPD:
         :param kwargs: the model's keyword arguments.
         :raises ValueError: naming what in model, data or draws cannot be sampled or learned.
         :raises FileExistsError: if there is a checkpoint already.
+        :raises RuntimeError: if another run writes to it, or another thread samples.
         """
         if self._fitter.checkpoint is not None:
             files.refuse_existing(self._fitter.checkpoint, self._fitter.overwrite)
-        with one_thread(), poutine.block(), pyro.validation_enabled(False):
+        with self._fitter.held, one_thread(), poutine.block(), pyro.validation_enabled(False):
             self._set_up(args, kwargs)
             return self._go_on(_Progress(self.buffer), None)
 
@@ -135,26 +145,46 @@ class OnlineAPD:
         :raises FileNotFoundError: if there is no such file.
         :raises ValueError: if it is truncated or no checkpoint of this class, or if generator, model, kernel or data are others.
         """
-        content = files.load(Path(path), "checkpoint of OnlineAPD")
-        kinds = dict.fromkeys(("run", "settings", "fingerprint", "kernel", "reservoir", "progress", "random"), dict)
-        files.check_fields(Path(path), content, {**kinds, "energy": Tensor, "training": object, "stopping": object, "generator": object})
-        files.check_fields(Path(path), content["kernel"], {"theta": Tensor}, "kernel")
-        files.check_fields(Path(path), content["run"], {"num_chains": int}, "run")
-        if content["run"]["num_chains"] != len(content["kernel"]["theta"]):  # before chains are set up
-            raise files.FileError(f"{path}: its number of chains is not that of its state: it is spoilt")
-        with files.reading(Path(path), passing=ValueError):
-            online = cls(guide, kernel, **content["run"], **content["settings"], checkpoint=path, disable_progbar=disable_progbar)
-        with one_thread(), poutine.block(), pyro.validation_enabled(False):
-            return online._resume_from(content, args, kwargs)
+        with files.Held(Path(path)) as held:
+            content = files.load(Path(path), "checkpoint of OnlineAPD")
+            kinds = {**dict.fromkeys(("run", "settings", "fingerprint", "reservoir", "progress", "random"), dict), **KERNEL_FIELDS}
+            files.check_fields(Path(path), content, {**kinds, "training": object, "stopping": object, "generator": object})
+            files.check_fields(Path(path), content["kernel"], {"theta": Tensor}, "kernel")
+            files.check_fields(Path(path), content["run"], {"num_chains": int}, "run")
+            if content["run"]["num_chains"] != len(content["kernel"]["theta"]):  # before chains are set up
+                raise files.FileError(f"{path}: its number of chains is not that of its state: it is spoilt")
+            with files.reading(Path(path)):
+                online = cls(guide, kernel, **content["run"], **content["settings"], checkpoint=path, disable_progbar=disable_progbar)
+            online._fitter.held = held
+            with one_thread(), poutine.block(), pyro.validation_enabled(False):
+                return online._resume_from(content, args, kwargs)
 
     def _resume_from(self, content: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Fit:
         self._set_up(args, kwargs, find_start=False)
         check_fingerprint(self._fingerprint, content["fingerprint"], self._fitter.checkpoint)
-        load_kernel(self.kernel, content["kernel"], content["energy"], self._fitter.checkpoint)
+        load_kernel(self.kernel, content, self._fitter.checkpoint)
         with files.reading(self._fitter.checkpoint):
             self._reservoir.load(content["reservoir"])
             progress = _Progress(**content["progress"])
+            self._check(progress, content)
         return self._go_on(progress, content)
+
+    @property
+    def _most_steps(self) -> int:
+        """Of the generator while the chains run."""
+        return self.num_samples * self.steps_per_sample
+
+    def _check(self, at: _Progress, content: Mapping[str, Any]) -> None:
+        """:raises ValueError: if a run cannot be so far."""
+        counts = [at.next_look, at.samples, at.steps, *([] if at.last is None else [at.last])]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"its progress is {str(counts)[:100]}")
+        total, seen = self.warmup_steps + self.num_samples, self._reservoir.seen
+        room = self._most_steps + self._fitter.settings.num_steps
+        if at.samples != self.kernel._samples or at.samples > total or (at.last or 0) > room or seen > self.num_samples * self.num_chains:
+            raise ValueError(f"its progress is {str(counts)[:100]}, where its kernel has given {self.kernel._samples} of {total} samples")
+        if (content["training"] is None) != (seen < self.buffer):
+            raise ValueError(f"it has seen {seen} draws of the {self.buffer} from which on it learns")
 
     def _set_up(self, args: Sequence[Any], kwargs: Mapping[str, Any], find_start: bool = True) -> None:
         kernel, loader = self.kernel, is_loader(args, dict(kwargs))
@@ -179,14 +209,17 @@ class OnlineAPD:
         """
         training = stopping = None
         if content is not None:
-            self.guide.network.restore((content["training"] or content)["generator"])  # which says what codes are
+            with files.reading(self._fitter.checkpoint):
+                self.guide.network.restore((content["training"] or content)["generator"])  # which says what codes are
             if content["training"] is not None:
-                training = self._fitter.training(self._codes())
-                training.load(content["training"])
+                with files.reading(self._fitter.checkpoint):
+                    training = self._fitter.loaded(self._codes(), content["training"], self._most_steps if at.last is None else at.last)
             if at.last is not None and content["stopping"] is not None:
                 stopping = self._fitter.stopping(self._codes())
-                stopping.load(content["stopping"])
-            files.set_random_state(content["random"], self.guide.network.like.device)
+                with files.reading(self._fitter.checkpoint):
+                    stopping.load(content["stopping"])
+            with files.reading(self._fitter.checkpoint):
+                files.set_random_state(content["random"], self.guide.network.like.device)
         kernel = self.kernel
         try:
             training = self._alternate(at, training)
@@ -248,8 +281,7 @@ class OnlineAPD:
             },
             "settings": {name: value for name, value in asdict(fitter.settings).items() if name != "num_steps" or self._goes_on},
             "fingerprint": self._fingerprint,
-            "energy": kernel.reference_energy(),
-            "kernel": kernel.state(),
+            **kernel_content(kernel),
             "reservoir": self._reservoir.state(),
             "progress": asdict(at),
             "generator": dict(self.guide.network.state_dict()) if training is None else None,
@@ -257,7 +289,7 @@ class OnlineAPD:
             "stopping": None if stopping is None else stopping.state(),
             "random": files.random_state(kernel.potential.device),
         }
-        files.save(fitter.checkpoint, content, "checkpoint of OnlineAPD")
+        fitter.held.save(content, "checkpoint of OnlineAPD")
 
 
 @dataclass

@@ -46,5 +46,12 @@ class Reservoir(Rows):
         return {"rows": self._rows[: len(self)], "seen": self.seen}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a :meth:`state` of as large a reservoir."""
-        self._rows[: len(state["rows"])], self.seen = state["rows"], state["seen"]
+        """
+        Goes on from a :meth:`state` of as large a reservoir.
+
+        :raises ValueError: if it is none.
+        """
+        rows, seen = state["rows"], state["seen"]
+        if not isinstance(seen, int) or seen < 0 or rows.shape != (min(seen, len(self._rows)), self.size):
+            raise ValueError(f"{list(rows.shape)} draws are kept of {seen} that were seen, where {len(self._rows)} find room")
+        self._rows[: len(rows)], self.seen = rows, seen

@@ -70,6 +70,11 @@ class Stopping:
         self.since_best += 1
         if self.best is None or self.distance < self.best[0]:
             self.best, self.since_best = (self.distance, [p.detach().clone() for p in parameters]), 0
+        return self.over
+
+    @property
+    def over(self) -> bool:
+        """Whether it is time to stop, of a state that was loaded too."""
         return self.arrived or self.since_best >= PATIENCE
 
     @property
@@ -89,5 +94,13 @@ class Stopping:
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from a :meth:`state`."""
+        if set(state) != set(self.state()):
+            raise ValueError(f"what decides when to stop is {sorted(map(str, state))}")
+        best = state["best"]
+        numbers = [*state["distances"], state["floor"], state["threshold"], *([] if best is None else best[:1])]
+        if not all(isinstance(number, float) for number in numbers) or not isinstance(state["since_best"], int) or state["since_best"] < 0:
+            raise ValueError("what decides when to stop holds no numbers")
+        if best is not None and not all(isinstance(value, Tensor) for value in best[1]):
+            raise ValueError("the best parameters are none")
         for name, value in state.items():
             setattr(self, name, value)

@@ -134,5 +134,7 @@ class Training:
             optimizer.load_state_dict({**kept, "state": {int(place): value for place, value in kept["state"].items()}})
         with torch.no_grad():
             for kept, value in zip(self.average, state["average"], strict=True):
+                if value.shape != kept.shape:
+                    raise ValueError(f"an average has shape {list(value.shape)}, its parameter {list(kept.shape)}")
                 kept.copy_(value)
         self.steps = state["steps"]

@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_advbayes.batches import Batch
+from pyro_advbayes.infer.mcmc import reference
 from pyro_advbayes.infer.mcmc.adversary import L2, Adversary, Box, Cost, Pixels, as_cost
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel, named
 from pyro_advbayes.infer.mcmc.rule import Updates
@@ -309,10 +310,38 @@ class BAL(SGMCMCKernel):
     def settings(self) -> dict[str, Any]:
         names = ("perturb", "clip", "learners", "copies", "clean_share", "keep", "input_temperature")
         parts = {name: repr(getattr(self, name)) for name in names}
-        own = "ℓ" if self.loss is None else getattr(self.loss, "__qualname__", type(self.loss).__name__)
+        # what functions compute is compared, see reference(), and not what they are called
+        own = "ℓ" if self.loss is None else "a function"
+        cost = named(self.cost) if type(self.cost) in (L2, Box) else "a function"
         updates = {f"{n}_updates": [named(u.rule), u.num_steps] for n, u in (("inputs", self.inputs), ("weights", self.weights))}
         updates["inputs_step_sizes"] = [self.inputs.step_size(i) for i in range(self.inputs.num_steps)]
-        return {**super().settings(), **parts, **updates, "loss": own, "cost": named(self.cost), "adversary": named(self.adversary)}
+        return {**super().settings(), **parts, **updates, "loss": own, "cost": cost, "adversary": named(self.adversary)}
+
+    def reference(self) -> dict[str, Tensor]:
+        probe = self.potential.probe_batches[0]
+        batch = tuple(t[0] for t in probe) if self.potential.batches.per_chain else probe
+        clean, random = batch[self._place], torch.Generator().manual_seed(0)
+        extent = float(clean.abs().amax()) if self.clip is None else self.clip[1] - self.clip[0]
+
+        def moved(value: Tensor, size: float) -> Tensor:
+            return value + size * torch.randn(value.shape, dtype=value.dtype, generator=random).to(value.device)
+
+        def cost() -> list[Tensor]:
+            perturbed = [moved(clean, size * extent) for size in (0.01, 0.1, 1.0, 10.0)]
+            return [f(x.clone(), clean) for f in (self.cost.gradient, self.cost.project) for x in perturbed]
+
+        def adversary() -> list[Tensor]:
+            start = self.adversary.start(clean)
+            values = [start, moved(start, 0.1), moved(start, 1.0)]
+            with torch.no_grad():
+                return [start, *(f for z in values for f in (self.adversary.inputs(z, clean), self.adversary.energy(z)))]
+
+        def loss() -> list[Tensor]:
+            values = [moved(clean, size * extent) for size in (0.01, 0.1, 1.0)]
+            return [self._own_loss_gradient(self.theta[0], self._replaced(batch, x), clean) for x in values]
+
+        functions = {"cost": cost, "adversary": adversary} | ({} if self.loss is None else {"loss": loss})
+        return {**super().reference(), **{name: reference.computed(f, clean.device) for name, f in functions.items()}}
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "inputs": [self._random.get_state(), self._lasting, self._sizes]}

@@ -10,7 +10,6 @@ import math
 import os
 import struct
 import time
-import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pyro_advbayes.infer.mcmc.files import VERSION, FileError, check_version, refuse_existing, refuse_missing, replacing, try_lock, unused
+from pyro_advbayes.infer.mcmc.files import (
+    VERSION,
+    FileError,
+    check_version,
+    closed_in_children,
+    refuse_existing,
+    refuse_missing,
+    replacing,
+    try_lock,
+    unused,
+)
 
 _NAMES = {
     torch.float64: "F64",
@@ -134,7 +143,7 @@ class FileDraws:
             except BaseException:
                 self._file.close()
                 raise
-        _open_files.add(self)
+        closed_in_children.add(self._file)
         self.flush()
 
     def _check_resumed(self, size: int) -> None:
@@ -228,19 +237,6 @@ class FileDraws:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}  # a copy reads, the original alone writes
-
-
-_open_files: weakref.WeakSet[FileDraws] = weakref.WeakSet()
-
-
-def _close_in_child() -> None:
-    """A process forked in a run, e.g. a loader's worker, would hold the lock for longer than the run lives."""
-    for draws in _open_files:
-        draws._file.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _reserve(file: int, size: int) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from pyro.util import get_rng_state, set_rng_state
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 try:
@@ -91,7 +92,7 @@ def unused(path: Path) -> Iterator[None]:
         return
     try:
         if not try_lock(file):
-            raise RuntimeError(f"{path} is in use: another run writes to it. Wait for its end, or choose another path")
+            raise _in_use(path)
         yield
     finally:
         os.close(file)
@@ -134,19 +135,100 @@ def _remove_left_over(path: Path) -> None:
                 os.close(file)
 
 
-def save(path: Path, content: Mapping[str, Any], kind: str = "values") -> None:
+class Held:
+    """
+    A file that one run writes again and again, and holds the lock of from the first time on, or from the start if it is there.
+
+    :param path: the file; None is none.
+    :raises RuntimeError: where it is entered, or writes, if another run holds it.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self._file = path, None
+
+    def __enter__(self) -> Held:
+        if self.path is not None and self.path.is_file():
+            self._hold(open(self.path, "rb", buffering=0))
+            if not try_lock(self._file.fileno()):
+                self.__exit__()
+                raise _in_use(self.path)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def save(self, content: Mapping[str, Any], kind: str) -> None:
+        """:func:`save`, with the lock."""
+        save(self.path, content, kind, self)
+
+    def check(self) -> None:
+        """:raises RuntimeError: if the file is another run's."""
+        mine = None if self._file is None else os.fstat(self._file.fileno())
+        if self.path.exists() and (mine is None or not os.path.samestat(mine, self.path.stat())):
+            with unused(self.path):
+                pass
+
+    def take(self, part: BinaryIO) -> BinaryIO | None:
+        """Holds a file that is about to take the place; returns the one that was held, to be closed when it has."""
+        before = self._file
+        self._hold(os.fdopen(os.dup(part.fileno()), "rb", buffering=0))  # of the same open file, so that the lock goes on
+        return before
+
+    def _hold(self, file: BinaryIO) -> None:
+        self._file = file
+        closed_in_children.add(file)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_file": None}
+
+
+# A process forked in a run, e.g. a loader's worker, would hold a lock for longer than the run lives.
+closed_in_children: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for file in closed_in_children:
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _in_use(path: Path) -> RuntimeError:
+    return RuntimeError(f"{path} is in use: another run writes to it. Wait for its end, or choose another path")
+
+
+def save_file(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
+    """
+    Writes to a file that there is. The library's own function puts another one in its place, without the lock, and whoever makes that safe
+    from a crash with an open file makes the wrong one safe.
+    """
+    with open(path, "r+b") as file:
+        file.write(safetensors_torch.save(tensors, metadata))
+
+
+def save(path: Path, content: Mapping[str, Any], kind: str = "values", held: Held | None = None) -> None:
     """
     Writes nested dicts, lists and tuples of tensors, arrays, numbers, strings and None in the safetensors format, all or nothing:
     a reader sees the old file or the new one.
 
     :param kind: what the file is, by which :func:`load` knows it, e.g. ``"checkpoint of SGMCMC"``.
+    :param held: what holds the file's lock from then on.
+    :raises RuntimeError: if another run holds it.
     """
+    (held or Held(path)).check()
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_pack(content, tensors))
     metadata = {"format version": VERSION, "kind": kind, "content": plain, "digest": _digest(kind, plain, tensors)}
     with replacing(path) as part:
         save_file(tensors, str(part.name), metadata=metadata)
         os.fsync(part.fileno())
+        before = None if held is None else held.take(part)
+    if before is not None:
+        before.close()
 
 
 def load(path: Path, kind: str = "values") -> Any:

@@ -13,6 +13,8 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_advbayes.batches import Loader
+from pyro_advbayes.infer.mcmc import reference
 from pyro_advbayes.infer.mcmc.files import FileError, reading
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.schedules import check_value
@@ -59,13 +61,29 @@ def hash_of(parts: Iterable[Tensor]) -> str:
 
 def data_digests(kernel: SGMCMCKernel, loader: bool) -> list[Any]:
     """
-    The digest of every tensor of the data.
+    The digest of every tensor of the data; of a loader also of the first batches that it gives. Warns of one that cannot be replayed.
 
     :param loader: whether they come from one.
     """
     batches = kernel.potential.batches
     tensors = batches.tensors if loader else kernel.potential.arguments.tensors
-    return [tensor_digest(value) for value in tensors] + (batches.describe() if loader else [])
+    digests: list[Any] = [tensor_digest(value) for value in tensors]
+    return [*digests, *batches.describe(), _batches_digest(batches)] if loader else digests
+
+
+def _batches_digest(loader: Loader) -> list[Any] | None:
+    first, second = ([tensor_digest(value) for batch in loader.first_batches() for value in batch] for _ in range(2))
+    if first == second:
+        return first
+    data = getattr(loader.loader, "dataset", None)
+    name = type(loader.loader).__name__ + ("" if data is None else f" of {type(data).__name__}")
+    warnings.warn(
+        f"the loader cannot be replayed: {name} gave other batches the second time, from the same random state. A resumed run will not see "
+        "the data that this one would have seen, and nothing tells whether they are the same data. Let chance come from the global "
+        "generators of PyTorch, NumPy or Python, or from a torch.Generator that is an attribute of the loader, its sampler or its data set",
+        stacklevel=6,
+    )
+    return None
 
 
 def fingerprint(kernel: SGMCMCKernel, scheduled: Mapping[str, list[float]], data: list[Any] | None) -> dict[str, Any]:
@@ -102,16 +120,24 @@ def check_fingerprint(now: dict[str, Any], then: dict[str, Any], path: Path) -> 
             )
 
 
-def load_kernel(kernel: SGMCMCKernel, state: dict[str, Any], then: Tensor, path: Path) -> None:
+def kernel_content(kernel: SGMCMCKernel) -> dict[str, Any]:
+    """What a checkpoint holds of a kernel."""
+    return {"energy": kernel.reference_energy(), "reference": kernel.reference(), "kernel": kernel.state()}
+
+
+KERNEL_FIELDS = {"energy": Tensor, "reference": dict, "kernel": dict}
+
+
+def load_kernel(kernel: SGMCMCKernel, content: Mapping[str, Any], path: Path) -> None:
     """
     Sets a kernel to where it was.
 
-    :param state: its state.
-    :param then: its reference energy in that state.
-    :raises ValueError: if the energy is another now: priors and likelihoods are in no fingerprint.
+    :param content: what :func:`kernel_content` gave.
+    :raises ValueError: if model or functions compute something else now: they are in no fingerprint.
     """
+    then = content["energy"]
     with reading(path, passing=ValueError):
-        kernel.load(_to(state, kernel.potential.device))
+        kernel.load(_to(content["kernel"], kernel.potential.device))
     energy = kernel.reference_energy()
     rtol = 1e-5 if energy.dtype.itemsize >= 4 else 1e-2  # the same model on another machine differs by rounding
     if then.shape != energy.shape:
@@ -124,6 +150,7 @@ def load_kernel(kernel: SGMCMCKernel, state: dict[str, Any], then: Tensor, path:
             f"but the energy {('where chain 0 was', 'at 0')[place]} is {float(energy[place]):.6g} instead of {float(then[place]):.6g} "
             "(another prior or likelihood?)"
         )
+    reference.check(kernel.reference(), content["reference"], path)
 
 
 def _shorten(value: Any) -> str:

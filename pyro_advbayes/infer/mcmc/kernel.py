@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_advbayes.batches import Batch
 from pyro_advbayes.functions import BACKENDS, KEPT, Kept
 from pyro_advbayes.given import refuse_unknown
+from pyro_advbayes.infer.mcmc import reference
 from pyro_advbayes.infer.mcmc.control_variate import ControlVariate
 from pyro_advbayes.infer.mcmc.files import random_state, set_random_state
 from pyro_advbayes.infer.mcmc.noise import NormalNoise
@@ -530,6 +531,12 @@ class SGMCMCKernel(MCMCKernel):
         """U on a fixed minibatch, ``[2]``: where chain 0 is and at 0, since two models may agree at one point; tells one from another."""
         theta = self.theta[0]
         return torch.stack([self.potential.reference_energy(row) for row in (theta, torch.zeros_like(theta))])
+
+    def reference(self) -> dict[str, Tensor]:
+        """What the model's distributions and the user's functions are there, for :func:`pyro_advbayes.infer.mcmc.reference.check`."""
+        theta = self.theta[0]
+        traces = [self.potential.reference_trace(row) for row in (theta, torch.zeros_like(theta))]
+        return reference.of_sites(traces, {site.name for site in self.potential.sites})
 
     def state(self) -> dict[str, Any]:
         """Everything that the next sample depends on, random generators included: tensors and plain values."""

@@ -20,7 +20,15 @@ from pyro_advbayes.batches import is_loader
 from pyro_advbayes.infer.mcmc import files, summary
 from pyro_advbayes.infer.mcmc.assessment import Assessment, SamplingWarning, assess
 from pyro_advbayes.infer.mcmc.draws import PREFIXES, Field, FileDraws, MemoryDraws, refuse_name
-from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, data_digests, fingerprint, load_kernel, schedule_values
+from pyro_advbayes.infer.mcmc.fingerprint import (
+    KERNEL_FIELDS,
+    check_fingerprint,
+    data_digests,
+    fingerprint,
+    kernel_content,
+    load_kernel,
+    schedule_values,
+)
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.threads import one_thread
 
@@ -101,6 +109,7 @@ class SGMCMC(AbstractMCMC):
         self._initial = initial_params
         self._draws: MemoryDraws | FileDraws | None = None
         self._assessment = Assessment()
+        self._held = files.Held(self.checkpoint)
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
 
@@ -127,7 +136,7 @@ class SGMCMC(AbstractMCMC):
         :param args: the model's arguments, or one loader of them.
         :param kwargs: the model's keyword arguments.
         :raises OSError: if the disk becomes full; says how many draws are safe.
-        :raises RuntimeError: if another run writes to the file of draws, or another thread samples.
+        :raises RuntimeError: if another run writes to the files, or another thread samples.
         """
         self._left_out, self._draws = [], None
         if self.checkpoint is not None:
@@ -137,7 +146,7 @@ class SGMCMC(AbstractMCMC):
             self._refuse_one_file()
             with files.unused(self.draws_path):
                 pass  # before the model is looked at
-        with one_thread(), poutine.block(), pyro.validation_enabled(False):
+        with files.Held(self.checkpoint) as self._held, one_thread(), poutine.block(), pyro.validation_enabled(False):
             self._setup(args, kwargs)
             if self.checkpoint is not None:
                 # one of an earlier run, beside the draws of this one, would be resumed from with draws that nobody made
@@ -165,26 +174,29 @@ class SGMCMC(AbstractMCMC):
         :return: the finished runner.
         :raises FileNotFoundError: if checkpoint or draws are missing.
         :raises ValueError: if the file is truncated, spoilt, of another version or kind, or the model, kernel or data are others; says what
-            differs.
-        :raises RuntimeError: if another run writes to the file of draws, or another thread samples.
+            differs. Priors, likelihoods and functions are told by what they compute on fixed inputs, a loader by the first 16 batches
+            (or 16 MiB) that it gives from a fixed random state; one that then gives others every time is named when the run starts.
+        :raises RuntimeError: if another run writes to the files, or another thread samples.
         """
-        content = files.load(Path(path), _KIND)
-        files.check_fields(Path(path), content, {"runner": dict, "fingerprint": dict, "energy": Tensor, "kernel": dict})
-        settings = content["runner"]
-        _check_content(Path(path), settings, content["kernel"])
-        dtype = settings.pop("draws_dtype")
-        draws = Path(path).parent / settings.pop("draws")
-        mcmc = cls(
-            kernel,
-            **settings,
-            hook_fn=hook_fn,
-            disable_progbar=disable_progbar,
-            checkpoint=path,
-            draws=draws,
-            draws_dtype=None if dtype is None else getattr(torch, dtype),
-        )
-        with one_thread(), poutine.block(), pyro.validation_enabled(False):
-            mcmc._resume_from(content, args, kwargs)
+        with files.Held(Path(path)) as held:
+            content = files.load(Path(path), _KIND)
+            files.check_fields(Path(path), content, {"runner": dict, "fingerprint": dict, **KERNEL_FIELDS})
+            settings = content["runner"]
+            _check_content(Path(path), settings, content["kernel"])
+            dtype = settings.pop("draws_dtype")
+            draws = Path(path).parent / settings.pop("draws")
+            mcmc = cls(
+                kernel,
+                **settings,
+                hook_fn=hook_fn,
+                disable_progbar=disable_progbar,
+                checkpoint=path,
+                draws=draws,
+                draws_dtype=None if dtype is None else getattr(torch, dtype),
+            )
+            mcmc._held = held
+            with one_thread(), poutine.block(), pyro.validation_enabled(False):
+                mcmc._resume_from(content, args, kwargs)
         mcmc._warn()
         return mcmc
 
@@ -192,7 +204,7 @@ class SGMCMC(AbstractMCMC):
         kernel = self.kernel
         self._setup(args, kwargs, find_start=False)
         check_fingerprint(self._fingerprint(), content["fingerprint"], self.checkpoint)
-        load_kernel(kernel, content["kernel"], content["energy"], self.checkpoint)
+        load_kernel(kernel, content, self.checkpoint)
         done = kernel._samples
         if not self.draws_path.exists():
             raise FileNotFoundError(f"{self.draws_path}: the draws that belong to {self.checkpoint} are missing")
@@ -298,10 +310,9 @@ class SGMCMC(AbstractMCMC):
                 "draws_dtype": None if self.draws_dtype is None else str(self.draws_dtype).removeprefix("torch."),
             },
             "fingerprint": self._fingerprint(),
-            "energy": self.kernel.reference_energy(),
-            "kernel": self.kernel.state(),
+            **kernel_content(self.kernel),
         }
-        files.save(self.checkpoint, content, _KIND)
+        self._held.save(content, _KIND)
 
     def _fingerprint(self) -> dict[str, Any]:
         return fingerprint(self.kernel, self._scheduled, self._data)

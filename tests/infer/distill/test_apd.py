@@ -604,3 +604,23 @@ def test_a_hypernetwork_learns_what_the_rows_of_a_matrix_have_in_common():
     assert float((made.std(0) / w.flatten(1).std(0)).log().abs().mean()) < 0.2
     near = torch.corrcoef(made.mT) - torch.corrcoef(w.flatten(1).mT)
     assert float(near.abs().mean()) < 0.15 and fit.distance < 3 * fit.floor
+
+
+@pytest.mark.parametrize("ends", ["as near as the draws", "no nearer for long"])
+def test_a_fit_that_stopped_at_a_checkpoint_is_not_trained_on(tmp_path, monkeypatch, ends):
+    if ends == "no nearer for long":
+        monkeypatch.setattr("pyro_advbayes.infer.distill.stopping.PATIENCE", 1)
+    w, path = torch.randn(300, 6) if ends == "as near as the draws" else two_modes(300)[0], tmp_path / "apd.safetensors"
+
+    def fresh():
+        return AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(16,)))
+
+    guides = [fresh(), fresh()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = APD(guides[0], checkpoint=path, checkpoint_every=10, batch_size=40, num_steps=2000, check_every=10).fit({"w": w})
+        again = APD.resume(path, guides[1], {"w": w})
+    assert 30 <= fit.steps < 2000 and fit.converged is (ends == "as near as the draws")
+    assert again == fit
+    for name, value in guides[0].network.state_dict().items():
+        assert torch.equal(value, guides[1].network.state_dict()[name])

@@ -327,3 +327,16 @@ def test_what_the_chains_give_is_checked_as_draws_of_others_are():
         OnlineAPD(AutoImplicit(logistic, own), mortal(), **SMALL).run(*data())
     with pytest.raises(ValueError, match="rank=5: the sites hold 4 numbers"):
         OnlineAPD(AutoImplicit(logistic, FactoredGenerator(rank=5)), mortal(), **SMALL).run(*data())
+
+
+def test_a_run_that_stopped_at_a_checkpoint_is_not_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("pyro_advbayes.infer.distill.stopping.PATIENCE", 1)
+    path, guides = tmp_path / "online.safetensors", [small(MLPGenerator), small(MLPGenerator)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {**SMALL, "num_steps": 500, "half_life": 1e-3}
+        fit = OnlineAPD(guides[0], mortal(), checkpoint=path, checkpoint_every=10, **options).run(*data())
+        again = OnlineAPD.resume(path, guides[1], mortal(), *data())
+    assert not fit.converged and again == fit
+    for name, value in guides[0].network.state_dict().items():
+        assert torch.equal(value, guides[1].network.state_dict()[name])
