@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
-from pyro_advbayes.tracing.guard import autocast_state, held_by, noting_modules, roots_of
+from pyro_advbayes.tracing.guard import DIFFERS, Guard, agree, autocast_state, noting_modules, reason, roots_of, warn_of_handlers
 from pyro_advbayes.tracing.replay import quiet_batching, trace_graph
 
 if TYPE_CHECKING:
@@ -49,10 +48,10 @@ class Kept(OrderedDict):
 
 
 class _Mark(NamedTuple):
-    """What a model holds beside its sites: numbers in which a change of it shows, and the tensors of its modules, which graphs follow."""
+    """Fingerprint of a model, to detect stale graphs: sums of energy and gradient, in which plain numbers show, and its modules' state."""
 
     numbers: Tensor
-    held: list[Tensor]
+    guard: Guard
 
 
 class _Traced(NamedTuple):
@@ -93,7 +92,7 @@ class Functions:
             if traced is None or not self._is_unchanged(traced) or not self._agrees(traced.graph, looped, state, tensors):
                 inputs = self._of_first_chain(state, tensors)
                 mark = self._mark(inputs)
-                graph = self._trace(kind, state, tensors, looped, mark.held)
+                graph = self._trace(kind, state, tensors, looped, mark.guard.held)
                 if graph is looped:
                     return looped
                 traced = self._graphs[key] = _Traced(graph, inputs, mark)
@@ -102,15 +101,15 @@ class Functions:
 
     def _is_unchanged(self, traced: _Traced) -> bool:
         """Whether what the graph holds (the tensors of modules, plain numbers, N) is still what the model has."""
-        (numbers, held), (before, followed) = self._mark(traced.inputs), traced.mark
-        return torch.equal(numbers, before) and list(map(id, held)) == list(map(id, followed))
+        now = self._mark(traced.inputs)
+        return torch.equal(now.numbers, traced.mark.numbers) and now.guard.state == traced.mark.guard.state
 
     def _mark(self, inputs: Sequence[Tensor]) -> _Mark:
         potential, roots = self.potential, roots_of(self.potential.model)
         row = 0.1 * torch.randn(potential.size, dtype=potential.dtype, generator=torch.Generator().manual_seed(0), device="cpu")
         with noting_modules(roots):
             energy, gradient = self.by_handlers(row.to(potential.device), potential.scalar(0.5), inputs)
-        return _Mark(torch.stack([energy.double(), gradient.double().sum(), gradient.double().abs().sum()]), held_by(roots))
+        return _Mark(torch.stack([energy.double(), gradient.double().sum(), gradient.double().abs().sum()]), Guard(roots))
 
     def _varying(self, state: Tensor, num_tensors: int) -> Sequence[int]:
         """Which tensors have a row per chain."""
@@ -135,17 +134,13 @@ class Functions:
             with pyro.validation_enabled(False), quiet_batching():
                 graph = trace_graph(fn, (state.detach().clone(), potential.scalar(1.0), *tensors), held)
         except Exception as error:  # whatever a model's Python does under a tracer: the handlers still run it
-            return self._fall_back(f"it cannot be traced: {str(error).splitlines()[0]}", looped)
+            return self._fall_back(f"it cannot be traced: {reason(error)}", looped)
         if not self._agrees(graph, looped, state, tensors):
-            return self._fall_back(
-                "the graph's numbers differ from the handlers' on another batch: the model takes a Python number from the data's "
-                "values (len(torch.unique(y)), say), or draws random numbers beside its sites",
-                looped,
-            )
+            return self._fall_back(DIFFERS, looped)
         return graph
 
     def _fall_back(self, why: str, looped: Callable) -> Callable:
-        warnings.warn(f"backend={self.backend!r} falls back to 'handlers', which is slower, for this model: {why}", stacklevel=2)
+        warn_of_handlers(f"backend={self.backend!r}", why)
         self.backend = "handlers"
         return looped
 
@@ -159,7 +154,6 @@ class Functions:
         for probe in potential.probe_batches:
             chunks = (inputs for _, inputs in potential.chunks(potential.num_chains, probe))
             candidates += [inputs for inputs in chunks if [t.shape for t in inputs] == [t.shape for t in tensors]][:1]
-        tolerance = 1e-3 if state.dtype in (torch.float32, torch.bfloat16, torch.float16) else 1e-7
         varying = self._varying(state, len(tensors))
         rows = slice(None) if state.dim() == 1 else sorted({0, len(state) // 2, len(state) - 1})
         for inputs in candidates:
@@ -174,10 +168,8 @@ class Functions:
                 return False
             if state.dim() == 2:
                 ours = tuple(part[rows] for part in ours) if isinstance(ours, tuple) else ours[rows]
-            ours, theirs = (ours, theirs) if isinstance(ours, tuple) else ((ours,), (theirs,))
-            for a, b in zip(ours, theirs, strict=True):
-                if not bool((a - b).norm() <= tolerance * b.norm() + 1e-30):
-                    return False
+            if not agree(*((part if isinstance(part, tuple) else (part,)) for part in (ours, theirs))):
+                return False
         return True
 
     # ------------------------------------------------------------------------------------------------------ the handlers' way

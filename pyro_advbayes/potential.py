@@ -23,11 +23,7 @@ from pyro_advbayes.notices import tell_of_held_parameters
 from pyro_advbayes.refusals import Given, check_number, raised_here, told
 from pyro_advbayes.scale import check_additive, tell_of_tempering
 from pyro_advbayes.structure import Site, Structure, look
-
-# Largest number of weights for which chains side by side (one batched product) beat one after the other on a CPU; with
-# convolutions they never do. Two cores, batch 100, time side by side / one by one: 2-20-20-2 0.33 (5 chains) and 0.13 (20), 3 x 100
-# 0.50 and 0.39, 3 x 300 0.79 and 0.71, 784-400-400-10 0.85 and 0.98; see tests/benchmarks.
-SIDE_BY_SIDE_WEIGHTS = 500_000
+from pyro_advbayes.tracing.replay import chains_together
 
 
 class Potential:
@@ -120,7 +116,9 @@ class Potential:
         if not batch_dependent:
             tell_of_tempering(self)
         tell_of_held_parameters(model, *self.example_arguments(), self.structure.parameters)
-        self.chunk_size = self._default_chunk() if chunk_size is None else min(chunk_size, num_chains)
+        convolutional = any(len(site.shape) > 2 for site in self.sites)
+        default = chains_together(num_chains, self.size, convolutional, self.device)
+        self.chunk_size = default if chunk_size is None else min(chunk_size, num_chains)
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size!r}: the number of chains in one call, >= 1")
         self._ready = True
@@ -566,11 +564,6 @@ class Potential:
     def scalar(self, value: float) -> Tensor:
         """A number (a temperature) as a tensor."""
         return torch.tensor(float(value), dtype=self.dtype, device=self.device)
-
-    def _default_chunk(self) -> int:
-        convolutional = any(len(site.shape) > 2 for site in self.sites)
-        slow = self.device.type == "cpu" and (convolutional or self.size > SIDE_BY_SIDE_WEIGHTS)
-        return 1 if slow else self.num_chains
 
 
 def _without_curvature(model: Callable, error: Exception) -> str:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_advbayes.tape import NotRecordable, Replays, _Recorder, record
+from pyro_advbayes.tracing.record import NotRecordable, Recorder, record
+from pyro_advbayes.tracing.replay import Interpreter, Replays
 
 TABLE = torch.arange(12.0).view(4, 3)
 
@@ -89,7 +90,7 @@ def draws(count):
 
 
 def tape_of(fn):
-    return record(fn, [torch.randn(4, 3), torch.randn(4)])[0]
+    return Interpreter(record(fn, [torch.randn(4, 3), torch.randn(4)])[0])
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -142,7 +143,7 @@ def test_gradients_reach_inputs_and_captured_tensors(fn, chunk):
     def call(a, b, c):
         return [(out * c.sum()).sum() for out in fn((a * weight).float(), b.float())]
 
-    tape, _ = record(call, [inputs[0][0], inputs[1][0], shared])
+    tape = Interpreter(record(call, [inputs[0][0], inputs[1][0], shared])[0])
     replays = Replays(tape, chunk)
     pieces = replays.run(lambda start, size: [t[start : start + size] for t in inputs], 0, 40, (shared,))
     ours = sum(torch.cat(parts).sum() for parts in zip(*pieces, strict=True))
@@ -158,7 +159,7 @@ def test_random_operations_stay_random_and_follow_the_seed():
         z = torch.empty(3).normal_()
         return [a + z, torch.rand(2) * a.sum(), torch.multinomial(a.softmax(0), 50, replacement=True)]
 
-    tape, _ = record(noisy, [torch.zeros(3)])
+    tape = Interpreter(record(noisy, [torch.zeros(3)])[0])
     inputs = torch.randn(6, 3)
     for a in inputs:
         torch.manual_seed(5)
@@ -169,7 +170,7 @@ def test_random_operations_stay_random_and_follow_the_seed():
     together = tape.replay_together(tape.prepare(), [torch.zeros(200, 3)], 200)
     assert len(together[0].unique()) == 600
     assert tape.random == [True, True, True]
-    assert record(lambda a: [a * 2], [torch.zeros(3)])[0].random == [False]
+    assert Interpreter(record(lambda a: [a * 2], [torch.zeros(3)])[0]).random == [False]
 
 
 class Watch(TorchDispatchMode):
@@ -192,7 +193,7 @@ class Watch(TorchDispatchMode):
 
 
 def test_what_no_input_reaches_is_computed_once():
-    tape, _ = record(constant_work, [torch.randn(4, 3), torch.randn(4)])
+    tape = Interpreter(record(constant_work, [torch.randn(4, 3), torch.randn(4)])[0])
     values, inputs = tape.prepare(), [torch.randn(4, 3), torch.randn(4)]
     with Watch() as watch:
         tape.replay(values, inputs)
@@ -201,7 +202,7 @@ def test_what_no_input_reaches_is_computed_once():
 
 def test_captured_tensors_are_read_when_the_tape_is_replayed():
     weight = torch.ones(3)
-    tape, _ = record(lambda a: [a * weight.exp()], [torch.ones(3)])
+    tape = Interpreter(record(lambda a: [a * weight.exp()], [torch.ones(3)])[0])
     weight.zero_()
     assert torch.equal(tape.replay(tape.prepare(), [torch.ones(3)])[0], torch.ones(3))
 
@@ -215,7 +216,7 @@ def test_activations_die_as_in_a_plain_call():
     with Watch() as plain:
         deep(torch.zeros(3))
     with Watch() as recording:
-        tape, _ = record(deep, [torch.zeros(3)])
+        tape = Interpreter(record(deep, [torch.zeros(3)])[0])
     values = tape.prepare()
     with Watch() as replay:
         tape.replay(values, [torch.zeros(3)])
@@ -253,10 +254,10 @@ def test_python_numbers_may_come_from_tensors_that_stay_the_same():
     def fn(a):
         return [a * TABLE.sum().item() * float(TABLE.numpy()[0, 1]) + len(TABLE.unique()) + TABLE[TABLE > 3].sum()]
 
-    tape, _ = record(fn, [torch.randn(3)])
+    tape = Interpreter(record(fn, [torch.randn(3)])[0])
     a = torch.randn(3)
     assert torch.equal(tape.replay(tape.prepare(), [a])[0], fn(a)[0])
 
 
 def test_pytorch_does_not_load_its_compiler_to_keep_it_out_of_a_recording():
-    assert not hasattr(_Recorder.__torch_dispatch__, "__wrapped__")
+    assert not hasattr(Recorder.__torch_dispatch__, "__wrapped__")

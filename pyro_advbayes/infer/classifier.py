@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from pyro_advbayes.given import need_tensor
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.conditioned import ConditionedModel
-from pyro_advbayes.infer.predictive import Predictive, RandomState, agree, default_chunk, predict, record_draws, refuse_nan
+from pyro_advbayes.infer.predictive import Predictive, predict, record_draws, refuse_nan
 from pyro_advbayes.outcomes import Origins
 from pyro_advbayes.readout import Readout
-from pyro_advbayes.tape import Replays, Tape, record
+from pyro_advbayes.tracing.guard import Guard, RandomState, agree, autocast_state, roots_of
+from pyro_advbayes.tracing.record import record
+from pyro_advbayes.tracing.replay import Interpreter, Replays, draws_together
 
 # For how many shapes of inputs (batches, and the last, shorter one) a recording is kept.
 SHAPES = 8
@@ -151,17 +153,14 @@ class PosteriorClassifier(nn.Module):
         return x.contiguous(), leaves, torch.is_grad_enabled() and bool(x.requires_grad or leaves)
 
     def _logits(self, x: Tensor, attached: bool, leaves: list[Tensor]) -> _Logits:
-        modules = list(self.model.modules()) if isinstance(self.model, nn.Module) else []
-        kept = [value for m in (self, *modules) for values in (m._parameters, m._buffers, vars(m)) for value in values.values()]
-        tensors = [value for value in kept if isinstance(value, Tensor)]
-        tensors += [value for _, value in pyro.get_param_store().named_parameters()]
-        kind = x.shape, x.dtype, x.device, _autocast(x.device.type)
+        guard = Guard(roots_of(self.model), attributes=True)
+        others = [*self.posterior_samples.values(), *(value for _, value in pyro.get_param_store().named_parameters())]
         slopes = attached and (x.requires_grad, *map(id, leaves))  # what a recording keeps of a model's own derivatives
-        key = (kind, slopes, tuple(m.training for m in modules), tuple(map(id, tensors)))
+        key = (x.shape, x.dtype, x.device, tuple(autocast_state()), slopes, guard.state, tuple(map(id, others)))
         if key not in self._recorded:
             model = ConditionedModel(self.model, self.posterior_samples, self.num_samples)
             with torch.set_grad_enabled(attached), RandomState().again():  # no prediction takes random numbers from its caller
-                logits = _Logits(model, self.return_site, self.chunk_size, x, leaves, tensors)
+                logits = _Logits(model, self.return_site, self.chunk_size, x, leaves, [*guard.held, *others])
             if self._check is not None:
                 self._check(x)
                 self._check = None
@@ -177,10 +176,6 @@ class PosteriorClassifier(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_recorded": OrderedDict()}
-
-
-def _autocast(device: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _make_room(classifier: PosteriorClassifier, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
@@ -221,15 +216,15 @@ class _Logits:
             first = self._readout.logits(trace, origins)
         # Recorded at other inputs than it is checked at, since a number taken from the inputs would stay what it was.
         leaves = [x, *leaves] if x.requires_grad else leaves
-        tape = record_draws(model, self._run, [[first]], state, leaves if torch.is_grad_enabled() else [], (x,), (x.flip(0),))
-        if tape.random[0] if tape else not agree([first], self._run(*model.draw(0), x)):
+        recorded = record_draws(model, self._run, [[first]], state, leaves if torch.is_grad_enabled() else [], (x,), (x.flip(0),))
+        if recorded.random[0] if recorded else not agree([first], self._run(*model.draw(0), x)):
             names = [name for name in trace.stochastic_nodes if name not in model.samples]
             raise ValueError(
                 f"the logits are random although draws are given: they depend on a site without draws (one of {names}), or on random "
                 "numbers beside the sites"
             )
-        chunk = 1 if tape is None else default_chunk(tape, passes=2) if chunk_size is None else chunk_size
-        self.replays = None if tape is None else Replays(tape, chunk, lasting=True)
+        chunk = 1 if recorded is None else draws_together(recorded, passes=2) if chunk_size is None else chunk_size
+        self.replays = None if recorded is None else Replays(recorded, chunk, lasting=True)
         self._slopes: dict[Reduction, _Slopes] = {}
 
     def _run(self, *values: Tensor) -> list[Tensor]:
@@ -261,8 +256,8 @@ class _Logits:
             for index in range(self.model.num_samples):
                 yield _slope(partial(self._one, index), x, y, reduce)
             return
-        slopes = self._slopes.setdefault(reduce, _Slopes(self.replays.tape, reduce))
-        constants, start, stop, together = self.replays.tape.prepare(), 0, self.model.num_samples, self.replays.chunk
+        slopes = self._slopes.setdefault(reduce, _Slopes(self.replays.recorded, reduce))
+        constants, start, stop, together = self.replays.recorded.prepare(), 0, self.model.num_samples, self.replays.chunk
         while start < stop:
             size = min(self.replays.chunk, stop - start)
             try:
@@ -298,13 +293,13 @@ class _Slopes:
     """
     Gradients of one function of the draws, chunk by chunk, recorded once for each size of a chunk.
 
-    :param tape: from a draw and the inputs to its logits.
+    :param Interpreter logits: from a draw and the inputs to its logits.
     :param reduce: as in :meth:`PosteriorClassifier.gradients`.
     """
 
-    def __init__(self, tape: Tape, reduce: Reduction) -> None:
-        self._tape, self._reduce = tape, reduce
-        self._recorded: dict[int, Tape | None] = {}
+    def __init__(self, logits: Interpreter, reduce: Reduction) -> None:
+        self._draws_logits, self._reduce = logits, reduce
+        self._recorded: dict[int, Interpreter | None] = {}
 
     def __call__(self, constants: list[Any], draws: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """:raises _NotTogether: where there are several draws."""
@@ -333,20 +328,20 @@ class _Slopes:
         return found
 
     @staticmethod
-    def _record(whole: Callable, changing: Sequence[Tensor], fixed: Sequence[Tensor], expected: Sequence[Tensor]) -> Tape | None:
+    def _record(whole: Callable, changing: Sequence[Tensor], fixed: Sequence[Tensor], expected: Sequence[Tensor]) -> Interpreter | None:
         """Recorded at other values than it is compared at; None if it cannot be trusted."""
         try:
-            tape, _ = record(whole, (*(tensor.flip(0) for tensor in changing), *fixed))
+            recorded = Interpreter(record(whole, (*(tensor.flip(0) for tensor in changing), *fixed))[0])
             with torch.no_grad():
-                agrees = agree(tape.replay(tape.prepare(), (*changing, *fixed)), expected)
+                agrees = agree(recorded.replay(recorded.prepare(), (*changing, *fixed)), expected)
         except Exception:  # whatever a recording cannot do: it still runs
             return None
-        return tape if agrees else None
+        return recorded if agrees else None
 
     def _logits(self, values: list[Any], draws: Sequence[Tensor], size: int, x: Tensor) -> Tensor:
         if size > 1:
-            return self._tape.replay_together(values, draws, size, (x,))[0]
-        return self._tape.replay(values, (*(draw[0] for draw in draws), x))[0].unsqueeze(0)
+            return self._draws_logits.replay_together(values, draws, size, (x,))[0]
+        return self._draws_logits.replay(values, (*(draw[0] for draw in draws), x))[0].unsqueeze(0)
 
 
 @torch.enable_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from pyro_advbayes.handlers import GivenMessenger, UnvalidatedMessenger
 from pyro_advbayes.infer.autoguide.adversarial import Adversary, AutoAdversarialNormal, BaseNoise, BaseNormal
 from pyro_advbayes.nn.reparameterization import rows_differ
 from pyro_advbayes.structure import refuse_random_layers
-from pyro_advbayes.tracing.guard import autocast_state, held_by, noting_modules, roots_of
+from pyro_advbayes.tracing.guard import DIFFERS, Guard, agree, autocast_state, noting_modules, reason, roots_of, warn_of_handlers
 from pyro_advbayes.tracing.record import Recorder
 from pyro_advbayes.tracing.replay import trace_graph
 
@@ -90,31 +89,20 @@ class _Entry:
 
     def watch(self) -> None:
         """Notes the modules as they are now."""
-        self._held, self._state = held_by(self.roots), _state(self.roots)  # held, so that no other tensor gets their ids
+        self._guard = Guard(self.roots, versions=True)
 
     def fits(self, model: Callable, guide: Callable, key: Any) -> bool:
-        return self.model is model and self.guide is guide and self.key == key and self._state == _state(self.roots)
+        same = self.model is model and self.guide is guide and self.key == key
+        return same and self._guard.state == Guard(self.roots, versions=True).state
 
     def refuse(self, why: NotTraceable) -> None:
         self.objective, self.refused = None, True
-        warnings.warn(f"backend='graph' falls back to 'handlers', which is slower, for this model and guide: {why}", stacklevel=2)
+        warn_of_handlers("backend='graph'", str(why))
 
 
 def _key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What graphs hold as constants of a call: shapes and plain arguments, and the dtypes of autocast."""
     return [_kind(value) for value in (*args, *kwargs.values())], tuple(kwargs), autocast_state()
-
-
-def _state(roots: Sequence[nn.Module]) -> Any:
-    """What graphs hold as constants of modules: which layers there are, their modes, and their buffers."""
-    modules = [module for root in roots for module in root.modules()]
-    parameters = [parameter for each in modules for parameter in each.parameters(recurse=False)]
-    buffers = [buffer for each in modules for buffer in each.buffers(recurse=False)]
-    return (
-        [(each, each.training) for each in modules],
-        [(id(p), p.requires_grad) for p in parameters],
-        [(id(t), t._version) for t in buffers],  # torch has no public way to tell that a tensor was written to
-    )
 
 
 def _kind(value: Any) -> Any:
@@ -185,11 +173,11 @@ class Objective:
                 tensors = [t.clone() for t in self.arguments.tensors]  # which the model may write to
                 with refuse_random_layers(poutine.unwrap(self.model)), noting_modules(self.roots):
                     self._traces(locs, scales, noises, tensors)
-                self.held = held_by(self.roots)
+                self.held = Guard(self.roots).held
                 with Recorder([*locs, *scales, *noises, *tensors, *self.held]) as recorder:
                     model_trace, guide_trace = self._traces(locs, scales, noises, tensors)
         except (ValueError, RuntimeError) as error:
-            raise NotTraceable(str(error).splitlines()[0]) from error
+            raise NotTraceable(reason(error)) from error
         check_sites(model_trace, guide_trace)
         for trace in (model_trace, guide_trace):
             if any(site_is_subsample(node) for node in trace.nodes.values() if node["type"] == "sample" and _subsamples(node)):
@@ -245,19 +233,14 @@ class Objective:
             try:
                 self._graphs[kind] = trace_graph(function, inputs, self.held)
             except Exception as error:  # whatever a model's Python does under a tracer: the handlers still run it
-                raise NotTraceable(f"it cannot be traced: {str(error).splitlines()[0]}") from error
+                raise NotTraceable(f"it cannot be traced: {reason(error)}") from error
             rest = len(inputs) - len(self.arguments.tensors)
             self._compare(kind, function, [*(t * 1.01 + 0.01 for t in inputs[:rest]), *inputs[rest:]])
         self._compare(kind, function, inputs)
 
     def _compare(self, kind: str, function: Callable[..., Any], inputs: Tensors) -> None:
-        for ours, theirs in zip(self._graphs[kind](*inputs), function(*inputs), strict=True):
-            tolerance = 1e-3 if ours.dtype != torch.double else 1e-7
-            if not bool((ours - theirs).norm() <= tolerance * theirs.norm() + 1e-30):
-                raise NotTraceable(
-                    "the graph's numbers differ from the handlers' on another batch: the model takes a Python number from the data's "
-                    "values (len(torch.unique(y)), say), or draws random numbers beside its sites"
-                )
+        if not agree(self._graphs[kind](*inputs), function(*inputs)):
+            raise NotTraceable(DIFFERS)
 
     # --------------------------------------------------------------------------------------------------- what is traced
 

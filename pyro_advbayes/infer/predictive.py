@@ -17,14 +17,9 @@ from torch.utils._pytree import tree_leaves
 from pyro_advbayes.given import need_tensor
 from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.subsampled import predict_all_rows, subsampling_plate
-from pyro_advbayes.tape import Replays, Tape, record
-from pyro_advbayes.tracing.guard import RandomState
-
-# How many numbers the draws that are computed together make: fewer leave the time to Python, more take memory without being
-# faster, and convolutions become slower. One CPU core, ms a draw: 784-100-100-10 at 100 inputs one by one 0.93, together 0.38
-# (2^19 numbers), 0.29 (2^21), 0.27 (2^23); two 3x3 convolutions of 64 channels at 100 16x16 images, which make 2^23 numbers a
-# draw, one by one 25, sixteen together 65.
-TOGETHER = 2**21
+from pyro_advbayes.tracing.guard import DIFFERS, RandomState, agree, reason, warn_of_handlers
+from pyro_advbayes.tracing.record import record
+from pyro_advbayes.tracing.replay import Interpreter, Replays, draws_together
 
 
 class Predictive(pyro.infer.Predictive):
@@ -36,7 +31,7 @@ class Predictive(pyro.infer.Predictive):
 
         probs = Predictive(model, mcmc.get_samples(), return_sites=["obs"])(x_test)["obs"]   # [draws, N]
 
-    The first draws go through Pyro's handlers. What the model did is recorded (:mod:`pyro_advbayes.tape`), compared with a draw
+    The first draws go through Pyro's handlers. What the model did is recorded (:mod:`pyro_advbayes.tracing`), compared with a draw
     of its own, and replayed for the others: side by side where the numbers that a draw makes are few, one after the other
     where they are many. What comes before the first latent site (a deterministic feature extractor, say) is computed once. A
     model that cannot be recorded, because its Python looks at drawn values, runs draw by draw as in Pyro.
@@ -152,11 +147,11 @@ def predict(
         return model.run(values, list(shapes), *args, **kwargs)
 
     first = [trace.nodes[name]["value"] for name in shapes]
-    probes, tape = [first], None
+    probes, recorded = [first], None
     if model.num_samples > 3:
         leaves = _attached((args, kwargs)) if torch.is_grad_enabled() else []
-        tape = record_draws(model, run, probes, state, leaves)
-    results = _gather(_pieces(model, run, probes, tape, chunk_size), model.num_samples, list(shapes))
+        recorded = record_draws(model, run, probes, state, leaves)
+    results = _gather(_pieces(model, run, probes, recorded, chunk_size), model.num_samples, list(shapes))
     model.check_categories(dict(zip(shapes, results, strict=True)))
     return {name: result.reshape(model.num_samples, *shape) for (name, shape), result in zip(shapes.items(), results, strict=True)}
 
@@ -187,17 +182,17 @@ def _shapes(trace: Trace, return_sites: Any, samples: Mapping[str, Tensor]) -> d
 
 
 def _pieces(
-    model: ConditionedModel, run: Callable, probes: list[Sequence[Tensor]], tape: Tape | None, chunk_size: int | None
+    model: ConditionedModel, run: Callable, probes: list[Sequence[Tensor]], recorded: Interpreter | None, chunk_size: int | None
 ) -> Iterator[Sequence[Tensor]]:
     """What ``run`` returns for all draws, in order, in pieces ``[chunk, *site]``; ``probes`` is what it returned for the first."""
     for values in probes:
         yield _alone(values)
-    if tape is None:
+    if recorded is None:
         chunk = 1
         for index in range(len(probes), model.num_samples):
             yield _alone(run(*model.draw(index)))
     else:
-        replays = Replays(tape, default_chunk(tape) if chunk_size is None else chunk_size)
+        replays = Replays(recorded, draws_together(recorded) if chunk_size is None else chunk_size)
         yield from replays.run(model.draws, len(probes), model.num_samples)
         chunk = replays.chunk
     if chunk == 1 and chunk_size is not None and chunk_size > 1:
@@ -220,7 +215,7 @@ def record_draws(
     leaves: Sequence[Tensor] = (),
     shared: Sequence[Tensor] = (),
     others: Sequence[Tensor] = (),
-) -> Tape | None:
+) -> Interpreter | None:
     """
     Records what a model does with a draw, and compares the recording with Pyro's handlers on another draw.
 
@@ -230,60 +225,27 @@ def record_draws(
     :param leaves: tensors whose gradients must agree, too.
     :param shared: further inputs of ``run``.
     :param others: other values of ``shared``, to record with.
-    :return: the recording; None if there is none to trust.
+    :return: the recording; None, with a warning that says why, if there is none to trust.
     """
     index = [min(i, model.num_samples - 1) for i in range(3)]
     try:
         with pyro.validation_enabled(False):
-            tape, second = record(run, (*model.draw(index[1]), *others))
+            recording, second = record(run, (*model.draw(index[1]), *others))
         probes.append(second)
+        recorded = Interpreter(recording)
         with state.again():
-            agrees = agree(tape.replay_all((*model.draw(0), *shared)), probes[0], leaves)
+            agrees = agree(recorded.replay_all((*model.draw(0), *shared)), probes[0], leaves)
         if not agrees:  # the first call may have drawn more: a guide makes its prototype, a model its parameters
             state = RandomState()
             probes.append(run(*model.draw(index[2]), *shared))
             with state.again():
-                agrees = agree(tape.replay_all((*model.draw(index[2]), *shared)), probes[2], leaves)
-    except Exception:  # whatever a model's Python does under a recorder: the handlers still run it, and raise what is its own
+                agrees = agree(recorded.replay_all((*model.draw(index[2]), *shared)), probes[2], leaves)
+    except Exception as error:  # whatever a model's Python does under a recorder: the handlers still run it, and raise what is its own
+        warn_of_handlers("prediction", f"it cannot be recorded: {reason(error)}")
         return None
-    return tape if agrees else None
-
-
-def agree(ours: Sequence[Tensor], theirs: Sequence[Tensor], leaves: Sequence[Tensor] = ()) -> bool:
-    """Whether results are the same to half their digits, and their gradients with respect to ``leaves``."""
-    for a, b in zip(ours, theirs, strict=True):
-        if a.shape != b.shape or a.dtype != b.dtype or a.requires_grad != b.requires_grad or not _close(a, b):
-            return False
-    if not leaves:
-        return True
-    return all(_close(a, b) for a, b in zip(_gradients(ours, leaves), _gradients(theirs, leaves), strict=True))
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    tolerance = torch.finfo(a.dtype).eps ** 0.5
-    size = float(b.detach().nan_to_num(0.0, 0.0, 0.0).abs().max()) if b.numel() else 0.0
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)
-
-
-def _gradients(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
-    values = [value for value in values if value.requires_grad]
-    if not values:
-        return []
-    # uneven weights, since a sum may be constant: that of probabilities is
-    weights = [torch.arange(v.numel(), dtype=v.dtype, device=v.device).cos().view(v.shape) for v in values]
-    gradients = torch.autograd.grad(values, leaves, weights, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)]
-
-
-def default_chunk(tape: Tape, passes: int = 1) -> int:
-    """
-    How many draws are computed side by side; a fixed rule, so that results never depend on a stopwatch.
-
-    :param passes: how often the numbers of a draw are in memory; twice, where gradients are computed.
-    """
-    return max(1, TOGETHER // (passes * max(1, tape.elements)))
+    if not agrees:
+        warn_of_handlers("prediction", DIFFERS)
+    return recorded if agrees else None
 
 
 def _gather(pieces: Iterator[Sequence[Tensor]], count: int, names: Sequence[str]) -> list[Tensor]:

@@ -1,8 +1,9 @@
-"""Whether a recording is still what it was made of."""
+"""Whether a recording still holds: whether it agrees with what it was made of, and whether that is what it was."""
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -43,9 +44,74 @@ def noting_modules(roots: list[nn.Module]) -> Iterator[None]:
         handle.remove()
 
 
-def held_by(roots: Sequence[nn.Module]) -> list[Tensor]:
-    """All parameters and buffers."""
-    return [tensor for root in roots for tensor in (*root.parameters(), *root.buffers())]
+class Guard:
+    """
+    What a recording took from a model's modules: which layers there are, their modes, and their tensors.
+
+    :param roots: the modules; with :func:`noting_modules`, those that are used, too.
+    :param versions: whether a buffer that was written to in place is another one.
+    :param attributes: whether tensors count that are attributes of modules, but no buffers.
+
+    :ivar held: all these tensors. They are held, so that no other one gets their ids.
+    :ivar state: equal to another guard's, where both recordings hold for one model.
+    """
+
+    def __init__(self, roots: Sequence[nn.Module], versions: bool = False, attributes: bool = False) -> None:
+        modules = [module for root in roots for module in root.modules()]
+        parameters = [value for module in modules for value in module._parameters.values() if value is not None]
+        places = [place for m in modules for place in ((m._buffers, vars(m)) if attributes else (m._buffers,))]
+        others = [value for place in places for value in place.values() if isinstance(value, Tensor)]
+        self.held = [*parameters, *others]
+        self.state = (
+            tuple((module, module.training) for module in modules),
+            tuple((id(value), value.requires_grad) for value in parameters),
+            # torch has no public way to tell that a tensor was written to
+            tuple((id(value), value._version if versions and not value.is_inference() else 0) for value in others),
+        )
+
+
+DIFFERS = (
+    "its recording gives other numbers than the handlers on other values: its Python depends on something that changes from call to call, "
+    "or draws random numbers beside the sites"
+)
+
+
+def warn_of_handlers(what: str, why: str) -> None:
+    """The one warning where Pyro's handlers run in place of a recording."""
+    warnings.warn(f"{what} falls back to 'handlers', which is slower, for this model: {why}", stacklevel=3)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def agree(ours: Sequence[Tensor], theirs: Sequence[Tensor], leaves: Sequence[Tensor] = ()) -> bool:
+    """Whether results are the same to half their digits, and their gradients with respect to ``leaves``."""
+    for a, b in zip(ours, theirs, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype or a.requires_grad != b.requires_grad or not _close(a, b):
+            return False
+    if not leaves:
+        return True
+    return all(_close(a, b) for a, b in zip(_gradients(ours, leaves), _gradients(theirs, leaves), strict=True))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    tolerance = torch.finfo(a.dtype).eps ** 0.5
+    size = float(b.detach().nan_to_num(0.0, 0.0, 0.0).abs().max()) if b.numel() else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)
+
+
+def _gradients(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+    values = [value for value in values if value.requires_grad]
+    if not values:
+        return []
+    # uneven weights, since a sum may be constant: that of probabilities is
+    weights = [torch.arange(v.numel(), dtype=v.dtype, device=v.device).cos().view(v.shape) for v in values]
+    gradients = torch.autograd.grad(values, leaves, weights, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)]
 
 
 class RandomState:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from pyro_advbayes.tracing.record import Recording, traits_of, written_by
+from pyro_advbayes.tracing.record import Recording, traits_of
 
 aten = torch.ops.aten
 
@@ -33,48 +35,44 @@ def simplify(recording: Recording) -> None:
     """
     passes = _Passes(recording)
     passes.cut_seeds()
-    drop_dead(recording.graph)
+    drop_dead(recording)
     passes.fold_constants()
     passes.drop_identities()
-    drop_dead(recording.graph)
+    drop_dead(recording)
 
 
-def memory_of(node: fx.Node) -> set[int]:
-    """The memory that a node's results lie in."""
-    value = node.meta.get("val")
-    return {part.memory for part in (value if type(value) is tuple else (value,)) if part is not None}
-
-
-def writes(node: fx.Node) -> set[int]:
-    """The memory of its arguments that a node writes to."""
-    mutable = _is_operation(node) and traits_of(node.target).mutable
-    return written_by(node.target, node.args, node.kwargs) if mutable else set()
+def memory_of(nodes: Iterable[fx.Node]) -> set[int]:
+    """The memory that nodes' results lie in."""
+    return set().union(*[node.meta.get("memory", ()) for node in nodes])
 
 
 def is_random(node: fx.Node) -> bool:
     """Whether a node draws random numbers."""
-    return _is_operation(node) and traits_of(node.target).random
+    return isinstance(node.target, torch._ops.OpOverload) and traits_of(node.target).random
 
 
-def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+def live_nodes(recording: Recording) -> set[fx.Node]:
     """The nodes that the outputs need, as operands or because they write to memory that is read later."""
     live: set[fx.Node] = set()
     memory: set[int] = set()
-    for node in reversed(graph.nodes):
-        if node.op == "output" or node in live or not memory.isdisjoint(writes(node)):
-            live.update((node, *node.all_input_nodes))
-            memory.update(*map(memory_of, (node, *node.all_input_nodes)))
+    for node in reversed(recording.graph.nodes):
+        if node.op == "output" or node in live or not memory.isdisjoint(node.meta["writes"]):
+            live.add(node)
+            live.update(node.all_input_nodes)
+            if recording.written:
+                memory |= memory_of((node, *node.all_input_nodes))
     return live
 
 
-def drop_dead(graph: fx.Graph) -> None:
+def drop_dead(recording: Recording) -> None:
     """Removes what is not in :func:`live_nodes`, except for placeholders."""
-    live = live_nodes(graph)
-    for node in reversed(graph.nodes):
+    live = live_nodes(recording)
+    for node in reversed(recording.graph.nodes):
         if node not in live and node.op != "placeholder":
-            graph.erase_node(node)
+            recording.graph.erase_node(node)
 
 
+@functools.cache
 def call_directly(target: Any) -> Any:
     """The public function that computes what an overload computes, in less time, where there is one."""
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
@@ -86,21 +84,16 @@ def call_directly(target: Any) -> Any:
     return target
 
 
-def _is_operation(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload)
-
-
 class _Passes:
     """The passes over one recording."""
 
     def __init__(self, recording: Recording) -> None:
         self.graph, self.attributes, self.changing = recording.graph, recording.attributes, recording.changing
-        # memory that an in-place operation writes to, also through a view: the value of a node in it is not its own
-        self.written = set().union(*map(writes, self.graph.nodes))
+        self.written = recording.written  # also through a view: the value of a node in it is not its own
 
     def cut_seeds(self) -> None:
         for node in list(self.graph.nodes):
-            if node.target is aten.ones_like.default and not memory_of(node) & self.written:
+            if node.target is aten.ones_like.default and self.written.isdisjoint(node.meta["memory"]):
                 value = node.meta["val"]
                 self._replace(node, torch.ones(value.shape, dtype=value.dtype, device=value.device))
 
@@ -108,11 +101,11 @@ class _Passes:
         """Computes the nodes that no input, live tensor, random draw or in-place write reaches, once."""
         known: dict[fx.Node, Any] = {}
         for node in list(self.graph.nodes):
-            if memory_of(node) & self.written:
+            if not self.written.isdisjoint(node.meta.get("memory", ())):
                 continue
-            if node.op == "get_attr" and not memory_of(node) & self.changing:
+            if node.op == "get_attr" and self.changing.isdisjoint(node.meta["memory"]):
                 known[node] = self.attributes[node.target]
-            elif node.op == "call_function" and not (is_random(node) or writes(node)):
+            elif node.op == "call_function" and not (is_random(node) or node.meta["writes"]):
                 if all(arg in known for arg in node.all_input_nodes):
                     args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
                     known[node] = node.target(*args, **kwargs)
@@ -126,8 +119,8 @@ class _Passes:
 
     def drop_identities(self) -> None:
         for node in list(self.graph.nodes):
-            reads = {node, *node.all_input_nodes, *(arg for read in node.all_input_nodes for arg in read.all_input_nodes)}
-            kept = self._identical(node) if self.written.isdisjoint(set().union(*map(memory_of, reads))) else None
+            reads = (node, *node.all_input_nodes, *(arg for read in node.all_input_nodes for arg in read.all_input_nodes))
+            kept = self._identical(node) if not self.written or self.written.isdisjoint(memory_of(reads)) else None
             if kept is not None:
                 node.replace_all_uses_with(kept)
                 self.graph.erase_node(node)
@@ -159,7 +152,7 @@ class _Passes:
                 return factor
             with self.graph.inserting_before(node):
                 product = self.graph.call_function(aten.mul.Scalar, (factor, number))
-            product.meta["val"] = node.meta["val"]
+            product.meta.update(node.meta)
             return product
         return None
 
@@ -167,7 +160,7 @@ class _Passes:
         """The one number that an argument holds, if it is a constant with one number."""
         if isinstance(arg, (int, float)) and not isinstance(arg, bool):
             return float(arg)
-        if isinstance(arg, fx.Node) and arg.op == "get_attr" and not memory_of(arg) & self.changing:
+        if isinstance(arg, fx.Node) and arg.op == "get_attr" and self.changing.isdisjoint(arg.meta["memory"]):
             value = self.attributes[arg.target]
             if value.is_floating_point() and value.numel() and not any(value.stride()):
                 return value.flatten()[0].item()
@@ -179,7 +172,7 @@ class _Passes:
         self.attributes[target] = value
         with self.graph.inserting_before(node):
             constant = self.graph.create_node("get_attr", target, name=target)
-        constant.meta["val"] = node.meta["val"]
+        constant.meta.update(node.meta)
         node.replace_all_uses_with(constant)
         self.graph.erase_node(node)
 

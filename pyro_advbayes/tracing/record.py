@@ -6,6 +6,8 @@ import contextlib
 import functools
 import operator
 import random
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,9 +19,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.weak import WeakTensorKeyDictionary
 
 aten = torch.ops.aten
+
+_NOTHING: frozenset[int] = frozenset()
+_NO_NODE: Any = (lambda: None, None)
 
 
 class NotRecordable(RuntimeError):
@@ -27,13 +31,12 @@ class NotRecordable(RuntimeError):
 
 
 class Value(NamedTuple):
-    """What is known of a node's tensor, in ``node.meta["val"]``; of an operation with several results, a tuple of these."""
+    """What is known of a node's tensor, in ``node.meta["val"]``."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    memory: int  # the same for all views of one tensor
-    whole: bool  # whether the operation allocated the memory
+    whole: bool  # whether it is no view of another tensor
 
     @property
     def numel(self) -> int:
@@ -45,16 +48,23 @@ class Recording:
     """
     What a function of tensors did in one call, in the order in which it did it.
 
+    A tensor's memory has a number, the same for all its views. ``node.meta`` holds the memory of a node's results in ``"memory"``, and in
+    ``"writes"`` the memory of its arguments that it writes to.
+
     :ivar graph: its placeholders are the inputs, its ``get_attr`` nodes the tensors that the function took from elsewhere.
     :ivar attributes: these tensors, by target.
     :ivar changing: memory whose values may differ from replay to replay: inputs, live tensors, random numbers, and what depends on them.
+    :ivar moving: memory that is made in every replay: that in ``changing``, and what takes only its shape from there.
     :ivar random: memory whose values depend on random numbers.
+    :ivar written: memory that operations write to after it was made.
     """
 
     graph: fx.Graph
     attributes: dict[str, Tensor]
     changing: set[int]
+    moving: set[int]
     random: set[int]
+    written: set[int]
 
 
 def record(fn: Callable[..., Any], inputs: Sequence[Tensor], live: Sequence[Tensor] = ()) -> tuple[Recording, Any]:
@@ -69,14 +79,15 @@ def record(fn: Callable[..., Any], inputs: Sequence[Tensor], live: Sequence[Tens
     :raises NotRecordable: where a Python number, an array or a shape depends on the values of an input, a live tensor or a random number,
         where Python's or NumPy's random numbers are drawn, and where a tensor is written to that existed before.
     """
-    inputs = [tensor.view_as(tensor) for tensor in inputs]  # a tensor is known by identity: one that is given twice must become two
+    times = Counter(map(id, inputs))  # the recorder knows tensors by identity: one that is given twice must become two
+    inputs = [tensor if times[id(tensor)] == 1 else tensor.view_as(tensor) for tensor in inputs]
     recorder, others = Recorder(inputs, live), _other_random_states()
     with _no_autocast_cache(), _NoArrays(recorder), recorder:
         outputs = fn(*inputs)
     if _other_random_states() != others:
         raise NotRecordable("random numbers are drawn that are not PyTorch's")
     recorder.graph.output(tree_map_only(Tensor, recorder.node, outputs))
-    return Recording(recorder.graph, recorder.attributes, recorder.changing, recorder.random), outputs
+    return recorder.recording(), outputs
 
 
 def _other_random_states() -> tuple[Any, ...]:
@@ -123,13 +134,14 @@ class Recorder(TorchDispatchMode):
     def __init__(self, inputs: Sequence[Tensor], live: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.graph, self.attributes = fx.Graph(), {}
-        self._nodes = WeakTensorKeyDictionary()  # weak, so that activations are freed as early as without a recorder
+        # by id, with a weak reference: activations are freed as early as without a recorder
+        self._nodes: dict[int, tuple[weakref.ref, fx.Node]] = {}
         self._memories: dict[Any, int] = {}
         self._sparse: list[Tensor] = []  # held, so that no other tensor gets its id
         for i, tensor in enumerate(inputs):
             self._note(self.graph.placeholder(f"input{i}"), tensor)
         self.changing = {self._memory(tensor) for tensor in (*inputs, *live)}
-        self.random: set[int] = set()
+        self.moving, self.random, self.written = set(self.changing), set(), set()
         self._outer = set(self.changing)  # memory that was there before the call
 
     @classmethod
@@ -139,26 +151,48 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         traits = traits_of(func)
         read: list[fx.Node] = []
-        named_args = tuple([self._name(arg, read) for arg in args])
+        named_args = tuple([self._name(arg, read) if isinstance(arg, (Tensor, tuple, list)) else arg for arg in args])
         named_kwargs = {name: self._name(arg, read) for name, arg in kwargs.items()} if kwargs else {}
-        memory = {node.meta["val"].memory for node in read}
+        memory = set().union(*[node.meta["memory"] for node in read])
         changes = traits.reads and not memory.isdisjoint(self.changing)
         if changes and traits.to_python and not self._picks_by_constants(func, args):
             raise NotRecordable(f"a Python number or a shape depends on values that change ({func})")
-        writes = written_by(func, named_args, named_kwargs) if traits.mutable else ()
+        writes = _written(func, named_args, named_kwargs) if traits.mutable else _NOTHING
         if not self._outer.isdisjoint(writes):
             raise NotRecordable(f"{func} writes into a tensor that is older than the call")
 
         if func is aten.lift_fresh.default:  # torch.tensor([...]) may be written to: every replay gets its own
             func = aten.clone.default
         result = func(*args, **kwargs) if kwargs else func(*args)
-        node = self.graph.create_node("call_function", func, named_args, named_kwargs, traits.name)
-        made = {*writes, *self._results(node, result)}
-        if traits.random or changes:
-            self.changing |= made
+        node = self._call(func, traits.name, named_args, named_kwargs)
+        self._note_results(node, result)
+        node.meta["writes"] = writes
+        self.written |= writes
+        if traits.random or not memory.isdisjoint(self.moving):
+            made = node.meta["memory"] | writes
+            self.moving |= made
+            if traits.random or changes:
+                self.changing |= made
             if traits.random or not memory.isdisjoint(self.random):
                 self.random |= made
         return result
+
+    def recording(self) -> Recording:
+        """What was recorded."""
+        size = 0 if self.written else len(self.moving)
+        while size < len(self.moving):  # memory may have been read before something that changes was written to it
+            size = len(self.moving)
+            for node in self.graph.nodes:
+                if not self.moving.isdisjoint(set().union(*[n.meta.get("memory", ()) for n in (node, *node.all_input_nodes)])):
+                    self.moving |= node.meta.get("memory", _NOTHING) | node.meta.get("writes", _NOTHING)
+        return Recording(self.graph, self.attributes, self.changing, self.moving, self.random, self.written)
+
+    def _call(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        node = self.graph.create_node("call_function", func, name=name)
+        node.args = args  # by themselves, since create_node looks through them for symbols, which takes as long as the rest of it
+        if kwargs:
+            node.kwargs = kwargs
+        return node
 
     def _picks_by_constants(self, func: Any, args: Any) -> bool:
         """Whether an indexing has a shape that is known: its masks, if it has any, are constants."""
@@ -183,8 +217,8 @@ class Recorder(TorchDispatchMode):
 
     def node(self, tensor: Tensor) -> fx.Node:
         """A tensor's node; a tensor not seen before becomes an attribute."""
-        known = self._nodes.get(tensor)
-        return self._unknown(tensor) if known is None else known
+        reference, known = self._nodes.get(id(tensor), _NO_NODE)
+        return known if reference() is tensor else self._unknown(tensor)
 
     def _unknown(self, tensor: Tensor) -> fx.Node:
         if _storage(tensor) not in self._memories:
@@ -195,28 +229,24 @@ class Recorder(TorchDispatchMode):
         self.attributes[target] = tensor
         return self._note(self.graph.create_node("get_attr", target, name=target), tensor)
 
-    def _results(self, node: fx.Node, result: Any) -> Iterator[int]:
-        """Notes what an operation returned; gives the memory of it."""
-        if isinstance(result, (tuple, list)):
-            values = []
-            for i, part in enumerate(result):
-                item = None
-                if isinstance(part, Tensor):
-                    item = self.graph.create_node("call_function", operator.getitem, (node, i), name="item")
-                    self._note(item, part)
-                    yield item.meta["val"].memory
-                values.append(None if item is None else item.meta["val"])
-            node.meta["val"] = tuple(values)
-        elif isinstance(result, Tensor):
+    def _note_results(self, node: fx.Node, result: Any) -> None:
+        if isinstance(result, Tensor):
             self._note(node, result)
-            yield node.meta["val"].memory
+            return
+        memory: set[int] = set()
+        for i, part in enumerate(result if isinstance(result, (tuple, list)) else ()):
+            if isinstance(part, Tensor):
+                item = self._note(self._call(operator.getitem, "item", (node, i)), part)
+                memory |= item.meta["memory"]
+        node.meta["memory"] = frozenset(memory)
 
     def _note(self, node: fx.Node, tensor: Tensor) -> fx.Node:
         count = len(self._memories)
         memory = self._memory(tensor)
-        node.meta["val"] = Value(tensor.shape, tensor.dtype, tensor.device, memory, memory == count)
-        if tensor not in self._nodes:  # else it was written in place, and stays the node that it was
-            self._nodes[tensor] = node
+        node.meta["val"] = Value(tensor.shape, tensor.dtype, tensor.device, memory == count)
+        node.meta["memory"], node.meta["writes"] = frozenset((memory,)), _NOTHING
+        if self._nodes.get(id(tensor), _NO_NODE)[0]() is not tensor:  # else it was written in place, and stays the node that it was
+            self._nodes[id(tensor)] = weakref.ref(tensor), node
         return node
 
     def _memory(self, tensor: Tensor) -> int:
@@ -254,12 +284,12 @@ def traits_of(func: Any) -> Traits:
     return Traits(name, torch.Tag.nondeterministic_seeded in func.tags, to_python, func._schema.is_mutable, reads)
 
 
-def written_by(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> set[int]:
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> set[int]:
     """The memory that an operation with nodes as arguments writes to."""
     written: set[int] = set()
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
             parts = value if isinstance(value, (tuple, list)) else [value]
-            written.update(part.meta["val"].memory for part in parts if isinstance(part, fx.Node))
+            written.update(*[part.meta["memory"] for part in parts if isinstance(part, fx.Node)])
     return written
