@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_advbayes as ab
 from models.bal_convnet import bal_convnet
 from models.mlp import mlp
-from pyro_advbayes.potential import SIDE_BY_SIDE_WEIGHTS
+from pyro_advbayes.tracing.replay import SIDE_BY_SIDE_WEIGHTS
 from tests.small_models import data, logistic, mixed, regression, subsampling, weights
 
 X, Y = data()
