@@ -82,7 +82,26 @@ def derivatives(a, b):
     ]
 
 
-FUNCTIONS = [views, in_place, several, lookups, layers, passed_on, read_again, fixed_writes, constant_work, derivatives]
+def read_before_it_is_written(a, b):
+    total = torch.zeros(4, 3)
+    doubled = total * 2 + 1
+    total += a
+    return [doubled + 1, total]
+
+
+FUNCTIONS = [
+    read_before_it_is_written,
+    views,
+    in_place,
+    several,
+    lookups,
+    layers,
+    passed_on,
+    read_again,
+    fixed_writes,
+    constant_work,
+    derivatives,
+]
 
 
 def draws(count):
@@ -261,3 +280,21 @@ def test_python_numbers_may_come_from_tensors_that_stay_the_same():
 
 def test_pytorch_does_not_load_its_compiler_to_keep_it_out_of_a_recording():
     assert not hasattr(Recorder.__torch_dispatch__, "__wrapped__")
+
+
+def test_one_tensor_given_twice_is_two_inputs():
+    a, b = torch.randn(3), torch.randn(3)
+    tape = Interpreter(record(lambda a, b: [a - 2 * b], [a, a])[0])
+    assert torch.equal(tape.replay(tape.prepare(), [a, b])[0], a - 2 * b)
+
+
+def test_large_layers_stay_as_they_are_side_by_side(monkeypatch):
+    tape, inputs = tape_of(layers), draws(5)
+    rows_last = tape.replay_together(tape.prepare(), inputs, 5)
+    monkeypatch.setattr("pyro_advbayes.tracing.calls.WEIGHTS_A_ROW", 0)
+    tape = tape_of(layers)
+    with Watch() as watch:
+        plain = tape.replay_together(tape.prepare(), inputs, 5)
+    for ours, theirs in zip(plain, rows_last, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.ops.aten.bmm.default in watch.calls
