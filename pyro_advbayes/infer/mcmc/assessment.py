@@ -22,6 +22,7 @@ LEAST_DRAWS = 20  # of a chain; fewer tell nothing
 LARGEST_Z, LARGEST_SHIFT = 5.0, 0.5
 LEAST_ENERGIES = 5.0  # effective draws of a chain
 LARGEST_R_HAT = 1.1
+LARGEST_COLD = 0.88  # share of T; "auto" keeps to 0.9
 LARGEST_HEAT = 1.12  # mean over a site; "auto" keeps to 1.1
 DIRECTION_SHARE = 0.125  # along the direction in which noise heats most; "auto" keeps to 0.1 of it
 LARGEST_FALL = 100.0
@@ -113,9 +114,13 @@ def drift(energy: Tensor) -> dict[str, float]:
 
 
 def _effective(energy: Tensor) -> float:
-    """Effective draws of all chains together; of more than 1000 draws, of so many: Pyro's estimate takes memory in their square."""
-    thinned = energy[:, :: -(-energy.shape[1] // 1000)].double()
-    return float(effective_size(thinned.unsqueeze(-1)).nan_to_num(1.0))
+    """Effective draws of all chains together; Pyro's estimate takes memory in their square."""
+    return float(effective_size(_thinned(energy).double().unsqueeze(-1)).nan_to_num(1.0))
+
+
+def _thinned(values: Tensor) -> Tensor:
+    """At most 1000 evenly spaced draws of values ``[chains, draws, ...]``, lest a look at a long run take much memory."""
+    return values[:, :: -(-values.shape[1] // 1000)]
 
 
 def _drifting(found: dict[str, float]) -> list[str]:
@@ -146,6 +151,13 @@ def _heat(kernel: Any, about: dict[str, Any], temperature: float) -> list[str]:
     site, hottest = max(about["T_eff"].items(), key=lambda item: item[1])
     if hottest > LARGEST_HEAT * temperature:
         return [f"minibatch noise heats site {site!r} to T_eff {hottest:.3g} where {temperature:.3g} was asked for: take {remedy}"]
+    site, coldest = min(about["T_eff epochs"].items(), key=lambda item: item[1])
+    # not where the rule's own friction makes a site cold
+    if coldest < LARGEST_COLD * min(temperature, about["T_eff"][site]) and kernel.potential.batches.num_data is not None:
+        return [
+            f"minibatch noise is taken off that shuffled epochs take back themselves: site {site!r} may be as cold as {coldest:.3g} where "
+            f"{temperature:.3g} was asked for, draws too narrow: take {remedy}, or noise_correction=False"
+        ]
     along = about["T_eff direction"]
     if along is not None and along > (1.0 + hottest_allowed(DIRECTION_SHARE, kernel.potential.size)) * temperature:
         return [
@@ -222,7 +234,7 @@ def _mixing(mcmc: SGMCMC, energy: Tensor, constant: bool) -> list[str]:
         looked["the predicted means of the data"] = predictions
     worst, where_worst = 0.0, ""
     for name, values in looked.items():
-        r_hat = shrink_factor(spaced(values, ROWS)[0])
+        r_hat = shrink_factor(spaced(_thinned(values), ROWS)[0])
         largest = float(r_hat.nan_to_num(0.0).max())
         if largest > worst:
             worst, where_worst = largest, name

@@ -154,6 +154,7 @@ class SGMCMCKernel(MCMCKernel):
         self._info: dict[str, Any] = {}
         self._effective: Tensor | None = None
         self._hottest: float | None = None
+        self._coldest: dict[str, float] | None = None
 
     # ------------------------------------------------------------------------------------------------------ Pyro's protocol
 
@@ -275,8 +276,10 @@ class SGMCMCKernel(MCMCKernel):
         """
         :return: ``"divergences"``, the numbers of the samples at which the chain was lost (a list per chain in
             :class:`~pyro_advbayes.SGMCMC`); ``"step size"``; ``"T_eff"``, the temperature per site that the minibatch noise was
-            predicted to lead to at the end of warm-up, mean over its coordinates, of the worst chain; ``"T_eff direction"``, that
-            temperature along the direction in which noise heats most (None on full data), of the worst of up to four chains;
+            predicted to lead to at the end of warm-up, mean over its coordinates, of the worst chain: an upper bound where batches are
+            those of shuffled epochs, which take noise back from all that moves slowly; ``"T_eff epochs"``, the temperature per site if
+            nothing is left of that noise, below T where the rule takes it off; ``"T_eff direction"``, the temperature along the
+            direction in which noise heats most (None on full data), of the worst of up to four chains;
             ``"clamped"``, the share of coordinates where the rule was clamped; ``"restarts"``, how often each chain was started again
             in warm-up; ``"step fell"``, by what factor ``"auto"`` made the step smaller when noise was held to its share.
         """
@@ -286,6 +289,7 @@ class SGMCMCKernel(MCMCKernel):
             "step size": self._info.get("step_size"),
             "T_eff": self.effective_temperatures(),
             "T_eff direction": self._hottest,
+            "T_eff epochs": self._coldest,
             "clamped": self._clamped_share,
             "restarts": self.restarts.counts[0] if self._single else list(self.restarts.counts),
             "step fell": self._step_fell(),
@@ -504,13 +508,17 @@ class SGMCMCKernel(MCMCKernel):
         self._clamped_share = rule.check(step_size, T, alive, self.names)
         self._effective = rule.temperatures(noise.mean().variance, step_size, T, alive, self.updates_per_batch)
         self._hottest = noise.hottest(self, step_size, T)
+        injected = rule.injected_temperature(noise.mean().variance, step_size, T, alive)
+        self._coldest = self._by_site(injected, worst=torch.amin)
 
     def effective_temperatures(self) -> dict[str, float] | None:
         """The predicted temperature per site, mean over its coordinates, of the worst chain; None before the end of warm-up."""
-        if self._effective is None:
-            return None
-        means = site_means(self._effective.expand(*self._effective.shape[:-1], self.potential.size).float(), self.names)
-        means = means.reshape(-1, len(self.names)).amax(0).tolist()
+        return None if self._effective is None else self._by_site(self._effective, worst=torch.amax)
+
+    def _by_site(self, values: Tensor, worst: Callable[[Tensor, int], Tensor]) -> dict[str, float]:
+        """Means over the coordinates of each site, of the worst chain."""
+        means = site_means(values.expand(*values.shape[:-1], self.potential.size).float(), self.names)
+        means = worst(means.reshape(-1, len(self.names)), 0).tolist()
         return {name: mean for (name, _), mean in zip(self.names, means, strict=True)}
 
     # ------------------------------------------------------------------------------------------------- for a checkpoint
@@ -554,6 +562,7 @@ class SGMCMCKernel(MCMCKernel):
             "steepest": self.steepest.state(),
             "settled": self._settled,
             "hottest": self._hottest,
+            "coldest": self._coldest,
             "clamped": self._clamped_share,
             "effective": self._effective,
             "anchor": None if self._anchor is None else [self._anchor.anchor, self._anchor.full],
@@ -576,7 +585,7 @@ class SGMCMCKernel(MCMCKernel):
             self.step_size.load(state["auto"])
         self.restarts.load(state["restarts"])
         self.steepest.load(state["steepest"])
-        self._settled, self._hottest = state["settled"], state["hottest"]
+        self._settled, self._hottest, self._coldest = state["settled"], state["hottest"], state["coldest"]
         self._clamped_share = state["clamped"]
         self._effective = state["effective"]
         if self._anchor is not None:

@@ -375,8 +375,8 @@ class SGMCMC(AbstractMCMC):
           draws and for schedules.
         - ``"divergences"``: ``{chain: numbers of the samples at which it was lost}``, of the chains that are left, as ArviZ reads it;
           ``"lost"``: the same of the chains that are left out.
-        - what the kernel's ``diagnostics`` know: ``"T_eff"``, ``"T_eff direction"``, ``"step size"``, ``"step fell"``, ``"restarts"``,
-          ``"clamped"``.
+        - what the kernel's ``diagnostics`` know: ``"T_eff"``, ``"T_eff direction"``, ``"T_eff epochs"``, ``"step size"``, ``"step fell"``,
+          ``"restarts"``, ``"clamped"``.
         - ``"warnings"``: what the run warned of, a list of sentences.
 
         :param args: inputs, as the model takes them.

@@ -160,8 +160,9 @@ class SGAdaLD(SGMCMCKernel):
 
     Gradient noise that is correlated between weights, as a network's is, is taken off along the axes only: stiff directions stay too
     hot and soft ones come out too cold. Minibatches of one epoch do not overlap, so that an epoch takes back a part of their noise, which
-    is taken off all the same: soft directions come out too cold by that part (variances by 7 % at N/B = 10, measured).
-    ``step_size="auto"`` keeps the whole effect of the noise below ``auto_share``.
+    is taken off all the same: draws come out too cold by that part, at most down to ``diagnostics()["T_eff epochs"]``.
+    ``step_size="auto"`` keeps the whole effect of the noise below ``auto_share`` (variances are 3 to 9 % too small in
+    ``tests/benchmarks/results/temperature.md``, and 25 to 43 % at three times that step).
 
     :param friction: None takes the friction at which every weight has the temperature T, :math:`C = \sqrt V / e`; a number is the
         paper's constant :math:`C`: the variance is then :math:`2 T e^3 C / V - h^2 M`, and weight i has temperature

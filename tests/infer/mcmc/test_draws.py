@@ -500,15 +500,25 @@ def test_a_site_of_any_other_name_is_kept(tmp_path, name):
 
 
 MEMORY = """
-import resource, sys
+import sys, threading, time
 import pyro, pyro.distributions as dist, torch
 import pyro_advbayes as ab
+
+most = [0]
+
+def watch():
+    while True:
+        with open("/proc/self/status") as file:
+            most[0] = max(most[0], *(int(line.split()[1]) for line in file if line.startswith("RssAnon")))
+        time.sleep(0.002)
+
+threading.Thread(target=watch, daemon=True).start()
 
 def model():
     pyro.sample("w", dist.Normal(torch.zeros(1500), 1.0).to_event(1))
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return most[0] / 1024
 
 def run(draws):
     seen = []
@@ -516,17 +526,20 @@ def run(draws):
     mcmc = ab.SGMCMC(ab.SGLD(model, 0.1), draws, 0, hook_fn=hook, disable_progbar=True, draws=f"{sys.argv[1]}-{draws}")
     mcmc.run()
     samples = mcmc.get_samples()["w"]
-    assert samples.shape == (draws, 1500) and float(samples[500::500].var()) > 0.9
+    assert samples.shape == (draws, 1500) and float(samples[500::250].var()) > 0.9
     return seen[0]
 
-run(3000)
+run(1000)
 before = peak()
 print(run(10_000) - before, peak() - before)
 """
 
 
-def test_ten_thousand_draws_take_no_more_memory_than_three_thousand(tmp_path):
-    """In memory they would take 40 MiB more; a quarter of that is left for pages of the file and what an allocator does."""
+def test_ten_thousand_draws_take_no_more_memory_than_a_thousand(tmp_path):
+    """
+    In memory they would take 51 MiB more; a tenth of that is left for what an allocator does. Mapped pages of the file are not counted:
+    the system takes them back when it needs them.
+    """
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path / "draws")],
         capture_output=True,
@@ -535,4 +548,4 @@ def test_ten_thousand_draws_take_no_more_memory_than_three_thousand(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     running, reading = map(float, done.stdout.split())
-    assert running < 10 and reading < 10, f"MiB more while running and when reading: {running:.1f}, {reading:.1f}"
+    assert running < 5 and reading < 5, f"MiB more while running and when reading: {running:.1f}, {reading:.1f}"

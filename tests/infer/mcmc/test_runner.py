@@ -108,6 +108,7 @@ def test_diagnostics_hold_every_site_and_what_the_kernel_found():
         "step fell",
         "T_eff",
         "T_eff direction",
+        "T_eff epochs",
         "restarts",
         "clamped",
     }
