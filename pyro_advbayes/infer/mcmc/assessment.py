@@ -152,11 +152,12 @@ def _heat(kernel: Any, about: dict[str, Any], temperature: float) -> list[str]:
     if hottest > LARGEST_HEAT * temperature:
         return [f"minibatch noise heats site {site!r} to T_eff {hottest:.3g} where {temperature:.3g} was asked for: take {remedy}"]
     site, coldest = min(about["T_eff epochs"].items(), key=lambda item: item[1])
+    shuffled = kernel.mixes and kernel.potential.batches.num_data is not None
     # not where the rule's own friction makes a site cold
-    if coldest < LARGEST_COLD * min(temperature, about["T_eff"][site]) and kernel.potential.batches.num_data is not None:
+    if shuffled and coldest < LARGEST_COLD * min(temperature, about["T_eff"][site]):
         return [
-            f"minibatch noise is taken off that shuffled epochs take back themselves: site {site!r} may be as cold as {coldest:.3g} where "
-            f"{temperature:.3g} was asked for, draws too narrow: take {remedy}, or noise_correction=False"
+            f"minibatch noise is taken off that shuffled epochs take back themselves: site {site!r} may be as cold as "
+            f"{max(0.0, coldest):.3g} where {temperature:.3g} was asked for, draws too narrow: take {remedy}, or noise_correction=False"
         ]
     along = about["T_eff direction"]
     if along is not None and along > (1.0 + hottest_allowed(DIRECTION_SHARE, kernel.potential.size)) * temperature:

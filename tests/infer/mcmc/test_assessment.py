@@ -68,7 +68,9 @@ def test_drift_and_heat_are_told_beyond_their_bounds_alone():
         assert bool(_drifting({"z": z, "shift": shift, "first": 2.0, "last": 1.0})) == expected
 
     def told(hottest, along, automatic=True, size=20, coldest=0.5, rows=100):
-        kernel = SimpleNamespace(automatic=automatic, potential=SimpleNamespace(size=size, batches=SimpleNamespace(num_data=rows)))
+        kernel = SimpleNamespace(
+            automatic=automatic, mixes=True, potential=SimpleNamespace(size=size, batches=SimpleNamespace(num_data=rows))
+        )
         cold = {"a": 0.5, "b": coldest, "c": 0.5}
         return " ".join(_heat(kernel, {"T_eff": {"a": 0.5, "b": hottest, "c": 0.5}, "T_eff epochs": cold, "T_eff direction": along}, 0.5))
 
