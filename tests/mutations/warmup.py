@@ -28,7 +28,11 @@ MUTATIONS = [
     *of(
         "infer/mcmc/kernel.py",
         f"{ASSESSMENT}::test_the_temperature_that_is_reported_is_the_worst_chains",
-        ("T_eff is a mean over chains", "means.reshape(-1, len(self.names)).amax(0)", "means.reshape(-1, len(self.names)).mean(0)"),
+        (
+            "T_eff is a mean over chains",
+            "self._by_site(self._effective, worst=torch.amax)",
+            "self._by_site(self._effective, worst=torch.mean)",
+        ),
     ),
     *of(
         "infer/mcmc/sghmc.py",

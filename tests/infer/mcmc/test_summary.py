@@ -113,7 +113,7 @@ def test_a_model_is_summarised_in_function_space():
 
 def test_summary_prints_sites_or_functions_and_how_many_chains_were_lost(capsys):
     x, y = data()
-    mcmc = ab.SGMCMC(ab.SGLD(regression, 1e-3, batch_size=10, backend="handlers"), 6, 2, 2, disable_progbar=True)
+    mcmc = ab.SGMCMC(ab.SGLD(regression, 1e-7, batch_size=10, backend="handlers"), 6, 2, 2, disable_progbar=True)
     mcmc.run(x, y)
 
     def first_words(*args, **options):
