@@ -26,6 +26,7 @@ LARGEST_COLD = 0.88  # share of T; "auto" keeps to 0.9
 LARGEST_HEAT = 1.12  # mean over a site; "auto" keeps to 1.1
 DIRECTION_SHARE = 0.125  # along the direction in which noise heats most; "auto" keeps to 0.1 of it
 LARGEST_FALL = 100.0
+MOST_NATS, MOST_SPREADS = 20.0, 4.0  # of a draw's energy above the chain's median; a spread is from there to the 95 % quantile
 LARGEST_SCALE = 30.0  # of a column of the data, its mean or its standard deviation
 LARGEST_UNSTABLE = 0.01  # share of short trajectories from the steepest states
 FIRST_PARTS = (0.1, 0.2, 0.33)
@@ -71,6 +72,8 @@ def assess(mcmc: SGMCMC) -> Assessment:
             findings += _mixing(mcmc, stats["energy"], constant)
         if sampled and constant and kernel.mixes:
             findings += _unstable(mcmc, float(stats["step_size"][0, -1]), temperature)
+            if kernel.potential.batches.num_data is None:  # minibatches have outliers of their own
+                findings += _thrown(stats["energy"], temperature)
     if sampled:
         findings += _heat(kernel, about, temperature)
     fell = about["step fell"]
@@ -200,6 +203,21 @@ def _unstable(mcmc: SGMCMC, step_size: float, temperature: float) -> list[str]:
         "trajectories from there gain energy without bound, so that this part of the posterior (the neck of a funnel, a scale near 0) is "
         "hardly sampled: write the model in another form (non-centred), or take a smaller "
         + ("auto_share, and more updates" if kernel.automatic else "step_size")
+    ]
+
+
+def _thrown(energy: Tensor, temperature: float) -> list[str]:
+    """Whether a chain was thrown out of where it was, and came back: of exact draws one in e^20 lies so high."""
+    middle, high = (energy.double().quantile(q, dim=1, keepdim=True) for q in (0.5, 0.95))
+    excess = energy - middle
+    thrown = excess > MOST_NATS * temperature + MOST_SPREADS * (high - middle)
+    if not bool(thrown.any()):
+        return []
+    chain, draw = thrown.nonzero()[0].tolist()
+    return [
+        f"chain {chain} was thrown out: at draw {draw} its energy is {float(excess[chain, draw]):.0f} nats above its median. The step is "
+        "too large for a part of the posterior (the neck of a funnel, a scale near 0): write the model in another form (non-centred), or "
+        "take a smaller step_size (auto_share)"
     ]
 
 

@@ -15,7 +15,7 @@ from pyro.ops.stats import effective_sample_size
 
 import pyro_advbayes as ab
 from models.mlp import mlp
-from pyro_advbayes.infer.mcmc.assessment import _drifting, _heat, drift, fitted_values
+from pyro_advbayes.infer.mcmc.assessment import _drifting, _heat, _thrown, drift, fitted_values
 from pyro_advbayes.infer.mcmc.noise_estimate import NoiseEstimate
 from pyro_advbayes.infer.mcmc.summary import shrink_factor
 from pyro_advbayes.infer.mcmc.trajectory import energy_rise
@@ -257,6 +257,19 @@ def test_the_neck_of_a_funnel_is_told():
         texts.append(warned(mcmc.run))
     assert all(texts), texts
     assert any("too large for the steepest places" in text for text in texts), texts
+
+
+def test_a_draw_far_above_its_chain_is_told_and_the_tail_of_a_gaussian_is_not():
+    """Energies of exact draws from 1, 16 and 1000 dimensions, and from a Cauchy law; one draw may be 20 T and four spreads higher."""
+    for dim in (1, 16, 1000):
+        energy = 0.5 * torch.distributions.Chi2(torch.tensor(float(dim), dtype=torch.float64)).sample((40, 1000))
+        assert _thrown(energy, 1.0) == []
+    assert _thrown(torch.randn(40, 1000, 16).cauchy_().square().log1p().sum(-1), 1.0) == []
+    energy = torch.linspace(0.0, 10.0, 101).repeat(3, 1)  # median 5, 95 % at 9.5
+    energy[1, 50] = 5.0 + 0.5 * 20.0 + 4.0 * 4.5 - 0.1
+    assert _thrown(energy, 0.5) == []
+    energy[1, 50] += 0.3
+    assert _thrown(energy, 0.5)[0].startswith("chain 1 was thrown out: at draw 50 its energy is 28 nats above its median")
 
 
 def test_data_in_their_own_units_are_named_where_a_run_is_not_right():
