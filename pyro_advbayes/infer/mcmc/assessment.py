@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ LARGEST_HEAT = 1.12  # mean over a site; "auto" keeps to 1.1
 DIRECTION_SHARE = 0.125  # along the direction in which noise heats most; "auto" keeps to 0.1 of it
 LARGEST_FALL = 100.0
 MOST_NATS, MOST_SPREADS = 20.0, 4.0  # of a draw's energy above the chain's median; a spread is from there to the 95 % quantile
+LARGEST_WIDENING = 1.1  # of a standard deviation, by draws that were thrown out
 LARGEST_SCALE = 30.0  # of a column of the data, its mean or its standard deviation
 LARGEST_UNSTABLE = 0.01  # share of short trajectories from the steepest states
 FIRST_PARTS = (0.1, 0.2, 0.33)
@@ -73,7 +74,7 @@ def assess(mcmc: SGMCMC) -> Assessment:
         if sampled and constant and kernel.mixes:
             findings += _unstable(mcmc, float(stats["step_size"][0, -1]), temperature)
             if kernel.potential.batches.num_data is None:  # minibatches have outliers of their own
-                findings += _thrown(stats["energy"], temperature)
+                findings += _thrown(stats["energy"], temperature, mcmc.get_samples(group_by_chain=True))
     if sampled:
         findings += _heat(kernel, about, temperature)
     fell = about["step fell"]
@@ -206,19 +207,28 @@ def _unstable(mcmc: SGMCMC, step_size: float, temperature: float) -> list[str]:
     ]
 
 
-def _thrown(energy: Tensor, temperature: float) -> list[str]:
-    """Whether a chain was thrown out of where it was, and came back: of exact draws one in e^20 lies so high."""
+def _thrown(energy: Tensor, temperature: float, samples: Mapping[str, Tensor]) -> list[str]:
+    """
+    Whether a chain was thrown out of where it was, and came back, and whether that shows in a site's standard deviation. Of exact draws
+    one in e^20 has an energy so high.
+    """
     middle, high = (energy.double().quantile(q, dim=1, keepdim=True) for q in (0.5, 0.95))
     excess = energy - middle
     thrown = excess > MOST_NATS * temperature + MOST_SPREADS * (high - middle)
     if not bool(thrown.any()):
         return []
     chain, draw = thrown.nonzero()[0].tolist()
-    return [
-        f"chain {chain} was thrown out: at draw {draw} its energy is {float(excess[chain, draw]):.0f} nats above its median. The step is "
-        "too large for a part of the posterior (the neck of a funnel, a scale near 0): write the model in another form (non-centred), or "
-        "take a smaller step_size (auto_share)"
-    ]
+    for name, values in samples.items():
+        draws = values.flatten(2).double() if values.dim() > 2 else values.unsqueeze(-1).double()
+        wider = float((draws.flatten(0, 1).std(0) / draws[~thrown].std(0)).nan_to_num(1.0).max())
+        if wider > LARGEST_WIDENING:
+            return [
+                f"chain {chain} was thrown out: at draw {draw} its energy is {float(excess[chain, draw]):.0f} nats above its median, and "
+                f"{int(thrown.sum())} such draws make site {name!r} {wider:.2f} times as wide. The step is too large for a part of the "
+                "posterior (the neck of a funnel, a scale near 0): write the model in another form (non-centred), or take a smaller "
+                "step_size (auto_share)"
+            ]
+    return []
 
 
 def _mixing(mcmc: SGMCMC, energy: Tensor, constant: bool) -> list[str]:

@@ -259,17 +259,25 @@ def test_the_neck_of_a_funnel_is_told():
     assert any("too large for the steepest places" in text for text in texts), texts
 
 
-def test_a_draw_far_above_its_chain_is_told_and_the_tail_of_a_gaussian_is_not():
+def test_a_draw_far_above_its_chain_is_told_where_it_shows_and_the_tail_of_a_gaussian_is_not():
     """Energies of exact draws from 1, 16 and 1000 dimensions, and from a Cauchy law; one draw may be 20 T and four spreads higher."""
+
+    def told(energy, far, T=1.0):
+        values = torch.linspace(-1.0, 1.0, energy.shape[1]).repeat(len(energy), 1)
+        values[energy == energy.max()] = far
+        return " ".join(_thrown(energy, T, {"tau": values}))
+
     for dim in (1, 16, 1000):
         energy = 0.5 * torch.distributions.Chi2(torch.tensor(float(dim), dtype=torch.float64)).sample((40, 1000))
-        assert _thrown(energy, 1.0) == []
-    assert _thrown(torch.randn(40, 1000, 16).cauchy_().square().log1p().sum(-1), 1.0) == []
+        assert told(energy, 1e6) == ""
+    assert told(torch.randn(40, 1000, 16).cauchy_().square().log1p().sum(-1), 1e6) == ""
     energy = torch.linspace(0.0, 10.0, 101).repeat(3, 1)  # median 5, 95 % at 9.5
     energy[1, 50] = 5.0 + 0.5 * 20.0 + 4.0 * 4.5 - 0.1
-    assert _thrown(energy, 0.5) == []
+    assert told(energy, 30.0, T=0.5) == ""
     energy[1, 50] += 0.3
-    assert _thrown(energy, 0.5)[0].startswith("chain 1 was thrown out: at draw 50 its energy is 28 nats above its median")
+    assert "chain 1 was thrown out: at draw 50 its energy is 28 nats above its median" in told(energy, 30.0, T=0.5)
+    # among 303 draws of variance 0.34, one at 4 makes 1.07 of the standard deviation, and one at 6 1.16
+    assert told(energy, 4.0, T=0.5) == "" and "'tau' 1.16 times as wide" in told(energy, 6.0, T=0.5)
 
 
 def test_data_in_their_own_units_are_named_where_a_run_is_not_right():
