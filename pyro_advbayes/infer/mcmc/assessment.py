@@ -214,17 +214,19 @@ def _thrown(energy: Tensor, temperature: float, samples: Mapping[str, Tensor]) -
     """
     middle, high = (energy.double().quantile(q, dim=1, keepdim=True) for q in (0.5, 0.95))
     excess = energy - middle
-    thrown = excess > MOST_NATS * temperature + MOST_SPREADS * (high - middle)
+    most = MOST_NATS * temperature + MOST_SPREADS * (high - middle)
+    thrown = excess > most
     if not bool(thrown.any()):
         return []
+    away = excess > 0.5 * most  # on the way back too
     chain, draw = thrown.nonzero()[0].tolist()
     for name, values in samples.items():
         draws = values.flatten(2).double() if values.dim() > 2 else values.unsqueeze(-1).double()
-        wider = float((draws.flatten(0, 1).std(0) / draws[~thrown].std(0)).nan_to_num(1.0).max())
+        wider = float((draws.flatten(0, 1).std(0) / draws[~away].std(0)).nan_to_num(1.0).max())
         if wider > LARGEST_WIDENING:
             return [
                 f"chain {chain} was thrown out: at draw {draw} its energy is {float(excess[chain, draw]):.0f} nats above its median, and "
-                f"{int(thrown.sum())} such draws make site {name!r} {wider:.2f} times as wide. The step is too large for a part of the "
+                f"{int(away.sum())} draws that far make site {name!r} {wider:.2f} times as wide. The step is too large for a part of the "
                 "posterior (the neck of a funnel, a scale near 0): write the model in another form (non-centred), or take a smaller "
                 "step_size (auto_share)"
             ]
