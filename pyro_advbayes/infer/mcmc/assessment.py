@@ -212,7 +212,7 @@ def _thrown(energy: Tensor, temperature: float, samples: Mapping[str, Tensor]) -
     Whether a chain was thrown out of where it was, and came back, and whether that shows in a site's standard deviation. Of exact draws
     one in e^20 has an energy so high.
     """
-    middle, high = (energy.double().quantile(q, dim=1, keepdim=True) for q in (0.5, 0.95))
+    middle, high = (_thinned(energy).double().quantile(q, dim=1, keepdim=True) for q in (0.5, 0.95))
     excess = energy - middle
     most = MOST_NATS * temperature + MOST_SPREADS * (high - middle)
     thrown = excess > most

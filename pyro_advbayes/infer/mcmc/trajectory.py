@@ -40,7 +40,7 @@ def energy_rise(kernel: SGMCMCKernel, theta: Tensor, step_size: float, temperatu
         momentum = momentum - 0.5 * step * gradient
         rise = energy + 0.5 * momentum.square().sum(-1) - start
         largest = torch.maximum(largest, rise.nan_to_num(torch.inf))
-    return largest - 1e-5 * start.abs()  # what float32 does not resolve
+    return largest - 1e-5 * start.abs().nan_to_num(0.0, 0.0)  # what float32 does not resolve
 
 
 class SteepestStates:
@@ -79,11 +79,13 @@ class SteepestStates:
         limit of stability they grow with every step.
 
         :param most: trajectories per chain.
-        :return: None before the first sample.
+        :return: None before the first sample, and where none of the chains that are followed is left.
         """
-        if self.theta is None or not len(self.theta):
+        if self.theta is None:
             return None
         alive = kernel.alive[: len(self.theta)].to(self.theta.device)
+        if not bool(alive.any()):
+            return None
         allowed = temperature * (50.0 + self.theta.shape[-1] ** 0.5)
         rises = torch.stack([energy_rise(kernel, self.theta, step_size, temperature, seed)[alive] for seed in range(most)])
         return float((rises > allowed).float().mean())

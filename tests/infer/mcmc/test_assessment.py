@@ -280,6 +280,27 @@ def test_a_draw_far_above_its_chain_is_told_where_it_shows_and_the_tail_of_a_gau
     assert told(energy, 4.0, T=0.5) == "" and "'tau' 1.16 times as wide" in told(energy, 6.0, T=0.5)
 
 
+def test_a_chain_that_comes_back_from_far_out_is_told_of_the_full_data():
+    """Where every draw is exact but for one chain, moved 30 standard deviations out after half of the run."""
+
+    def move(kernel, params, stage, i):
+        if stage == "Sample" and i == 100:
+            kernel.theta[2] = 30.0
+
+    mcmc = ab.SGMCMC(ab.SGHMC(gaussian, num_steps_per_sample=10), 200, 200, 4, hook_fn=move, disable_progbar=True)
+    assert "chain 2 was thrown out: at draw 10" in warned(mcmc.run) and "make site 'x'" in mcmc.diagnostics()["warnings"][0]
+
+
+def test_no_energy_is_a_rise_and_no_chain_is_no_share():
+    kernel = ab.SGLD(lambda: pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1)), 0.1)
+    kernel.setup(0)
+    assert float(energy_rise(kernel, torch.full((1, 2), torch.nan), 0.1, 1.0, 0)) > 1e30
+    kernel.steepest.watch(torch.zeros(1, 2), torch.ones(1))
+    assert kernel.steepest.unstable(kernel, 0.1, 1.0) == 0.0
+    kernel.alive[:] = False
+    assert kernel.steepest.unstable(kernel, 0.1, 1.0) is None
+
+
 def test_data_in_their_own_units_are_named_where_a_run_is_not_right():
     x = torch.cat([torch.randn(60, 1), 4000.0 + 900.0 * torch.randn(60, 1)], 1)
 
