@@ -104,8 +104,8 @@ MUTATIONS = [
     *of(
         "infer/mcmc/assessment.py",
         f"{ASSESSMENT}::test_data_in_their_own_units_are_named_where_a_run_is_not_right",
-        ("assessment: units of good data are named", "if float(size[column]) > LARGEST_SCALE:", "if True:"),
-        ("assessment: units are not named", "if float(size[column]) > LARGEST_SCALE:", "if False:"),
+        ("assessment: units of good data are named", "if float(size[column]) > largest:", "if True:"),
+        ("assessment: units are not named", "if float(size[column]) > largest:", "if False:"),
     ),
     *of(
         "infer/mcmc/step_size.py",

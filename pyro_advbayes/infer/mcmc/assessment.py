@@ -174,20 +174,22 @@ def _heat(kernel: Any, about: dict[str, Any], temperature: float) -> list[str]:
 
 def _units(arguments: Arguments) -> list[str]:
     """The largest column of the data, where it is far from 1 in size: the most frequent cause of what else is found."""
+    largest, found = LARGEST_SCALE, []
     for label, tensor in zip(arguments.labels, arguments.tensors, strict=True):
         if not tensor.is_floating_point() or tensor.dim() not in (1, 2) or len(tensor) < LEAST_DRAWS:
             continue
         columns = tensor.reshape(len(tensor), -1).double()
         mean, sd = columns.nanmean(0), (columns - columns.nanmean(0)).square().nanmean(0).sqrt()
-        size = torch.maximum(mean.abs(), sd)
-        column = int(size.nan_to_num(0.0).argmax())
-        if float(size[column]) > LARGEST_SCALE:
+        size = torch.maximum(mean.abs(), sd).nan_to_num(0.0)
+        column = int(size.argmax())
+        if float(size[column]) > largest:
+            largest = float(size[column])
             where = f"column {column} of {label}" if tensor.dim() == 2 else label
-            return [
+            found = [
                 f"{where} has mean {float(mean[column]):.3g} and standard deviation {float(sd[column]):.3g}, which makes a posterior that "
                 "no one step size fits: standardise inputs and targets"
             ]
-    return []
+    return found
 
 
 def _unstable(mcmc: SGMCMC, step_size: float, temperature: float) -> list[str]:

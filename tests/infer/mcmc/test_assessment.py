@@ -310,12 +310,13 @@ def test_data_in_their_own_units_are_named_where_a_run_is_not_right():
             pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
 
     texts = []
-    for scale in (1.0, 1e-3):
-        scaled = x * torch.tensor([1.0, scale])
-        mcmc = ab.SGMCMC(ab.SGLD(line, 1e-9), 60, 10, 4, disable_progbar=True)
-        texts.append(warned(lambda: mcmc.run(scaled, torch.randn(60))))  # noqa: B023
+    for scale, target in ((1.0, 1.0), (1e-3, 1.0), (1.0, 1e5)):
+        scaled, y = x * torch.tensor([1.0, scale]), target * torch.randn(60)
+        mcmc = ab.SGMCMC(ab.SGLD(line, 1e-12), 60, 10, 4, disable_progbar=True)
+        texts.append(warned(lambda: mcmc.run(scaled, y)))  # noqa: B023
     assert re.search(r"column 1 of x has mean 4.*e\+03 and standard deviation .*: standardise", texts[0])
     assert texts[1] and "standardise" not in texts[1]
+    assert re.search(r"; y has mean .* and standard deviation .*e\+0.*: standardise", texts[2]) and "column" not in texts[2]
 
 
 def test_a_site_that_stands_still_is_told():
