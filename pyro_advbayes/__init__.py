@@ -4,28 +4,28 @@ from pyro_advbayes import attacks, datasets, diagnostics, nn
 from pyro_advbayes.infer import distill
 from pyro_advbayes.infer.active import active_learning
 from pyro_advbayes.infer.adapter import UncertaintyRegularizer, bayes_adapter, weight_decay_prior
-from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.arviz import to_arviz
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal, BaseNoise
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.classifier import PosteriorClassifier
-from pyro_advbayes.infer.elbo import TraceRobust_ELBO
+from pyro_advbayes.infer.elbo.adversarial import TraceAdversarial_ELBO
+from pyro_advbayes.infer.elbo.robust import TraceRobust_ELBO
 from pyro_advbayes.infer.ensemble import deep_ensemble
 from pyro_advbayes.infer.mcmc import schedules
 from pyro_advbayes.infer.mcmc.adversary import L2, Box, Flow, Generator
 from pyro_advbayes.infer.mcmc.assessment import SamplingWarning
 from pyro_advbayes.infer.mcmc.bal import BAL
-from pyro_advbayes.infer.mcmc.draws import read_draws
 from pyro_advbayes.infer.mcmc.runner import SGMCMC
 from pyro_advbayes.infer.mcmc.sgadald import SGAdaLD
 from pyro_advbayes.infer.mcmc.sghmc import SGHMC
 from pyro_advbayes.infer.mcmc.sgld import SGLD
 from pyro_advbayes.infer.predictive import Predictive
 from pyro_advbayes.infer.regressor import PosteriorRegressor
-from pyro_advbayes.initialization import init_to_fan_in
-from pyro_advbayes.notices import TemperedLikelihoodWarning
-from pyro_advbayes.potential import Potential
-from pyro_advbayes.scale import minibatch
+from pyro_advbayes.model.initialization import init_to_fan_in
+from pyro_advbayes.model.notices import TemperedLikelihoodWarning
+from pyro_advbayes.model.potential import Potential
+from pyro_advbayes.model.scale import minibatch
+from pyro_advbayes.storage.draws import read_draws
 
 __version__ = "0.1.0"
 

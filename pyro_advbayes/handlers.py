@@ -14,7 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, biject_to
 
-from pyro_advbayes.refusals import Refused
+from pyro_advbayes.model.refusals import Refused
 
 
 class MinibatchMessenger(Messenger):

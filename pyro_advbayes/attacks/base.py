@@ -15,7 +15,7 @@ from pyro_advbayes.attacks.geometry import BALLS, Ball, Clip, Region, rows
 from pyro_advbayes.attacks.losses import LOSSES
 from pyro_advbayes.attacks.problem import OBJECTIVES, ClassifierProblem, LossProblem, Problem, Slope
 from pyro_advbayes.given import class_labels, need_tensor
-from pyro_advbayes.refusals import naming
+from pyro_advbayes.model.refusals import naming
 
 
 @dataclass(frozen=True, repr=False)

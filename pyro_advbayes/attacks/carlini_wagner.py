@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_advbayes.attacks.base import Attack
 from pyro_advbayes.attacks.geometry import Region, flat, rows
 from pyro_advbayes.attacks.problem import ClassifierProblem, Problem, check_gradient, differentiate, method
-from pyro_advbayes.structure import refuse_inference_mode
+from pyro_advbayes.model.structure import refuse_inference_mode
 
 DECAYS = 0.9, 0.999  # Adam's
 

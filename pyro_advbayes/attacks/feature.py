@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyro_advbayes.attacks.base import Attack, BallAttack, ascend
 from pyro_advbayes.attacks.geometry import Ball
 from pyro_advbayes.attacks.problem import Ascent, ClassifierProblem, check_gradient, differentiate
-from pyro_advbayes.structure import refuse_inference_mode
+from pyro_advbayes.model.structure import refuse_inference_mode
 
 
 @dataclass(frozen=True, repr=False)

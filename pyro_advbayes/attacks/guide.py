@@ -10,9 +10,9 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_advbayes.given import need_tensor
-from pyro_advbayes.outcomes import Origins
-from pyro_advbayes.readout import Readout
-from pyro_advbayes.refusals import told
+from pyro_advbayes.model.outcomes import Origins
+from pyro_advbayes.model.readout import Readout
+from pyro_advbayes.model.refusals import told
 
 
 class GuideClassifier(nn.Module):

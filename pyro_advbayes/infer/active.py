@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 from pyro_advbayes.diagnostics import LearningCurve, RegressionCurve, acquire, acquire_regression, log_predictive_density, rmse
 from pyro_advbayes.diagnostics.acquisition import ACQUISITIONS, REGRESSION_ACQUISITIONS
 from pyro_advbayes.given import need_tensor
-from pyro_advbayes.infer import sources
-from pyro_advbayes.infer.mcmc import files
-from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint, tensor_digest
+from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint
+from pyro_advbayes.storage import files, sources
+from pyro_advbayes.storage.digests import tensor_digest
 
 Fit = Callable[[Tensor, Tensor], Any]
 _KIND = "run of active_learning"

@@ -21,20 +21,20 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
-from pyro_advbayes.batches import Batch, Loader
 from pyro_advbayes.handlers import CoveredMessenger, GivenMessenger
-from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
+from pyro_advbayes.infer.elbo.adversarial import TraceAdversarial_ELBO
 from pyro_advbayes.infer.predictive import RandomState
+from pyro_advbayes.model.batches import Batch, Loader
+from pyro_advbayes.model.notices import never_seen_data, statistics_message
+from pyro_advbayes.model.outcomes import Origins
+from pyro_advbayes.model.potential import Potential
+from pyro_advbayes.model.readout import Readout
+from pyro_advbayes.model.refusals import Given, check_number, told
+from pyro_advbayes.model.scale import minibatch
+from pyro_advbayes.model.structure import kept_statistics, prior_factors, refuse_random_layers, try_model
 from pyro_advbayes.nn import Classifier, bayesianize
 from pyro_advbayes.nn.bayesian import declared_sites
-from pyro_advbayes.notices import never_seen_data, statistics_message
-from pyro_advbayes.outcomes import Origins
-from pyro_advbayes.potential import Potential
-from pyro_advbayes.readout import Readout
-from pyro_advbayes.refusals import Given, check_number, told
-from pyro_advbayes.scale import minibatch
-from pyro_advbayes.structure import kept_statistics, prior_factors, refuse_random_layers, try_model
 
 Weights = nn.Module | Mapping[str, Tensor]
 Groups = list[dict[str, Any]]

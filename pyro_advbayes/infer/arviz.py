@@ -18,8 +18,8 @@ from pyro_advbayes.handlers import UnvalidatedMessenger
 from pyro_advbayes.infer.mcmc.runner import SGMCMC
 from pyro_advbayes.infer.predictive import Predictive, RandomState
 from pyro_advbayes.infer.row_terms import Kept, data_rows, find_terms, is_observed, masked_variables, row_terms
-from pyro_advbayes.refusals import Given, told
-from pyro_advbayes.structure import try_model
+from pyro_advbayes.model.refusals import Given, told
+from pyro_advbayes.model.structure import try_model
 from pyro_advbayes.tracing.replay import quiet_batching
 
 

@@ -13,8 +13,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Categorical, Independent
 
-from pyro_advbayes.refusals import Given, Refused, told
-from pyro_advbayes.structure import refuse_random_layers
+from pyro_advbayes.model.refusals import Given, Refused, told
+from pyro_advbayes.model.structure import refuse_random_layers
 
 
 class ConditionedModel:

@@ -16,14 +16,14 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_advbayes.batches import Arguments, TensorRows
 from pyro_advbayes.handlers import CoveredMessenger
 from pyro_advbayes.infer.predictive import RandomState
-from pyro_advbayes.initialization import init_to_fan_in
-from pyro_advbayes.potential import Potential
-from pyro_advbayes.refusals import Given, told
-from pyro_advbayes.scale import minibatch
-from pyro_advbayes.structure import prior_factors, try_model
+from pyro_advbayes.model.batches import Arguments, TensorRows
+from pyro_advbayes.model.initialization import init_to_fan_in
+from pyro_advbayes.model.potential import Potential
+from pyro_advbayes.model.refusals import Given, told
+from pyro_advbayes.model.scale import minibatch
+from pyro_advbayes.model.structure import prior_factors, try_model
 
 
 def deep_ensemble(

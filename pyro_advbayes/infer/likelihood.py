@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.predictive import RandomState
-from pyro_advbayes.outcomes import Likelihood, find_outcomes, likelihood_at, one_outcome, rows_of
-from pyro_advbayes.structure import kept_statistics
+from pyro_advbayes.model.outcomes import Likelihood, find_outcomes, likelihood_at, one_outcome, rows_of
+from pyro_advbayes.model.structure import kept_statistics
 
 
 def read_likelihood(

@@ -12,7 +12,7 @@ from torch.distributions import Normal
 
 from pyro_advbayes.infer.likelihood import read_likelihood
 from pyro_advbayes.infer.predictive import Predictive, refuse_nan
-from pyro_advbayes.outcomes import Likelihood, without_wrappers
+from pyro_advbayes.model.outcomes import Likelihood, without_wrappers
 
 
 class PosteriorRegressor:

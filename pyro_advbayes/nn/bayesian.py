@@ -24,7 +24,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils import parametrize
 
-from pyro_advbayes.notices import never_seen_data, statistics_message
+from pyro_advbayes.model.notices import never_seen_data, statistics_message
 
 _NORMALIZATIONS = (_NormBase, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.RMSNorm)  # _NormBase is BatchNorm's and InstanceNorm's
 Prior = TorchDistributionMixin | Callable[[str, torch.Tensor], TorchDistributionMixin | None]

@@ -22,7 +22,7 @@ from torch.distributions import Independent, Normal
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pyro_advbayes.refusals import Refused
+from pyro_advbayes.model.refusals import Refused
 from pyro_advbayes.tracing.replay import quiet_batching
 
 CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_advbayes import Predictive, init_to_fan_in, minibatch
-from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
+from pyro_advbayes.infer.elbo.adversarial import TraceAdversarial_ELBO
 from pyro_advbayes.nn import ExemplarReparameterization
 from tests.benchmarks.measure import Contender, Result, Stopwatch, Target
 from tests.benchmarks.rows_sampling import compare

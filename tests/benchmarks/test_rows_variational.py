@@ -12,8 +12,8 @@ from pyro.infer.autoguide import init_to_value
 from pyro.optim import Adam
 
 from pyro_advbayes import minibatch
-from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
+from pyro_advbayes.infer.elbo.adversarial import TraceAdversarial_ELBO
 from pyro_advbayes.nn import ExemplarReparameterization
 from tests.benchmarks import rows_variational
 from tests.benchmarks.measure import Stopwatch

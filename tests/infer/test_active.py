@@ -9,8 +9,8 @@ from torch import nn
 
 import pyro_advbayes as ab
 from models.linear_regression import LinearRegression
-from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.nn.classifier import Classifier
+from pyro_advbayes.storage import files
 
 
 class Centroids:

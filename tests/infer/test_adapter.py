@@ -24,8 +24,8 @@ from models.linear_regression import LinearRegression
 from models.mlp import mlp_network
 from pyro_advbayes.diagnostics import mutual_information
 from pyro_advbayes.infer.adapter import UncertaintyRegularizer, bayes_adapter, weight_decay_prior
-from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
+from pyro_advbayes.infer.elbo.adversarial import TraceAdversarial_ELBO
 from pyro_advbayes.nn import bayesianize
 from pyro_advbayes.nn.classifier import Classifier
 from tests.small_models import data, logistic

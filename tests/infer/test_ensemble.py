@@ -13,7 +13,7 @@ from models.heteroscedastic_regression import HeteroscedasticRegression
 from models.linear_regression import LinearRegression
 from models.mlp import mlp
 from pyro_advbayes.attacks.fgsm import FGSM
-from pyro_advbayes.infer.elbo import TraceRobust_ELBO
+from pyro_advbayes.infer.elbo.robust import TraceRobust_ELBO
 from pyro_advbayes.infer.ensemble import deep_ensemble
 from tests.small_models import data
 

@@ -11,7 +11,7 @@ from models.linear_regression import LinearRegression
 from models.logistic_regression import LogisticRegression
 from models.mlp import mlp
 from pyro_advbayes.infer.likelihood import read_likelihood
-from pyro_advbayes.outcomes import Likelihood, Origins
+from pyro_advbayes.model.outcomes import Likelihood, Origins
 
 N, K = 7, 3
 X = torch.randn(N, 4, generator=torch.Generator().manual_seed(1))

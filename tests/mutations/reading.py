@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutations.mutation import of
 
-SCALE, NOTICES = "test_scale.py", "test_notices.py"
+SCALE, NOTICES = "model/test_scale.py", "model/test_notices.py"
 LIKELIHOOD, ROWS = "infer/test_likelihood.py", "infer/test_arviz_rows.py"
 LABELS_HIDDEN = (
     f"{SCALE}::test_rows_sorted_by_class_hide_nothing",
@@ -25,30 +25,30 @@ SINGLE = f"{ROWS}::test_a_factor_that_fits_no_single_site_is_a_variable_of_its_o
 PARTS = f"{ROWS}::test_parts_of_rows_that_are_masked_leave_a_list_of_entries"
 
 MUTATIONS = [
-    *of("scale.py", OWN_PLATE, ("additivity: each half once", "torch.cat([first, first, rest])", "torch.cat([first, second, rest])")),
+    *of("model/scale.py", OWN_PLATE, ("additivity: each half once", "torch.cat([first, first, rest])", "torch.cat([first, second, rest])")),
     *of(
-        "scale.py",
+        "model/scale.py",
         f"{SCALE}::test_a_second_factor_is_refused_under_the_handler",
         ("minibatch: the factor upside down", "[values], self._handler.size / batch)", "[values], batch / self._handler.size)"),
     ),
     *of(
-        "additivity.py",
+        "model/additivity.py",
         f"{SCALE}::test_a_mean_over_rows_of_the_full_data_is_told_with_both_numbers_and_can_be_meant",
         ("a mean over rows: the sum", "abs(value - (one + two) / 2) <= near", "abs(value - (one + two)) <= near"),
     ),
     *of(
-        "additivity.py",
+        "model/additivity.py",
         f"{SCALE}::test_on_the_full_data_nothing_has_to_add_up",
         ("a mean over rows: scales of the full data count", "each, scaled=False)", "each)"),
     ),
     *of(
-        "additivity.py",
+        "model/additivity.py",
         f"{SCALE}::test_the_numbers_are_those_of_the_model",
         ("additivity: one half is left out", "return Parts(rows, (first, second))", "return Parts(rows, (first, first[:0]))"),
         ("additivity: the part of the first half twice", "return Parts(rows, (first, second))", "return Parts(rows, (first, first))"),
     ),
     *of(
-        "additivity.py",
+        "model/additivity.py",
         LABELS_HIDDEN,
         ("additivity: any labels", "rows[0], rows[-1] = int(label.argmin()), int(label.argmax())", "pass"),
         (
@@ -58,26 +58,26 @@ MUTATIONS = [
         ),
     ),
     *of(
-        "additivity.py",
+        "model/additivity.py",
         OWN_PLATE,
         ("additivity: doubled halves against the whole once", "abs(times * whole.sums.get(site, 0.0)", "abs(whole.sums.get(site, 0.0)"),
         ("additivity: the plate's own scale counts", "own *= frame.full_size / frame.size", "own *= 1.0"),
     ),
     *of(
-        "additivity.py",
+        "model/additivity.py",
         PRECISION,
         ("additivity: rounding is not its root", "in likelihoods)) ** 0.5", "in likelihoods)) ** 1.0"),
         ("additivity: products on a GPU are exact", "return max(eps, 2.0**-10) if", "return max(eps, 2.0**-24) if"),
         ("additivity: autocast is ignored", "if torch.is_autocast_enabled(device.type):", "if False:"),
     ),
     *of(
-        "additivity.py",
+        "model/additivity.py",
         f"{SCALE}::test_a_scale_that_is_a_number_is_refused_where_it_is_that_of_the_minibatches",
         ("additivity: no scale is one too many", "if factor > 1.0 and bool(", "if factor > 1e9 and bool("),
         ("additivity: every scale is one too many", "bool(torch.isclose(given, torch.full_like(given, factor), rtol=1e-5).all())", "True"),
     ),
     *of(
-        "additivity.py",
+        "model/additivity.py",
         (
             f"{SCALE}::test_a_likelihood_that_is_no_sum_over_rows_is_refused_with_both_numbers_and_the_cause",
             f"{SCALE}::test_a_half_without_a_finite_likelihood_is_refused",
@@ -91,12 +91,12 @@ MUTATIONS = [
         ("additivity: the first draw alone", "if whole.finite:", "if True:"),
     ),
     *of(
-        "additivity.py",
+        "model/additivity.py",
         f"{SCALE}::test_the_look_leaves_the_random_numbers_of_a_run_as_they_are",
         ("additivity: random numbers move", "with kept_random_state(), torch.no_grad()", "with torch.no_grad()"),
     ),
     *of(
-        "additivity.py",
+        "model/additivity.py",
         "test_bad_input.py::test_a_model_that_draws_beside_its_sites_is_refused",
         (
             "additivity: random numbers are told as a sum that fails",
@@ -105,7 +105,7 @@ MUTATIONS = [
         ),
     ),
     *of(
-        "notices.py",
+        "model/notices.py",
         (
             f"{NOTICES}::test_statistics_that_have_never_seen_data_are_told_where_bayesianize_has_not",
             f"{NOTICES}::test_what_bayesianize_has_told_is_not_told_again",
@@ -114,7 +114,7 @@ MUTATIONS = [
         ("statistics: told again", "and module not in told and never_seen_data(module)", "and never_seen_data(module)"),
     ),
     *of(
-        "notices.py",
+        "model/notices.py",
         (
             f"{NOTICES}::test_what_is_meant_to_be_fixed_or_moves_is_not_told",
             f"{NOTICES}::test_a_parameter_that_is_held_where_it_is_is_told_once_with_what_to_do",
@@ -124,17 +124,17 @@ MUTATIONS = [
         ("parameters: by Pyro's names", 'name.replace("$$$", ".")', "name"),
     ),
     *of(
-        "notices.py",
+        "model/notices.py",
         f"{NOTICES}::test_what_is_told_moves_no_random_numbers_and_no_parameters",
         ("parameters: random numbers move", "with kept_random_state(), torch.enable_grad()", "with torch.enable_grad()"),
     ),
     *of(
-        "notices.py",
+        "model/notices.py",
         f"{NOTICES}::test_of_many_parameters_a_few_are_named",
         ("parameters: how many are not named", "{len(names) - 5} others", "{len(names)} others"),
     ),
     *of(
-        "outcomes.py",
+        "model/outcomes.py",
         KIND,
         (
             "likelihood: a row's labels are one class",
@@ -146,7 +146,7 @@ MUTATIONS = [
         ("likelihood: numbers are counts", "COUNTS if self.fn.support.is_discrete", "COUNTS if not self.fn.support.is_discrete"),
     ),
     *of(
-        "outcomes.py",
+        "model/outcomes.py",
         LOGITS,
         ("likelihood: 0 and 1 change places", "torch.stack([1 - probs, probs], -1)", "torch.stack([probs, 1 - probs], -1)"),
         (
@@ -156,17 +156,17 @@ MUTATIONS = [
         ),
     ),
     *of(
-        "outcomes.py",
+        "model/outcomes.py",
         f"{LIKELIHOOD}::test_a_log_density_of_the_users_own_is_that_of_the_classes",
         ("likelihood: a custom log-density is ignored", "if type(self.fn).log_prob not in _OWN:", "if False:"),
     ),
     *of(
-        "outcomes.py",
+        "model/outcomes.py",
         f"{LIKELIHOOD}::test_a_probability_of_zero_has_a_finite_gradient",
         ("likelihood: the logarithm of 0", "torch.finfo(probs.dtype).tiny", "torch.finfo(probs.dtype).eps"),
     ),
     *of(
-        "outcomes.py",
+        "model/outcomes.py",
         (
             f"{LIKELIHOOD}::test_logits_that_were_written_to_since_are_not_taken",
             f"{LIKELIHOOD}::test_a_share_of_sigmoids_is_not_taken_for_a_softmax",
@@ -177,7 +177,7 @@ MUTATIONS = [
         ("origins: over any dimension", "return dim in (-1, x.dim() - 1, (-1,), [-1])", "return True"),
     ),
     *of(
-        "outcomes.py",
+        "model/outcomes.py",
         f"{LIKELIHOOD}::test_what_is_no_outcome_is_passed_by",
         ("outcomes: those without a plate first", "for found in (inside, bare):", "for found in (bare, inside):"),
         ("outcomes: factors, too", 'return not helper and not isinstance(node["fn"], dist.Unit)', "return not helper"),

@@ -151,10 +151,10 @@ MUTATIONS = [
         ("normal noise: 0 is drawn", ".add_(0.5).mul_(2.0**-31)", ".mul_(2.0**-31)"),
     ),
     *of(
-        "infer/mcmc/draws.py",
+        "storage/draws.py",
         (
-            "infer/mcmc/test_draws.py::test_draws_come_back_as_they_were_kept",
-            "infer/mcmc/test_draws.py::test_what_was_written_before_a_kill_can_be_read",
+            "storage/test_draws.py::test_draws_come_back_as_they_were_kept",
+            "storage/test_draws.py::test_what_was_written_before_a_kill_can_be_read",
         ),
         ("draws: chains overwrite each other", "(chain * self._num_samples + self.count)", "(chain + self.count)"),
         ("draws: memory keeps the last alone", "kept[:, self.count] = values[name]", "kept[:, 0] = values[name]"),
@@ -175,8 +175,8 @@ MUTATIONS = [
         ),
     ),
     *of(
-        "potential.py",
-        "test_potential.py::test_u_is_minus_the_log_joint_and_the_jacobian_is_weighted_by_the_temperature",
+        "model/potential.py",
+        "model/test_potential.py::test_u_is_minus_the_log_joint_and_the_jacobian_is_weighted_by_the_temperature",
         (
             "potential: its sign",
             "-(trace.log_prob_sum() + temperature * log_jacobian)",
@@ -186,24 +186,24 @@ MUTATIONS = [
         ("potential: the Jacobian's sign", "log_jacobian = log_jacobian + site", "log_jacobian = log_jacobian - site"),
     ),
     *of(
-        "potential.py",
+        "model/potential.py",
         (
-            "test_potential.py::test_a_plate_that_subsamples_itself_is_scaled_once",
-            "test_potential.py::test_a_loaders_short_batch_is_scaled_by_its_own_length",
-            "test_potential.py::test_minibatch_gradients_average_over_an_epoch_to_the_full_gradient",
+            "model/test_potential.py::test_a_plate_that_subsamples_itself_is_scaled_once",
+            "model/test_potential.py::test_a_loaders_short_batch_is_scaled_by_its_own_length",
+            "model/test_potential.py::test_minibatch_gradients_average_over_an_epoch_to_the_full_gradient",
         ),
         ("potential: minibatches are not scaled", 'if self.structure.scaling == "minibatch":', 'if self.structure.scaling == "no":'),
     ),
     *of(
-        "potential.py",
+        "model/potential.py",
         CLIMB,
         ("potential: the sum over chains for their mean", "pieces[0] / state.shape[0] if mean", "pieces[0] if mean"),
         ("potential: the first chunk's slope for all", "pieces[0] += piece.sum(0)", "pass"),
         ("potential: the likelihood's sign", '-sum(trace.nodes[name]["log_prob_sum"]', 'sum(trace.nodes[name]["log_prob_sum"]'),
     ),
     *of(
-        "potential.py",
-        "test_potential.py::test_the_hessian_product_is_the_derivative_of_the_gradient",
+        "model/potential.py",
+        "model/test_potential.py::test_the_hessian_product_is_the_derivative_of_the_gradient",
         ("potential: the Hessian's direction", "torch.autograd.grad(gradient @ direction, row", "torch.autograd.grad(gradient.sum(), row"),
     ),
     *of(
@@ -214,8 +214,8 @@ MUTATIONS = [
         ("minibatch: upside down", "(self.size / frame.size)", "(frame.size / self.size)"),
     ),
     *of(
-        "initialization.py",
-        "test_initialization.py::test_real_sites_start_at_their_priors_mean_with_the_scale_of_their_fan_in",
+        "model/initialization.py",
+        "model/test_initialization.py::test_real_sites_start_at_their_priors_mean_with_the_scale_of_their_fan_in",
         ("start: the scale of the prior", "torch.minimum(variance.sqrt(), scale)", "variance.sqrt()"),
         ("start: the variance of the prior", "torch.minimum(variance.sqrt(), scale)", "torch.minimum(variance, scale)"),
         ("start: around 0", "return centre + scale * direction", "return scale * direction"),
@@ -223,15 +223,15 @@ MUTATIONS = [
         ("start: the fan-in of all elements", "shape[1:].numel() if len(shape) > 1", "shape.numel() if len(shape) > 1"),
     ),
     *of(
-        "initialization.py",
-        "test_initialization.py::test_sites_that_are_no_weights_start_up_to_two_from_their_priors_mean",
+        "model/initialization.py",
+        "model/test_initialization.py::test_sites_that_are_no_weights_start_up_to_two_from_their_priors_mean",
         ("start: every site is a weight", 'or "." in site["name"]', "or True"),
         ("start: no vector is a weight", "or shape.numel() > FEW", ""),
         ("start: one side of the mean", "2.0 * torch.rand_like(like) - 1.0", "torch.rand_like(like)"),
     ),
     *of(
-        "batches.py",
-        "test_batches.py",
+        "model/batches.py",
+        "model/test_batches.py",
         (
             "batches: what is left of an epoch is lost",
             "self._epoch(epoch + 1)[:, : stop - self.num_data]",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutations.mutation import of
 
-FILES, DRAWS, RESUME = "infer/mcmc/test_files.py", "infer/mcmc/test_draws.py", "infer/mcmc/test_resume.py"
+FILES, DRAWS, RESUME = "storage/test_files.py", "storage/test_draws.py", "infer/mcmc/test_resume.py"
 SPOILT = f"{FILES}::test_a_flipped_bit_is_refused_or_changes_nothing"
 OTHER = f"{FILES}::test_a_file_of_another_version_kind_or_content_is_refused"
 LEFT = (
@@ -20,7 +20,7 @@ FLIPPED = f"{DRAWS}::test_a_flipped_bit_is_refused_where_draws_are_checked_and_b
 
 MUTATIONS = [
     *of(
-        "infer/mcmc/files.py",
+        "storage/files.py",
         (SPOILT, OTHER, f"{FILES}::test_the_same_bytes_as_other_numbers_are_refused"),
         ("file: the digest is not compared", 'if metadata["digest"] != _digest(', "if None in _digest("),
         ("file: numbers are not in the digest", "found.update(tensors[name].reshape(-1).view(torch.uint8).numpy())", "pass"),
@@ -34,18 +34,18 @@ MUTATIONS = [
         ("file: any kind", 'if metadata.get("kind") != kind:', "if False:"),
     ),
     *of(
-        "infer/mcmc/files.py",
+        "storage/files.py",
         LEFT,
         ("file: parts that are being written are removed", "if try_lock(file):  #", "if True:  #"),
         ("file: parts of killed processes stay", "left.unlink(missing_ok=True)", "pass"),
     ),
     *of(
-        "infer/mcmc/files.py",
+        "storage/files.py",
         f"{FILES}::test_a_write_that_fails_leaves_the_old_file_and_nothing_else",
         ("file: what failed stays", "part.unlink(missing_ok=True)", "pass"),
     ),
     *of(
-        "infer/mcmc/files.py",
+        "storage/files.py",
         f"{FILES}::test_a_planted_link_or_another_persons_file_is_not_written_to",
         (
             "file: a planted file is written to",
@@ -54,30 +54,30 @@ MUTATIONS = [
         ),
     ),
     *of(
-        "infer/mcmc/files.py",
+        "storage/files.py",
         (EXISTING, f"{FILES}::test_a_name_that_no_file_can_have_is_refused"),
         ("file: an existing one is taken", "if path.exists() and not overwrite:", "if False:"),
         ("file: names without room for the part's", '255 - len(_part_of(""))', "255"),
     ),
     *of(
-        "infer/mcmc/files.py",
+        "storage/files.py",
         f"{FILES}::test_a_missing_or_senseless_field_is_refused_by_name",
         ("file: counts below 0", "isinstance(value, bool) or value < 0", "isinstance(value, bool)"),
         ("file: True is a count", "isinstance(value, bool) or value < 0", "value < 0"),
     ),
     *of(
-        "infer/mcmc/files.py",
+        "storage/files.py",
         f"{FILES}::test_nested_values_come_back_as_they_were",
         ("file: tuples come back as lists", 'tuple(unpacked) if kind == "tuple" else unpacked', "unpacked"),
         ("file: arrays in another dtype", '.numpy().astype(value["dtype"])', ".numpy()"),
     ),
     *of(
-        "infer/mcmc/files.py",
+        "storage/files.py",
         f"{FILES}::test_what_was_loaded_does_not_hang_on_the_file",
         ("file: tensors are mapped", "file.get_tensor(name).clone()", "file.get_tensor(name)"),
     ),
     *of(
-        "infer/mcmc/files.py",
+        "storage/files.py",
         LOCKED,
         ("lock: shared", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
         (
@@ -88,12 +88,12 @@ MUTATIONS = [
         ("lock: children hold it", "    for file in closed_in_children:\n        file.close()", "    pass"),
     ),
     *of(
-        "infer/mcmc/draws.py",
+        "storage/draws.py",
         LOCKED,
         ("lock: a resumed file's is not asked for", "if not try_lock(self._file.fileno()):", "if False:"),
     ),
     *of(
-        "infer/mcmc/draws.py",
+        "storage/draws.py",
         (
             FLIPPED,
             f"{DRAWS}::test_draws_that_have_changed_places_are_refused",
@@ -106,28 +106,28 @@ MUTATIONS = [
         ("draws: a draw's number is not in its digest", 'return _digest(struct.pack("<q", number), *rows)', "return _digest(*rows)"),
     ),
     *of(
-        "infer/mcmc/draws.py",
+        "storage/draws.py",
         (f"{DRAWS}::test_a_truncated_file_is_refused", f"{DRAWS}::test_a_file_of_other_draws_is_not_gone_on_with"),
         ("draws: a file of another size", "or os.fstat(self._file.fileno()).st_size != size", ""),
         ("draws: a file with another header", "!= self._header or", "is None or"),
     ),
     *of(
-        "infer/mcmc/draws.py",
+        "storage/draws.py",
         f"{RESUME}::test_a_checkpoint_beside_fewer_draws_than_it_was_written_after_is_refused",
         ("draws: fewer than the checkpoint's", "if len(digests) < self.count:", "if False:"),
     ),
     *of(
-        "infer/mcmc/draws.py",
+        "storage/draws.py",
         f"{DRAWS}::test_a_file_that_was_taken_away_meanwhile_is_missed_at_the_next_flush",
         ("draws: a file that was taken away", "or not os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))", ""),
     ),
     *of(
-        "infer/mcmc/draws.py",
+        "storage/draws.py",
         f"{DRAWS}::test_a_write_that_is_cut_short_goes_on_where_it_stopped",
         ("draws: the rest is written where the first part is", "data, at = data[done:], at + done", "data, at = data[done:], at"),
     ),
     *of(
-        "infer/mcmc/draws.py",
+        "storage/draws.py",
         f"{DRAWS}::test_room_for_all_draws_is_reserved_before_the_first",
         ("draws: no room is reserved", "os.posix_fallocate(file, 0, size)", "os.truncate(file, size)"),
     ),

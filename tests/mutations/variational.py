@@ -6,11 +6,11 @@ from tests.mutations.mutation import of
 
 FLIPOUT = "nn/test_reparameterization.py::test_flipout_gives_every_row_signs_of_its_own_for_inputs_and_for_outputs"
 LAW = "nn/test_reparameterization.py::test_weights_given_their_products_have_the_law_of_the_guide"
-OBJECTIVE = "infer/test_adversarial_elbo.py::test_the_objective_is_its_equation_with_noise_moved_by_sign_steps"
+OBJECTIVE = "infer/elbo/test_adversarial.py::test_the_objective_is_its_equation_with_noise_moved_by_sign_steps"
 ASCENT = "infer/autoguide/test_adversarial.py"
 TRAINING = "infer/distill/test_training.py"
 APD = "infer/distill/test_apd.py"
-READOUT = "test_readout.py::test_the_classes_are_the_likelihoods_in_every_form"
+READOUT = "model/test_readout.py::test_the_classes_are_the_likelihoods_in_every_form"
 
 MUTATIONS = [
     *of(
@@ -62,7 +62,7 @@ MUTATIONS = [
         ("dropout: what stays is not scaled", "(x.dim() - 1 - len(shape))) / (1.0 - self.p)", "(x.dim() - 1 - len(shape)))"),
     ),
     *of(
-        "infer/adversarial_elbo.py",
+        "infer/elbo/adversarial.py",
         OBJECTIVE,
         ("adversarial ELBO: weights change places", "return 1 - moved, moved, self", "return moved, 1 - moved, self"),
         ("adversarial ELBO: the plain draw counts once", "return 1 - moved, moved, self", "return 1.0, moved, self"),
@@ -78,18 +78,18 @@ MUTATIONS = [
         ),
     ),
     *of(
-        "infer/adversarial_elbo.py",
-        "infer/test_adversarial_elbo.py::test_the_authors_weights_are_an_option",
+        "infer/elbo/adversarial.py",
+        "infer/elbo/test_adversarial.py::test_the_authors_weights_are_an_option",
         ("adversarial ELBO: the authors' divergence", "self.kl_scale * (1 - self.mix)", "self.kl_scale * self.mix"),
     ),
     *of(
-        "infer/adversarial_elbo.py",
-        "infer/test_elbo_graph.py::test_without_an_adversary_they_are_those_of_pyros_mean_field_elbo",
+        "infer/elbo/adversarial.py",
+        "infer/elbo/test_objective.py::test_without_an_adversary_they_are_those_of_pyros_mean_field_elbo",
         ("adversarial ELBO: graphs sum over particles", "weight / self.num_particles", "weight"),
     ),
     *of(
-        "infer/elbo_graph.py",
-        "infer/test_elbo_graph.py::test_the_divergence_of_normals_and_its_gradients_are_pytorchs",
+        "infer/elbo/objective.py",
+        "infer/elbo/test_objective.py::test_the_divergence_of_normals_and_its_gradients_are_pytorchs",
         ("closed divergence: the variance", "scale.flatten().dot(scale.flatten())", "scale.sum()"),
         ("closed divergence: its constant", "scale.numel() * (math.log(prior.scale) - 0.5)", "scale.numel() * math.log(prior.scale)"),
         ("closed divergence: the slope of the entropy", "addcdiv_(weight, scale, value=-1)", "addcdiv_(weight, scale, value=1)"),
@@ -105,10 +105,10 @@ MUTATIONS = [
         ("ascent: noise in the weights' units", "loc + noise * scale for loc", "loc + noise for loc"),
     ),
     *of(
-        "infer/elbo.py",
+        "infer/elbo/robust.py",
         (
-            "infer/test_elbo.py::test_what_the_attack_raises_is_the_unscaled_loss_of_every_row",
-            "infer/test_elbo.py::test_the_loss_is_pyros_on_inputs_moved_by_hand",
+            "infer/elbo/test_robust.py::test_what_the_attack_raises_is_the_unscaled_loss_of_every_row",
+            "infer/elbo/test_robust.py::test_the_loss_is_pyros_on_inputs_moved_by_hand",
         ),
         (
             "robust ELBO: the attack lowers the loss",
@@ -282,8 +282,8 @@ MUTATIONS = [
         ("packed: steps twice as wide", "whole.abs().amax(1) / 127", "whole.abs().amax(1) / 63"),
     ),
     *of(
-        "infer/adversarial_elbo.py",
-        "infer/test_adversarial_elbo.py::test_how_far_draws_are_moved_is_told_in_noise_and_in_distance",
+        "infer/elbo/adversarial.py",
+        "infer/elbo/test_adversarial.py::test_how_far_draws_are_moved_is_told_in_noise_and_in_distance",
         ("adversarial ELBO: noise of a shift", "[shift / scale for shift", "[shift * scale for shift"),
         ("adversarial ELBO: distance of noise", "[noise * scale for noise, scale", "[noise / scale for noise, scale"),
     ),

@@ -175,7 +175,7 @@ def traces(monkeypatch):
         counted.append(1)
         return trace_graph(*args)
 
-    monkeypatch.setattr("pyro_advbayes.functions.trace_graph", counting)
+    monkeypatch.setattr("pyro_advbayes.model.functions.trace_graph", counting)
     return counted
 
 

@@ -23,9 +23,9 @@ from torch.distributions import Distribution, Independent
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
 from pyro_advbayes.given import need_tensor
-from pyro_advbayes.refusals import Given, Refused, naming, refusing
-from pyro_advbayes.structure import kept_statistics, refuse_inference_mode, try_model
-from pyro_advbayes.supports import map_onto
+from pyro_advbayes.model.refusals import Given, Refused, naming, refusing
+from pyro_advbayes.model.structure import kept_statistics, refuse_inference_mode, try_model
+from pyro_advbayes.model.supports import map_onto
 
 Tensors = Sequence[Tensor]
 

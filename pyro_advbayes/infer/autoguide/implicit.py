@@ -25,13 +25,13 @@ from pyro_advbayes.infer.autoguide.model_sites import check_support, declared_pr
 from pyro_advbayes.infer.autoguide.rows import row_dtype, sites_of
 from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
 from pyro_advbayes.infer.conditioned import without_leading_ones
-from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.infer.mcmc.fingerprint import model_name
 from pyro_advbayes.infer.predictive import RandomState
-from pyro_advbayes.potential import Potential
-from pyro_advbayes.refusals import Refused, refusing
-from pyro_advbayes.structure import Site
-from pyro_advbayes.supports import map_onto
+from pyro_advbayes.model.potential import Potential
+from pyro_advbayes.model.refusals import Refused, refusing
+from pyro_advbayes.model.structure import Site
+from pyro_advbayes.model.supports import map_onto
+from pyro_advbayes.storage import files
 
 # Draws by which rounding is judged.
 ROUNDED = 32

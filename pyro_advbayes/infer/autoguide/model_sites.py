@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_advbayes.infer.conditioned import without_leading_ones
+from pyro_advbayes.model.outcomes import follower
+from pyro_advbayes.model.structure import Site, same_map
+from pyro_advbayes.model.supports import map_onto
 from pyro_advbayes.nn.bayesian import declared_sites, map_tensors
-from pyro_advbayes.outcomes import follower
-from pyro_advbayes.structure import Site, same_map
-from pyro_advbayes.supports import map_onto
 
 
 def same_sites(one: Sequence[Site], two: Sequence[Site]) -> bool:

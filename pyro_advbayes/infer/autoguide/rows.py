@@ -11,8 +11,8 @@ from torch.distributions import Transform, biject_to, constraints
 
 from pyro_advbayes.given import need_tensor
 from pyro_advbayes.infer.conditioned import without_leading_ones
-from pyro_advbayes.infer.mcmc.draws import read_draws
-from pyro_advbayes.structure import Site
+from pyro_advbayes.model.structure import Site
+from pyro_advbayes.storage.draws import read_draws
 
 # Numbers that are looked at in one go, and up to which all rows are kept ready: 2^26 float32 numbers are 256 MiB.
 CHUNK, READY = 2**22, 2**26

@@ -8,7 +8,7 @@ from typing import Any
 import pyro.distributions.transforms as transforms
 import torch
 
-from pyro_advbayes.structure import Site
+from pyro_advbayes.model.structure import Site
 
 # What biject_to is made of, and the arguments that a transform of this kind is made from again.
 _ARGUMENTS: dict[str, tuple[str, ...]] = {

@@ -23,9 +23,9 @@ from pyro_advbayes.infer.distill.noise import fit_noise
 from pyro_advbayes.infer.distill.stopping import Stopping
 from pyro_advbayes.infer.distill.training import Settings, Training
 from pyro_advbayes.infer.distill.wgan import WGAN
-from pyro_advbayes.infer.mcmc import files
-from pyro_advbayes.infer.mcmc.fingerprint import hash_of, tensor_digest
-from pyro_advbayes.potential import Potential
+from pyro_advbayes.model.potential import Potential
+from pyro_advbayes.storage import files
+from pyro_advbayes.storage.digests import hash_of, tensor_digest
 
 PRESETS = {
     "fast": Settings(),

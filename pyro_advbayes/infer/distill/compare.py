@@ -16,9 +16,9 @@ from pyro_advbayes.diagnostics.uncertainty import mutual_information
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, read_samples
 from pyro_advbayes.infer.predictive import Predictive
-from pyro_advbayes.outcomes import Origins
-from pyro_advbayes.readout import Readout
-from pyro_advbayes.refusals import signature_of
+from pyro_advbayes.model.outcomes import Origins
+from pyro_advbayes.model.readout import Readout
+from pyro_advbayes.model.refusals import signature_of
 
 
 class Against(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.rows import Rows
-from pyro_advbayes.potential import Potential
+from pyro_advbayes.model.potential import Potential
 
 DRAWS, HALVINGS = 64, 7
 

@@ -13,14 +13,12 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_advbayes.batches import is_loader
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.rows import row_dtype
 from pyro_advbayes.infer.distill.apd import APD, Codes, Fit, refuse_constant
 from pyro_advbayes.infer.distill.reservoir import Reservoir
 from pyro_advbayes.infer.distill.stopping import Stopping, refuse_few
 from pyro_advbayes.infer.distill.training import Training
-from pyro_advbayes.infer.mcmc import files
 from pyro_advbayes.infer.mcmc.fingerprint import (
     KERNEL_FIELDS,
     check_fingerprint,
@@ -33,6 +31,8 @@ from pyro_advbayes.infer.mcmc.fingerprint import (
 )
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.threads import one_thread
+from pyro_advbayes.model.batches import is_loader
+from pyro_advbayes.storage import files
 
 
 class OnlineAPD:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_advbayes.infer.autoguide.rows import Rows
-from pyro_advbayes.structure import Site
+from pyro_advbayes.model.structure import Site
 
 
 class Reservoir(Rows):

@@ -10,10 +10,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_advbayes.batches import Arguments
 from pyro_advbayes.infer.mcmc.step_size import hottest_allowed
 from pyro_advbayes.infer.mcmc.summary import effective_size, function_values, shrink_factor, spaced, stands_still
 from pyro_advbayes.infer.mcmc.trajectory import LEAPFROG_STEPS, TRAJECTORIES
+from pyro_advbayes.model.batches import Arguments
 
 if TYPE_CHECKING:
     from pyro_advbayes.infer.mcmc.runner import SGMCMC

@@ -11,15 +11,15 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_advbayes.batches import Batch
-from pyro_advbayes.infer.mcmc import reference
 from pyro_advbayes.infer.mcmc.adversary import L2, Adversary, Box, Cost, Pixels, as_cost
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel, named
 from pyro_advbayes.infer.mcmc.rule import Updates
 from pyro_advbayes.infer.mcmc.schedules import Schedule, as_schedule, check_value
 from pyro_advbayes.infer.mcmc.sgadald import SGAdaLD
 from pyro_advbayes.infer.mcmc.sgld import SGLD
-from pyro_advbayes.initialization import init_to_fan_in
+from pyro_advbayes.model.batches import Batch
+from pyro_advbayes.model.initialization import init_to_fan_in
+from pyro_advbayes.storage import reference
 
 LEARNERS = ("mean", "sum", "independent")
 Loss = Callable[[Callable, Tensor, Sequence[Any], Mapping[str, Any]], Tensor]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_advbayes.batches import Batch
 from pyro_advbayes.given import need_tensor
-from pyro_advbayes.potential import Potential
+from pyro_advbayes.model.batches import Batch
+from pyro_advbayes.model.potential import Potential
 
 
 class ControlVariate:

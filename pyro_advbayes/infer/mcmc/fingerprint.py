@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_advbayes.batches import Loader
-from pyro_advbayes.infer.mcmc import reference
-from pyro_advbayes.infer.mcmc.files import FileError, reading
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.schedules import check_value
 from pyro_advbayes.infer.mcmc.step_size import AutoStepSize
+from pyro_advbayes.model.batches import Loader
+from pyro_advbayes.storage import reference
+from pyro_advbayes.storage.digests import tensor_digest
+from pyro_advbayes.storage.files import FileError, reading
 
 
 def model_name(model: Callable) -> str:
@@ -44,19 +44,6 @@ def schedule_values(kernel: SGMCMCKernel, num_samples: int) -> dict[str, list[fl
         for name, schedule in schedules.items()
         if not isinstance(schedule, AutoStepSize)
     }
-
-
-def tensor_digest(value: Tensor) -> list[Any]:
-    """Shape, dtype and a hash of a tensor."""
-    return [list(value.shape), str(value.dtype), hash_of(value.detach().flatten().split(1 << 20))]
-
-
-def hash_of(parts: Iterable[Tensor]) -> str:
-    """Of the bytes of tensors, one after the other, of which only one need be in memory."""
-    found = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        found.update(part.cpu().contiguous().view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def data_digests(kernel: SGMCMCKernel, loader: bool) -> list[Any]:

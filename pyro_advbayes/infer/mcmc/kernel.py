@@ -12,12 +12,8 @@ import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
-from pyro_advbayes.batches import Batch
-from pyro_advbayes.functions import BACKENDS, KEPT, Kept
 from pyro_advbayes.given import refuse_unknown
-from pyro_advbayes.infer.mcmc import reference
 from pyro_advbayes.infer.mcmc.control_variate import ControlVariate
-from pyro_advbayes.infer.mcmc.files import random_state, set_random_state
 from pyro_advbayes.infer.mcmc.noise import NormalNoise
 from pyro_advbayes.infer.mcmc.noise_estimate import ESTIMATE_FROM, EVALUATIONS, FRESH_EVALUATIONS, NoiseEstimate
 from pyro_advbayes.infer.mcmc.restart import Restarts
@@ -26,8 +22,12 @@ from pyro_advbayes.infer.mcmc.schedules import Constant, Cyclical, Polynomial, S
 from pyro_advbayes.infer.mcmc.step_size import AutoStepSize
 from pyro_advbayes.infer.mcmc.trajectory import SteepestStates
 from pyro_advbayes.infer.mcmc.update import chunk_update, compile_update
-from pyro_advbayes.initialization import init_to_fan_in
-from pyro_advbayes.potential import Potential
+from pyro_advbayes.model.batches import Batch
+from pyro_advbayes.model.functions import BACKENDS, KEPT, Kept
+from pyro_advbayes.model.initialization import init_to_fan_in
+from pyro_advbayes.model.potential import Potential
+from pyro_advbayes.storage import reference
+from pyro_advbayes.storage.files import random_state, set_random_state
 from pyro_advbayes.tracing.guard import autocast_state
 
 
@@ -541,7 +541,7 @@ class SGMCMCKernel(MCMCKernel):
         return torch.stack([self.potential.reference_energy(row) for row in (theta, torch.zeros_like(theta))])
 
     def reference(self) -> dict[str, Tensor]:
-        """What the model's distributions and the user's functions are there, for :func:`pyro_advbayes.infer.mcmc.reference.check`."""
+        """What the model's distributions and the user's functions are there, for :func:`pyro_advbayes.storage.reference.check`."""
         theta = self.theta[0]
         traces = [self.potential.reference_trace(row) for row in (theta, torch.zeros_like(theta))]
         return reference.of_sites(traces, {site.name for site in self.potential.sites})

@@ -16,10 +16,8 @@ from pyro.infer.mcmc.util import select_samples
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_advbayes.batches import is_loader
-from pyro_advbayes.infer.mcmc import files, summary
+from pyro_advbayes.infer.mcmc import summary
 from pyro_advbayes.infer.mcmc.assessment import Assessment, SamplingWarning, assess
-from pyro_advbayes.infer.mcmc.draws import PREFIXES, Field, FileDraws, MemoryDraws, refuse_name
 from pyro_advbayes.infer.mcmc.fingerprint import (
     KERNEL_FIELDS,
     check_fingerprint,
@@ -31,6 +29,9 @@ from pyro_advbayes.infer.mcmc.fingerprint import (
 )
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.threads import one_thread
+from pyro_advbayes.model.batches import is_loader
+from pyro_advbayes.storage import files
+from pyro_advbayes.storage.draws import PREFIXES, Field, FileDraws, MemoryDraws, refuse_name
 
 STATISTICS = ("energy", "step_size", "temperature", "gradient_norm", "diverging")
 _PREFIX, _EXTRA = PREFIXES

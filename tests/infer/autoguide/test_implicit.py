@@ -22,9 +22,9 @@ from pyro_advbayes.infer.autoguide.model_sites import same_sites
 from pyro_advbayes.infer.autoguide.rows import sites_of
 from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
 from pyro_advbayes.infer.distill import APD, FactoredGenerator, HyperGenerator, MLPGenerator
-from pyro_advbayes.infer.elbo import TraceRobust_ELBO
-from pyro_advbayes.infer.mcmc import files
+from pyro_advbayes.infer.elbo.robust import TraceRobust_ELBO
 from pyro_advbayes.nn import Classifier, bayesianize
+from pyro_advbayes.storage import files
 from tests.small_models import data, logistic, regression
 
 

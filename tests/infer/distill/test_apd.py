@@ -17,9 +17,9 @@ from pyro_advbayes.infer.autoguide.factored import principal_components
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.rows import SampleRows, read_samples, sites_of
 from pyro_advbayes.infer.distill import APD, PRESETS, FactoredGenerator, Fit, HyperGenerator, MLPGenerator
-from pyro_advbayes.infer.mcmc.draws import Field, FileDraws
 from pyro_advbayes.infer.mcmc.noise import NormalNoise
 from pyro_advbayes.nn import bayesianize
+from pyro_advbayes.storage.draws import Field, FileDraws
 from tests.small_models import data, logistic, regression
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*keep the draws, or take a smaller generator")

@@ -281,7 +281,7 @@ def test_a_checkpoint_is_of_one_run_and_is_never_overwritten_or_half_written(tmp
             OnlineAPD.resume(path, guide, kernel, *arguments)
     assert path.read_bytes() == before
     # what dies while it writes leaves the last whole file
-    monkeypatch.setattr("pyro_advbayes.infer.mcmc.files.save_file", lambda tensors, name, **_: (open(name, "wb").write(b"half"), 1 / 0))
+    monkeypatch.setattr("pyro_advbayes.storage.files.save_file", lambda tensors, name, **_: (open(name, "wb").write(b"half"), 1 / 0))
     with pytest.raises(ZeroDivisionError):
         start(overwrite=True).run(x, y)
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == [path.name]

@@ -16,7 +16,7 @@ from pyro_advbayes.infer.autoguide.generators import MLPGenerator
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.distill.apd import APD
 from pyro_advbayes.infer.distill.online import OnlineAPD
-from pyro_advbayes.infer.mcmc import files
+from pyro_advbayes.storage import files
 from tests.infer import test_active
 from tests.small_models import data, logistic
 

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_advbayes as ab
-from pyro_advbayes.functions import Functions
 from pyro_advbayes.infer.mcmc import runner
+from pyro_advbayes.model.functions import Functions
 from tests.small_models import data, logistic
 
 

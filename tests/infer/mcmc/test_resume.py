@@ -21,9 +21,9 @@ from pyro import poutine
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_advbayes as ab
-from pyro_advbayes.infer.mcmc import files
-from pyro_advbayes.infer.mcmc.draws import read_draws
 from pyro_advbayes.infer.mcmc.schedules import Cyclical
+from pyro_advbayes.storage import files
+from pyro_advbayes.storage.draws import read_draws
 from tests.small_models import data, logistic, regression, subsampling, weights
 
 pytestmark = pytest.mark.forks  # see pyproject.toml

@@ -11,7 +11,7 @@ from torch import nn
 
 import pyro_advbayes as ab
 from models.mlp import mlp
-from pyro_advbayes.initialization import init_to_fan_in
+from pyro_advbayes.model.initialization import init_to_fan_in
 from tests.small_models import data, regression
 
 

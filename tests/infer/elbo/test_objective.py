@@ -17,9 +17,9 @@ from torch import nn
 
 import pyro_advbayes as ab
 from models.mlp import mlp
-from pyro_advbayes.infer import elbo_graph
-from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
+from pyro_advbayes.infer.elbo import objective
+from pyro_advbayes.infer.elbo.adversarial import TraceAdversarial_ELBO
 from tests.small_models import data, logistic, mixed, regression, subsampling
 
 
@@ -54,14 +54,14 @@ def network(x, y=None):
 @pytest.fixture
 def used(monkeypatch):
     """Counts the losses that graphs gave."""
-    calls, original = [], elbo_graph.Objective.loss_and_gradients
+    calls, original = [], objective.Objective.loss_and_gradients
 
     def counted(self, *args):
         result = original(self, *args)
         calls.append(self)
         return result
 
-    monkeypatch.setattr(elbo_graph.Objective, "loss_and_gradients", counted)
+    monkeypatch.setattr(objective.Objective, "loss_and_gradients", counted)
     return calls
 
 
@@ -274,7 +274,7 @@ def test_a_prior_that_takes_only_its_dtype_from_an_argument_is_a_constant(used):
             pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
 
     check_both_backends_learn_the_same(model, lambda step: [step(x, y) for _ in range(4)])
-    assert used[0].priors == {"w": elbo_graph.Prior(0.0, 1.0)}
+    assert used[0].priors == {"w": objective.Prior(0.0, 1.0)}
 
 
 def test_weights_may_be_changed_from_step_to_step_without_new_graphs(used):
@@ -632,7 +632,7 @@ def test_the_divergence_of_normals_and_its_gradients_are_pytorchs():
         expected = torch.distributions.kl_divergence(dist.Normal(m, s), dist.Normal(*prior)).sum()
         slopes = torch.autograd.grad(weight * expected, (m, s))
         zero = torch.zeros(4, 3)
-        found = elbo_graph.normal_divergence(loc, scale, elbo_graph.Prior(*prior), weight, zero, zero)
+        found = objective.normal_divergence(loc, scale, objective.Prior(*prior), weight, zero, zero)
         torch.testing.assert_close(found, (expected, *slopes))
 
 
@@ -646,4 +646,4 @@ def test_few_graphs_are_kept():
     guide(*data())
     for rows in range(2, 20):
         elbo.loss_and_grads(logistic, guide, *(value[:rows] for value in data()))
-    assert len(elbo._graphs._entries) == elbo_graph.KEPT
+    assert len(elbo._graphs._entries) == objective.KEPT

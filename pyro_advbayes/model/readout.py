@@ -9,7 +9,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_advbayes.outcomes import CLASSES, Likelihood, Origins, find_outcomes, is_outcome, likelihood_at, one_outcome, rows_of
+from pyro_advbayes.model.outcomes import CLASSES, Likelihood, Origins, find_outcomes, is_outcome, likelihood_at, one_outcome, rows_of
 
 
 class Readout:

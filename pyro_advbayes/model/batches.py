@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 
 from pyro_advbayes.given import as_tensor, is_array, is_pandas, kind
-from pyro_advbayes.refusals import Mismatch, label_of
+from pyro_advbayes.model.refusals import Mismatch, label_of
 
 Batch = tuple[Tensor, ...]
 

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import pyro_advbayes
-from pyro_advbayes.infer.mcmc import files
-from pyro_advbayes.infer.mcmc.draws import read_draws
+from pyro_advbayes.storage import files
+from pyro_advbayes.storage.draws import read_draws
 
 CONTENT = {
     "tensors": [torch.arange(3), (torch.rand(2, 2), torch.tensor(True)), {"half": torch.ones(2, dtype=torch.bfloat16)}],

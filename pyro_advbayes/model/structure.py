@@ -19,12 +19,12 @@ from torch.distributions import Transform, constraints
 from torch.distributions.constraints import Constraint
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_advbayes.batches import in_words
 from pyro_advbayes.given import is_array, kind
 from pyro_advbayes.handlers import MinibatchMessenger, covered, is_masked, unvalidated
-from pyro_advbayes.notices import tell_of_new_statistics
-from pyro_advbayes.refusals import Mismatch, Refused, in_a_line, label_of, not_given, original
-from pyro_advbayes.supports import map_onto
+from pyro_advbayes.model.batches import in_words
+from pyro_advbayes.model.notices import tell_of_new_statistics
+from pyro_advbayes.model.refusals import Mismatch, Refused, in_a_line, label_of, not_given, original
+from pyro_advbayes.model.supports import map_onto
 
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 

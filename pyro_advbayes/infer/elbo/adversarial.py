@@ -18,8 +18,8 @@ from torch.distributions import Distribution, Independent
 
 from pyro_advbayes.handlers import GivenMessenger
 from pyro_advbayes.infer.autoguide.adversarial import Adversary, BaseNormal, NoiseAscent, joint_norm
-from pyro_advbayes.infer.elbo_graph import Graphs, NotTraceable, Objective, Weights, check_sites, latent_sites, tensors_of
-from pyro_advbayes.structure import kept_statistics
+from pyro_advbayes.infer.elbo.objective import Graphs, NotTraceable, Objective, Weights, check_sites, latent_sites, tensors_of
+from pyro_advbayes.model.structure import kept_statistics
 from pyro_advbayes.tracing.guard import RandomState
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import pyro_advbayes as ab
-from pyro_advbayes.infer import sources
+from pyro_advbayes.storage import sources
 from tests.infer.test_active import Centroids, blobs
 
 RATE = 0.1
@@ -138,7 +138,7 @@ def test_a_function_that_holds_itself_or_more_and_more_comes_to_an_end():
 def test_another_process_finds_the_same_parts():
     """Whose addresses, and order of sets of text, are others."""
     code = (
-        "import json; from tests.infer import test_sources as t; from pyro_advbayes.infer import sources;"
+        "import json; from tests.storage import test_sources as t; from pyro_advbayes.storage import sources;"
         "print(json.dumps([sources.parts(f) for f in (t.known, t.Fitter(), t.holding(t.net(1.0)))]))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.getcwd()}

@@ -13,7 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 
-from pyro_advbayes.infer.mcmc.files import FileError, random_state, set_random_state
+from pyro_advbayes.storage.files import FileError, random_state, set_random_state
 
 PRIOR, DENSITY = "prior", "density"
 _DEEPEST = 10  # distributions within distributions

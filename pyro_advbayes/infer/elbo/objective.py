@@ -17,11 +17,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
-from pyro_advbayes.batches import Arguments
 from pyro_advbayes.handlers import GivenMessenger, UnvalidatedMessenger
 from pyro_advbayes.infer.autoguide.adversarial import Adversary, AutoAdversarialNormal, BaseNoise, BaseNormal
+from pyro_advbayes.model.batches import Arguments
+from pyro_advbayes.model.structure import refuse_random_layers
 from pyro_advbayes.nn.reparameterization import rows_differ
-from pyro_advbayes.structure import refuse_random_layers
 from pyro_advbayes.tracing.guard import DIFFERS, Guard, agree, autocast_state, noting_modules, reason, roots_of, warn_of_handlers
 from pyro_advbayes.tracing.record import Recorder
 from pyro_advbayes.tracing.replay import trace_graph
@@ -119,7 +119,7 @@ def _plain(value: Any) -> bool:
 
 
 def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors among a model's arguments, in the order of :class:`~pyro_advbayes.batches.Arguments`."""
+    """The tensors among a model's arguments, in the order of :class:`~pyro_advbayes.model.batches.Arguments`."""
     return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
 

@@ -20,7 +20,7 @@ from pyro_advbayes.attacks.fgsm import FGSM
 from pyro_advbayes.attacks.pgd import PGD
 from pyro_advbayes.attacks.uniform import Uniform
 from pyro_advbayes.attacks.wrm import WRM
-from pyro_advbayes.infer.elbo import TraceRobust_ELBO
+from pyro_advbayes.infer.elbo.robust import TraceRobust_ELBO
 from tests.small_models import data, logistic
 
 FREE = {"clip": None}

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_advbayes as ab
-from pyro_advbayes.additivity import _rounding
+from pyro_advbayes.model.additivity import _rounding
 from tests.small_models import data, logistic, mixed, regression, subsampling, weights
 
 X, Y = data()

@@ -14,15 +14,15 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pyro_advbayes.batches import Arguments, Batch, FullData, Loader, PlateIndices, TensorRows, is_loader
-from pyro_advbayes.functions import BACKENDS, Functions, assemble
 from pyro_advbayes.given import need_tensor
 from pyro_advbayes.handlers import CoveredMessenger, MinibatchMessenger, UnvalidatedMessenger, kept_random_state
-from pyro_advbayes.initialization import init_to_fan_in
-from pyro_advbayes.notices import tell_of_held_parameters
-from pyro_advbayes.refusals import Given, check_number, raised_here, told
-from pyro_advbayes.scale import check_additive, tell_of_tempering
-from pyro_advbayes.structure import Site, Structure, look
+from pyro_advbayes.model.batches import Arguments, Batch, FullData, Loader, PlateIndices, TensorRows, is_loader
+from pyro_advbayes.model.functions import BACKENDS, Functions, assemble
+from pyro_advbayes.model.initialization import init_to_fan_in
+from pyro_advbayes.model.notices import tell_of_held_parameters
+from pyro_advbayes.model.refusals import Given, check_number, raised_here, told
+from pyro_advbayes.model.scale import check_additive, tell_of_tempering
+from pyro_advbayes.model.structure import Site, Structure, look
 from pyro_advbayes.tracing.replay import chains_together
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_advbayes.infer.mcmc.files import FileError
-from pyro_advbayes.infer.mcmc.fingerprint import tensor_digest
-from pyro_advbayes.infer.mcmc.reference import parameters
+from pyro_advbayes.storage.digests import tensor_digest
+from pyro_advbayes.storage.files import FileError
+from pyro_advbayes.storage.reference import parameters
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, range)
 _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))

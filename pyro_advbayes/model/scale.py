@@ -13,15 +13,15 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
-from pyro_advbayes.additivity import HALF, Call, Failed, Parts, Subject, Values, check, draw, looking, means, pick_rows
-from pyro_advbayes.batches import Arguments
 from pyro_advbayes.handlers import CoveredMessenger, MinibatchMessenger
-from pyro_advbayes.notices import tell_of_mean, tell_of_scales
-from pyro_advbayes.refusals import in_a_line, refusing
-from pyro_advbayes.structure import kept_statistics, refuse_random_layers
+from pyro_advbayes.model.additivity import HALF, Call, Failed, Parts, Subject, Values, check, draw, looking, means, pick_rows
+from pyro_advbayes.model.batches import Arguments
+from pyro_advbayes.model.notices import tell_of_mean, tell_of_scales
+from pyro_advbayes.model.refusals import in_a_line, refusing
+from pyro_advbayes.model.structure import kept_statistics, refuse_random_layers
 
 if TYPE_CHECKING:
-    from pyro_advbayes.potential import Potential
+    from pyro_advbayes.model.potential import Potential
 
 DRAWS = 5  # of each kind, until the likelihood is finite
 LOOKS = 4  # until a likelihood on the full data is said to be a mean: once may be a coincidence

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Normal
 
 from pyro_advbayes.attacks.base import Attack
-from pyro_advbayes.batches import Arguments
 from pyro_advbayes.given import is_array, need_tensor
-from pyro_advbayes.outcomes import without_wrappers
-from pyro_advbayes.refusals import Given, refusing
+from pyro_advbayes.model.batches import Arguments
+from pyro_advbayes.model.outcomes import without_wrappers
+from pyro_advbayes.model.refusals import Given, refusing
 
 _JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 

@@ -15,8 +15,8 @@ from torch import nn
 
 import pyro_advbayes as ab
 from models.mlp import mlp
-from pyro_advbayes.infer.adversarial_elbo import TraceAdversarial_ELBO, distances
 from pyro_advbayes.infer.autoguide.adversarial import Adversary, AutoAdversarialNormal, BaseNoise
+from pyro_advbayes.infer.elbo.adversarial import TraceAdversarial_ELBO, distances
 from tests.small_models import data, logistic, regression, subsampling
 
 

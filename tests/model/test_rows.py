@@ -20,8 +20,8 @@ import pyro_advbayes as ab
 from pyro_advbayes import attacks
 from pyro_advbayes.handlers import covered
 from pyro_advbayes.infer import distill
+from pyro_advbayes.model.structure import look
 from pyro_advbayes.nn import Classifier, bayesianize
-from pyro_advbayes.structure import look
 from tests.small_models import data, logistic, regression, weights
 from tests.test_given import remedied
 

@@ -15,7 +15,7 @@ from pyro_advbayes.tracing.guard import DIFFERS, Guard, agree, autocast_state, n
 from pyro_advbayes.tracing.replay import quiet_batching, trace_graph
 
 if TYPE_CHECKING:
-    from pyro_advbayes.potential import Potential
+    from pyro_advbayes.model.potential import Potential
 
 BACKENDS = ("handlers", "graph", "compile")
 

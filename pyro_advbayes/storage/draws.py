@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pyro_advbayes.infer.mcmc.files import (
+from pyro_advbayes.storage.files import (
     VERSION,
     FileError,
     check_version,

@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 
 import pyro_advbayes as ab
-from pyro_advbayes.infer.mcmc.draws import Field, FileDraws, MemoryDraws, read_draws
+from pyro_advbayes.storage.draws import Field, FileDraws, MemoryDraws, read_draws
 from tests.small_models import data, mixed, regression
 
 FIELDS = {
@@ -383,7 +383,7 @@ def test_a_system_that_reserves_nothing_writes_the_same_file(tmp_path, monkeypat
 TMPFS = """
 import errno, os, sys, torch
 from pathlib import Path
-from pyro_advbayes.infer.mcmc.draws import Field, FileDraws, read_draws
+from pyro_advbayes.storage.draws import Field, FileDraws, read_draws
 path, fields = Path(sys.argv[1]) / "draws", {"w": Field(torch.Size([512]), torch.float32)}
 def refused(draws):
     try:
