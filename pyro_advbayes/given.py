@@ -39,6 +39,21 @@ def _parameters(function: type | Callable) -> list[str]:
     return names
 
 
+def check_int(value: Any, name: str, least: int, meaning: str = "", most: int | None = None) -> int:
+    """
+    The value, if it is an int >= ``least``. A bool is refused: ``True`` is an int in Python, and a mistake here.
+
+    :param name: of the argument, for the message.
+    :param meaning: what the number stands for, for the message.
+    :param most: the largest value allowed; by default there is none.
+    :raises ValueError: naming the argument, its value and its range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        allowed = f"an int >= {least}" if most is None else f"an int from {least} to {most}"
+        raise ValueError(f"{name}={value!r}: {meaning + ', ' if meaning else ''}{allowed}")
+    return value
+
+
 def kind(value: Any) -> str:
     """``a numpy array``, ``a pandas DataFrame``, ``a list``: what a value is."""
     if isinstance(value, np.ndarray):

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import pyro_advbayes as ab
 from pyro_advbayes import attacks, diagnostics
+from pyro_advbayes.given import check_int
 from pyro_advbayes.infer import distill
 from pyro_advbayes.nn import Classifier, bayesianize
 from tests.small_models import data, logistic, regression
@@ -445,3 +446,21 @@ def test_a_plot_says_that_it_was_given_a_numpy_array(call, says):
 
 def test_regression_takes_integers_as_it_did():
     assert run(sgld(regression), X, CLASSES).get_samples()["w"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "value, most, says",
+    [
+        (2, None, "count=2: rows, an int >= 3"),
+        (True, None, "count=True: rows, an int >= 3"),
+        (4.0, None, "count=4.0: rows, an int >= 3"),
+        (None, None, "count=None: rows, an int >= 3"),
+        (6, 5, "count=6: rows, an int from 3 to 5"),
+    ],
+)
+def test_a_count_is_an_int_in_its_range(value, most, says):
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
+        check_int(value, "count", 3, "rows", most)
+    assert check_int(3, "count", 3) == 3 and check_int(5, "count", 3, most=5) == 5
+    with pytest.raises(ValueError, match=r"^count=True: an int >= 1$"):
+        check_int(True, "count", 1)
