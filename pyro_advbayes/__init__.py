@@ -11,6 +11,7 @@ from pyro_advbayes.infer.classifier import PosteriorClassifier
 from pyro_advbayes.infer.elbo.adversarial import TraceAdversarial_ELBO
 from pyro_advbayes.infer.elbo.robust import TraceRobust_ELBO
 from pyro_advbayes.infer.ensemble import deep_ensemble
+from pyro_advbayes.infer.ensemble_start import EnsembleStart, ensemble_start
 from pyro_advbayes.infer.mcmc import schedules
 from pyro_advbayes.infer.mcmc.adversary import L2, Box, Flow, Generator
 from pyro_advbayes.infer.mcmc.assessment import SamplingWarning
@@ -39,6 +40,7 @@ __all__ = [
     "AutoImplicit",
     "BaseNoise",
     "Box",
+    "EnsembleStart",
     "Flow",
     "Generator",
     "PosteriorClassifier",
@@ -58,6 +60,7 @@ __all__ = [
     "deep_ensemble",
     "diagnostics",
     "distill",
+    "ensemble_start",
     "init_to_fan_in",
     "minibatch",
     "nn",

@@ -226,4 +226,25 @@ MUTATIONS = [
         f"{ASSESSMENT}::test_a_site_that_stands_still_is_told",
         ("mixing: what stands still", "if bool(still.any()):", "if bool(still.all()) and len(samples) == 1:"),
     ),
+    *of(
+        "infer/ensemble_start.py",
+        "infer/test_ensemble_start.py::test_every_member_finds_the_mode_of_the_posterior_of_the_training_rows",
+        ("members: Adam climbs", "self._theta.grad = self._potential", "self._theta.grad = -self._potential"),
+    ),
+    *of(
+        "infer/ensemble_start.py",
+        "infer/test_ensemble_start.py::test_rows_that_are_held_out_are_never_trained_on_and_alone_are_scored",
+        ("members: trained on the rows that are held out", "*_take(arguments, rows),", "*_take(arguments, torch.cat([rows, held_out])),"),
+    ),
+    *of(
+        "infer/ensemble_start.py",
+        "infer/test_ensemble_start.py::test_a_member_is_kept_as_it_was_when_it_predicted_best",
+        ("members: the last state", "better = scores > self.best", "better = scores < math.inf"),
+        ("the ensemble's score: the sum of densities", "rows.logsumexp(0) - math.log(len(rows))", "rows.logsumexp(0)"),
+    ),
+    *of(
+        "infer/ensemble_start.py",
+        "infer/test_ensemble_start.py::test_training_ends_when_no_member_has_improved_for_a_while",
+        ("members: patience is not heeded", "if all(epoch - best >= patience for best", "if all(epoch - best >= num_epochs for best"),
+    ),
 ]
