@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyro_advbayes.attacks.geometry import BALLS, Ball, Clip, Region, rows
 from pyro_advbayes.attacks.losses import LOSSES
 from pyro_advbayes.attacks.problem import OBJECTIVES, ClassifierProblem, LossProblem, Problem, Slope
-from pyro_advbayes.given import class_labels, need_tensor
+from pyro_advbayes.given import check_int, class_labels, need_tensor
 from pyro_advbayes.model.refusals import naming
 
 
@@ -144,10 +144,8 @@ class Attack(ABC):
             raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}")
 
     def check_count(self, name: str) -> None:
-        """:raises ValueError: unless the setting is a whole number >= 1."""
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: a whole number >= 1")
+        """:raises ValueError: unless the setting is an int >= 1."""
+        check_int(getattr(self, name), name, 1)
 
     def check_positive(self, name: str) -> None:
         """:raises ValueError: unless the setting is a finite number > 0."""

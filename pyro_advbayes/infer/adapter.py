@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
+from pyro_advbayes.given import check_int
 from pyro_advbayes.handlers import CoveredMessenger, GivenMessenger
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
 from pyro_advbayes.infer.elbo.adversarial import TraceAdversarial_ELBO
@@ -363,8 +364,7 @@ def _prefix(given: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> str:
 
 
 def _check_numbers(num_epochs: int, **rates: float) -> None:
-    if isinstance(num_epochs, bool) or not isinstance(num_epochs, int) or num_epochs < 0:
-        raise ValueError(f"num_epochs={num_epochs!r}: an int >= 0")
+    check_int(num_epochs, "num_epochs", 0)
     for name, rate in rates.items():
         if not 0 < rate < math.inf:
             raise ValueError(f"{name}={rate!r}: a learning rate, > 0")

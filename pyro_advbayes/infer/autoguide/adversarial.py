@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
-from pyro_advbayes.given import need_tensor
+from pyro_advbayes.given import check_int, need_tensor
 from pyro_advbayes.model.refusals import Given, Refused, naming, refusing
 from pyro_advbayes.model.structure import kept_statistics, refuse_inference_mode, try_model
 from pyro_advbayes.model.supports import map_onto
@@ -59,8 +59,7 @@ class NoiseAscent:
     radius: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 0:
-            raise ValueError(f"num_steps={self.num_steps!r}: the number of steps against the data, an int >= 0")
+        check_int(self.num_steps, "num_steps", 0, "the number of steps against the data")
         if self.step_size is not None and not 0 < self.step_size < float("inf"):
             raise ValueError(f"step_size={self.step_size!r}: the length of a step, > 0")
         if self.radius is not None and not 0 <= self.radius < float("inf"):

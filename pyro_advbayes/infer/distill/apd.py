@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import RowGenerator, mlp_numbers
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
@@ -36,9 +37,7 @@ PRESETS = {
         critic_steps=5,
         penalty=10.0,
         learning_rate=1e-4,
-        betas=(0.5, 0.9),
         critic_hidden=(100, 100, 100),
-        half_life=None,
         ema=0.0,
         num_steps=100_000,
         check_every=None,
@@ -95,11 +94,9 @@ class APD:
         if not isinstance(guide, AutoImplicit):
             raise ValueError(f"guide={type(guide).__name__}: an AutoImplicit is needed")
         self.settings = settings_of(preset, changes)
-        if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every={checkpoint_every!r}: an int >= 1")
         self.guide, self.disable_progbar, self.overwrite = guide, disable_progbar, overwrite
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.checkpoint_every = checkpoint_every
+        self.checkpoint_every = check_int(checkpoint_every, "checkpoint_every", 1)
         self.held = files.Held(self.checkpoint)
 
     def fit(self, samples: Mapping[str, Tensor] | str | Path, *args: Any, **kwargs: Any) -> Fit:

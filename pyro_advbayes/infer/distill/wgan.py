@@ -12,7 +12,7 @@ learns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ TOGETHER = 2**22
 
 class WGAN(Training):
     """A generator and its critic; see :class:`~pyro_advbayes.infer.distill.training.Training`."""
+
+    betas: ClassVar[tuple[float, float]] = (0.5, 0.9)  # those of the authors' code, and a constant learning rate
+    half_life: ClassVar[float | None] = None
 
     def __init__(self, generator: RowGenerator, code_size: int, settings: Settings, draw: Callable[[int], Tensor]) -> None:
         super().__init__(generator, code_size, settings, draw)

@@ -26,7 +26,7 @@ def training(settings: Settings) -> WGAN:
 
 def by_hand(generator, critic, settings: Settings, steps: int) -> None:
     """The published algorithm, with autograd."""
-    options = {"lr": settings.learning_rate, "betas": settings.betas}
+    options = {"lr": settings.learning_rate, "betas": WGAN.betas}
     of_critic, of_generator = (torch.optim.Adam(module.parameters(), **options) for module in (critic, generator))
     size, count = settings.batch_size, settings.critic_steps
     for step in range(steps):
