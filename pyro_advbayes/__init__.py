@@ -11,7 +11,7 @@ from pyro_advbayes.infer.classifier import PosteriorClassifier
 from pyro_advbayes.infer.elbo.adversarial import TraceAdversarial_ELBO
 from pyro_advbayes.infer.elbo.robust import TraceRobust_ELBO
 from pyro_advbayes.infer.ensemble import deep_ensemble
-from pyro_advbayes.infer.mcmc import schedules
+from pyro_advbayes.infer.mcmc import adversary, schedules
 from pyro_advbayes.infer.mcmc.adversary import L2, Box, Flow, Generator
 from pyro_advbayes.infer.mcmc.assessment import SamplingWarning
 from pyro_advbayes.infer.mcmc.bal import BAL
@@ -52,6 +52,7 @@ __all__ = [
     "TraceRobust_ELBO",
     "UncertaintyRegularizer",
     "active_learning",
+    "adversary",
     "attacks",
     "bayes_adapter",
     "datasets",

@@ -19,13 +19,13 @@ from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint
 from pyro_advbayes.storage import files, sources
 from pyro_advbayes.storage.digests import tensor_digest
 
-Fit = Callable[[Tensor, Tensor], Any]
+FitPredictor = Callable[[Tensor, Tensor], Any]
 _KIND = "run of active_learning"
 CHUNK = 1000  # inputs that are predicted at a time
 
 
 def active_learning(
-    fit: Fit,
+    fit: FitPredictor,
     pool: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
     *,

@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.rows import Rows
-
-# Layers that make more of a row than its noise says.
-MIXING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-DROPPING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+from pyro_advbayes.kinds import BATCH_NORMS, DROPOUTS
 
 
 class RowGenerator(nn.Module):
@@ -157,9 +154,9 @@ class NetworkGenerator(StandardizedGenerator):
             raise ValueError(f"generator: {type(network).__name__} has no attribute noise, the dimension of its input: set one (an int)")
         super().__init__(noise)
         for label, layer in network.named_modules():
-            if isinstance(layer, MIXING):
+            if isinstance(layer, BATCH_NORMS):
                 why = "makes a row of all others of its batch, or of running statistics: take LayerNorm"
-            elif isinstance(layer, DROPPING) and layer.p > 0.0:
+            elif isinstance(layer, DROPOUTS) and layer.p > 0.0:
                 why = "draws masks, in training mode only: leave it out"
             else:
                 continue

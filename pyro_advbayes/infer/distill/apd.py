@@ -254,7 +254,7 @@ class APD:
             while training.steps < last and not over:
                 estimate = training.step()
                 if stopping is not None and training.steps % settings.check_every == 0:
-                    over = look(training, stopping)
+                    over = measure_average(training, stopping)
                 if self.checkpoint is not None and training.steps % self.checkpoint_every == 0:
                     save()
                 if not bar.disable:
@@ -369,10 +369,10 @@ class Codes:
         return self(torch.randint(len(self), (count,)))
 
 
-def look(training: Training, stopping: Stopping) -> bool:
-    """A look at the averaged generator."""
+def measure_average(training: Training, stopping: Stopping) -> bool:
+    """Measures the distance of the averaged generator; returns whether training is to stop."""
     training.swap()
-    found = stopping.look(training.made, list(training.generator.parameters()))
+    found = stopping.measure(training.made, list(training.generator.parameters()))
     training.swap()
     return found
 

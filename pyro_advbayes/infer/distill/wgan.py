@@ -22,7 +22,7 @@ from pyro_advbayes.infer.distill.critic import Critic
 from pyro_advbayes.infer.distill.training import Settings, Training
 
 # How many numbers the real codes of one step may hold together to be made in one go.
-TOGETHER = 2**22
+CODES_TOGETHER = 2**22
 
 
 class WGAN(Training):
@@ -36,7 +36,7 @@ class WGAN(Training):
         like = next(generator.parameters())
         self.critic = Critic(code_size, settings.critic_hidden, like.dtype, like.device)
         self.optimizers.append(self.adam(self.critic))
-        together = settings.critic_steps * settings.batch_size * code_size <= TOGETHER
+        together = settings.critic_steps * settings.batch_size * code_size <= CODES_TOGETHER
         self._pieces = settings.critic_steps if together else 1
 
     def _step(self) -> Tensor:
