@@ -12,7 +12,7 @@ from pyro_advbayes.infer.elbo.adversarial import TraceAdversarial_ELBO
 from pyro_advbayes.infer.elbo.robust import TraceRobust_ELBO
 from pyro_advbayes.infer.ensemble import deep_ensemble
 from pyro_advbayes.infer.ensemble_start import EnsembleStart, ensemble_start
-from pyro_advbayes.infer.mcmc import schedules
+from pyro_advbayes.infer.mcmc import adversary, schedules
 from pyro_advbayes.infer.mcmc.adversary import L2, Box, Flow, Generator
 from pyro_advbayes.infer.mcmc.assessment import SamplingWarning
 from pyro_advbayes.infer.mcmc.bal import BAL
@@ -54,6 +54,7 @@ __all__ = [
     "TraceRobust_ELBO",
     "UncertaintyRegularizer",
     "active_learning",
+    "adversary",
     "attacks",
     "bayes_adapter",
     "datasets",

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from pyro_advbayes.attacks.geometry import BALLS, Ball, Clip, Region, rows
 from pyro_advbayes.attacks.losses import LOSSES
 from pyro_advbayes.attacks.problem import OBJECTIVES, ClassifierProblem, LossProblem, Problem, Slope
-from pyro_advbayes.given import class_labels, need_tensor
+from pyro_advbayes.given import check_int, class_labels, need_tensor
+from pyro_advbayes.kinds import BATCH_NORMS, INSTANCE_NORMS
 from pyro_advbayes.model.refusals import naming
 
 
@@ -144,10 +145,8 @@ class Attack(ABC):
             raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}")
 
     def check_count(self, name: str) -> None:
-        """:raises ValueError: unless the setting is a whole number >= 1."""
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: a whole number >= 1")
+        """:raises ValueError: unless the setting is an int >= 1."""
+        check_int(getattr(self, name), name, 1)
 
     def check_positive(self, name: str) -> None:
         """:raises ValueError: unless the setting is a finite number > 0."""
@@ -235,7 +234,7 @@ def _checked_labels(x: Tensor, y: Tensor) -> Tensor:
 def _refuse_training_norms(classifier: Any) -> None:
     """Attacked inputs must not become part of a network's running statistics."""
     for name, module in classifier.named_modules() if isinstance(classifier, nn.Module) else ():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
+        if isinstance(module, BATCH_NORMS + INSTANCE_NORMS) and module.training and module.track_running_stats:
             raise ValueError(
                 f"layer {name!r} ({type(module).__name__}) is in training mode, where attacks change its statistics: call .eval() first"
             )

@@ -16,6 +16,7 @@ from pyro_advbayes.attacks.problem import ClassifierProblem, Problem, check_grad
 from pyro_advbayes.model.structure import refuse_inference_mode
 
 DECAYS = 0.9, 0.999  # Adam's
+SEARCHES = 9  # values of c that are tried, as in the authors' code
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,14 +38,12 @@ class CarliniWagner(Attack):
     ways to keep to the range it is projection, not the change of variables, which hardly moves from a pixel that is white or black.
 
     :param int steps: of Adam, for each c, >= 1.
-    :param int searches: how many values of c are tried, >= 1.
     :param float step_size: Adam's, > 0, in the units of the inputs.
     :param float first_c: > 0.
     :param float confidence: the least m that counts as success, >= 0.
     """
 
     steps: int = 200
-    searches: int = 9
     step_size: float = 0.01
     first_c: float = 1e-2
     confidence: float = 0.0
@@ -54,8 +53,7 @@ class CarliniWagner(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "searches"):
-            self.check_count(name)
+        self.check_count("steps")
         for name in ("step_size", "first_c"):
             self.check_positive(name)
         if not 0 <= self.confidence < math.inf:
@@ -67,7 +65,7 @@ class CarliniWagner(Attack):
         dtype = torch.promote_types(clean.dtype, torch.float32)
         best, smallest = clean.clone(), clean.new_full((len(clean),), torch.inf, dtype=dtype)
         low, high, c = torch.zeros_like(smallest), smallest.clone(), torch.full_like(smallest, self.first_c)
-        for _ in range(self.searches):
+        for _ in range(SEARCHES):
             x, size = self._nearest(problem, region, c)
             nearer = size < smallest
             best, smallest = torch.where(rows(nearer, x), x, best), torch.where(nearer, size, smallest)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from pyro_advbayes.attacks.base import Attack, BallAttack
 from pyro_advbayes.attacks.geometry import flat, l2_size, linf_size
 from pyro_advbayes.attacks.problem import ClassifierProblem, check_labels, check_outputs
+from pyro_advbayes.given import check_int
 
 ZERO_SHARE = 0.01  # of inputs without a gradient, above which gradient attacks are in doubt
 
@@ -135,8 +136,8 @@ def evaluate(
         raise ValueError("attacks must be one or more attacks, such as [PGD(eps=0.1)]")
     if any(attack.targeted for attack in attacks):
         raise ValueError("evaluate counts what stays right: call a targeted attack by itself, with its targets")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: a whole number >= 1, or None")
+    if batch_size is not None:
+        check_int(batch_size, "batch_size", 1)
     for attack in attacks:
         x, y = attack.check(classifier, x, y)
     size = batch_size or len(x)

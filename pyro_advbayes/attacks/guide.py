@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_advbayes.given import need_tensor
+from pyro_advbayes.given import check_int, need_tensor
 from pyro_advbayes.model.outcomes import Origins
 from pyro_advbayes.model.readout import Readout
 from pyro_advbayes.model.refusals import told
@@ -33,10 +33,9 @@ class GuideClassifier(nn.Module):
     """
 
     def __init__(self, model: Callable, guide: Callable, num_samples: int = 1, return_site: str = "_RETURN") -> None:
-        if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples!r}: how many draws a call makes, >= 1")
         super().__init__()
-        self.model, self.guide, self.num_samples, self.return_site = model, guide, num_samples, return_site
+        self.num_samples = check_int(num_samples, "num_samples", 1, "the draws of a call")
+        self.model, self.guide, self.return_site = model, guide, return_site
         self._readouts: dict[int, Readout] = {}  # by the number of inputs
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+LabelLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(log_probs: Tensor, y: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y) / (largest[..., 0] - largest[..., 2]).clamp_min(torch.finfo(logits.dtype).eps)
 
 
-LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
+LOSSES: dict[str, LabelLoss] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
 
 
 def _of_label(values: Tensor, y: Tensor) -> Tensor:

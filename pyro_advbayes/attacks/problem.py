@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_advbayes.attacks.geometry import flat, rows
-from pyro_advbayes.attacks.losses import LOSSES, Loss, cross_entropy
+from pyro_advbayes.attacks.losses import LOSSES, LabelLoss, cross_entropy
 from pyro_advbayes.model.structure import refuse_inference_mode
 
 OBJECTIVES = ("loss_of_mean", "mean_loss")
@@ -264,7 +264,7 @@ def check_gradient(gradient: Tensor) -> Tensor:
 
 
 @functools.cache  # one function for one loss, since a posterior keeps recordings by function
-def sum_of(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
+def sum_of(loss: LabelLoss) -> Callable[[Tensor, Tensor], Tensor]:
     """The sum of a loss over draws ``[chunk, N, K]``."""
     return lambda log_probs, y: loss(log_probs, y).sum(0)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_advbayes.datasets.images import cifar10_grey, notmnist, omniglot
+from pyro_advbayes.given import check_int
 
 
 def mnist_ood(
@@ -40,8 +41,7 @@ def mnist_ood(
     """
     if not 0 < scale < math.inf:
         raise ValueError(f"scale={scale!r}: what inputs are multiplied by, > 0")
-    if isinstance(num_images, bool) or not isinstance(num_images, int) or not 1 <= num_images <= 10_000:
-        raise ValueError(f"num_images={num_images!r}: of each set, 1 to 10000")
+    check_int(num_images, "num_images", 1, "images of each set", most=10_000)
     signed = (-scale, scale)
     generator = torch.Generator().manual_seed(seed)
     letters, photographs = notmnist(root, scale=signed).x, cifar10_grey(root, scale=signed).x

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_advbayes.datasets.files import find_file, read_table
+from pyro_advbayes.given import check_int
 
 # The folders of the sets where their splits were published.
 UCI = {
@@ -80,8 +81,7 @@ def uci(name: str, split: int = 0, root: str | Path | None = None) -> Regression
         return found.astype(np.int64)
 
     count = int(table("n_splits").ravel()[0])
-    if isinstance(split, bool) or not isinstance(split, int) or not 0 <= split < count:
-        raise ValueError(f"split={split!r}: {name} has the splits 0 to {count - 1}")
+    check_int(split, "split", 0, f"one of the splits of {name}", most=count - 1)
     data = table("data")
     features, target = (index(f"index_{part}", data.shape[1], "columns") for part in ("features", "target"))
     train, test = (index(f"index_{part}_{split}", len(data), "rows") for part in ("train", "test"))

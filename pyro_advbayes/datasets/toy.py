@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pyro_advbayes.datasets.examples import Examples
+from pyro_advbayes.given import check_int
 
 
 def two_moons(num_data: int = 200, noise: float = 0.1, seed: int | None = None) -> Examples:
@@ -20,8 +21,7 @@ def two_moons(num_data: int = 200, noise: float = 0.1, seed: int | None = None) 
         make_moons,
     )  # here, not above: it would double the time that the package takes to import
 
-    if num_data < 2:
-        raise ValueError(f"num_data must be at least 2, one point per class, got {num_data}")
+    check_int(num_data, "num_data", 2, "one point of each class or more")
     if seed is None:
         seed = int(torch.randint(2**31 - 1, ()))
     x, y = make_moons(num_data, noise=noise, random_state=seed)
@@ -37,8 +37,7 @@ def two_gaussians(num_per_class: int = 10, seed: int | None = None) -> Examples:
         those round (2, 2).
     :raises ValueError: if ``num_per_class`` is below 1.
     """
-    if num_per_class < 1:
-        raise ValueError(f"num_per_class must be at least 1, got {num_per_class}")
+    check_int(num_per_class, "num_per_class", 1)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     y = torch.arange(2).repeat_interleave(num_per_class)
     means = torch.tensor([[-2.0, -2.0], [2.0, 2.0]], dtype=torch.float32)

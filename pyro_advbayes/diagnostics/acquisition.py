@@ -10,6 +10,7 @@ from torch import Tensor
 from pyro_advbayes.diagnostics.checks import check_probs
 from pyro_advbayes.diagnostics.regression import check_normals
 from pyro_advbayes.diagnostics.uncertainty import mutual_information, predictive_entropy, variation_ratio
+from pyro_advbayes.given import check_int
 
 SCORES = {"entropy": predictive_entropy, "bald": mutual_information, "variation_ratio": variation_ratio}
 ACQUISITIONS = (*SCORES, "batch_bald", "random")
@@ -30,7 +31,7 @@ def acquire(probs: Tensor, count: int, acquisition: str = "bald") -> Tensor:
     :raises ValueError: naming the argument out of range.
     """
     num_inputs = check_probs(probs, ranks=(3,)).shape[1]
-    _check_count(count, num_inputs)
+    check_int(count, "count", 1, "inputs to label of the pool", most=num_inputs)
     if acquisition == "random":
         return torch.randperm(num_inputs)[:count].to(probs.device)
     if acquisition == "batch_bald":
@@ -55,7 +56,7 @@ def acquire_regression(mean: Tensor, scale: Tensor | float, count: int, acquisit
     :raises ValueError: naming the argument out of range.
     """
     mean, scale = check_normals(mean, scale, ranks=(2,))
-    _check_count(count, mean.shape[1])
+    check_int(count, "count", 1, "inputs to label of the pool", most=mean.shape[1])
     if acquisition not in REGRESSION_ACQUISITIONS:
         raise ValueError(f"acquisition={acquisition!r}: choose one of {', '.join(map(repr, REGRESSION_ACQUISITIONS))}")
     if acquisition == "random":
@@ -64,11 +65,6 @@ def acquire_regression(mean: Tensor, scale: Tensor | float, count: int, acquisit
     if acquisition == "variance":
         score = score + scale.square().mean(0)
     return score.sort(descending=True, stable=True).indices[:count]
-
-
-def _check_count(count: int, num_inputs: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= num_inputs:
-        raise ValueError(f"count={count!r}: how many inputs of a pool of {num_inputs}")
 
 
 def batch_bald(probs: Tensor, count: int, num_labels: int = 1000) -> Tensor:
@@ -89,9 +85,8 @@ def batch_bald(probs: Tensor, count: int, num_labels: int = 1000) -> Tensor:
     :raises ValueError: if ``count`` or ``num_labels`` is out of range.
     """
     p = check_probs(probs, ranks=(3,))
-    _check_count(count, p.shape[1])
-    if num_labels < 1:
-        raise ValueError(f"num_labels={num_labels!r}: an int >= 1")
+    check_int(count, "count", 1, "inputs to label of the pool", most=p.shape[1])
+    check_int(num_labels, "num_labels", 1)
     conditional = torch.special.entr(p).sum(-1).mean(0)  # [N]
     labels = _Labels(p.new_ones(len(p), 1), p.new_zeros(1), p.new_ones(1))
     chosen: list[int] = []

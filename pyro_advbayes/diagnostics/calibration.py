@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_advbayes.diagnostics.checks import check_labels, predictive_mean
+from pyro_advbayes.given import check_int
 
 
 def accuracy(probs: Tensor, labels: Tensor) -> float:
@@ -64,8 +65,7 @@ def reliability(probs: Tensor, labels: Tensor, num_bins: int = 15) -> Reliabilit
         the left, so that a confidence on an edge, as in a vote of few draws, counts one bin higher.)
     :raises ValueError: if ``num_bins`` is below 1.
     """
-    if num_bins < 1:
-        raise ValueError(f"num_bins must be at least 1, got {num_bins}")
+    check_int(num_bins, "num_bins", 1)
     mean = predictive_mean(probs).detach()
     confidence, prediction = mean.max(-1)
     right = (prediction == check_labels(labels, mean)).double()

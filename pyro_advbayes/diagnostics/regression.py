@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_advbayes.diagnostics.checks import like
 from pyro_advbayes.diagnostics.robustness import Estimate
-from pyro_advbayes.given import need_tensor
+from pyro_advbayes.given import check_int, need_tensor
 
 LEVELS = tuple(j / 20 for j in range(1, 20))  # 0.05, 0.10, ..., 0.95
 LAWS = ("mixture", "moments")
@@ -326,8 +326,7 @@ def regression_scores(
     :param num_resamples: bootstrap resamples of the rows, >= 2, drawn with a fixed seed that leaves torch's generator alone.
     :raises ValueError: if ``num_resamples`` is below 2, or all targets are equal.
     """
-    if isinstance(num_resamples, bool) or not isinstance(num_resamples, int) or num_resamples < 2:
-        raise ValueError(f"num_resamples={num_resamples!r}: an int >= 2")
+    check_int(num_resamples, "num_resamples", 2)
     mean, scale, y = _normals(mean, scale, y)
     intervals = gaussian_intervals(mean, scale, levels)
     center = y.mean()  # variances of what is left do not cancel

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_advbayes.given import need_tensor
+from pyro_advbayes.given import check_int, need_tensor
 
 
 class MMDTest(NamedTuple):
@@ -34,7 +34,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, num_projections: int = 128, generat
     :param generator: for the directions; PyTorch's own by default.
     """
     x, y = _checked(x, y)
-    _check_count("num_projections", num_projections)
+    check_int(num_projections, "num_projections", 1)
     dim = x.shape[1]
     directions = torch.randn(dim, num_projections, generator=generator, dtype=x.dtype).to(x.device)
     directions /= directions.norm(dim=0) / dim**0.5
@@ -62,7 +62,7 @@ def mmd_test(x: Tensor, y: Tensor, num_permutations: int = 500, generator: torch
     :param generator: for the relabellings; PyTorch's own by default.
     """
     x, y = _checked(x, y)
-    _check_count("num_permutations", num_permutations)
+    check_int(num_permutations, "num_permutations", 1)
     if min(len(x), len(y)) < 2:
         raise ValueError(f"mmd_test needs two points or more of each set, not {len(x)} and {len(y)}")
     # in float64: labellings that are as far apart must tie; and not by products of the points, of which nothing is left far from 0
@@ -87,11 +87,6 @@ def _mmd2(kernel: Tensor, labels: Tensor, n: int) -> Tensor:
     xx, total = (first * labels).sum(-1), first.sum(-1)
     yy = kernel.sum() - 2 * total + xx
     return xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * (total - xx) / (n * m)
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: an int >= 1")
 
 
 def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,18 +14,18 @@ from tqdm.auto import tqdm
 
 from pyro_advbayes.diagnostics import LearningCurve, RegressionCurve, acquire, acquire_regression, log_predictive_density, rmse
 from pyro_advbayes.diagnostics.acquisition import ACQUISITIONS, REGRESSION_ACQUISITIONS
-from pyro_advbayes.given import need_tensor
+from pyro_advbayes.given import check_int, need_tensor
 from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint
 from pyro_advbayes.storage import files, sources
 from pyro_advbayes.storage.digests import tensor_digest
 
-Fit = Callable[[Tensor, Tensor], Any]
+FitPredictor = Callable[[Tensor, Tensor], Any]
 _KIND = "run of active_learning"
 CHUNK = 1000  # inputs that are predicted at a time
 
 
 def active_learning(
-    fit: Fit,
+    fit: FitPredictor,
     pool: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
     *,
@@ -144,9 +144,7 @@ def _check(settings: Mapping[str, Any], pool: tuple[Tensor, Tensor], test: tuple
         remedy = "" if regression or settings["acquisition"] not in REGRESSION_ACQUISITIONS else "; a regression needs num_initial"
         raise ValueError(f"acquisition={settings['acquisition']!r}: choose one of {', '.join(map(repr, choices))}{remedy}")
     for name, least in (("num_rounds", 0), ("per_round", 1), ("num_initial" if regression else "per_class", 1)):
-        value = settings[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r}: an int >= {least}")
+        check_int(settings[name], name, least)
     y = pool[1]
     if regression:
         for name, (_, targets) in (("pool", pool), ("test", test)):

@@ -16,15 +16,16 @@ from pyro.distributions import Normal
 from pyro.infer import ELBO
 from pyro.infer.autoguide import init_to_value
 from pyro.nn import PyroModule
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
+from pyro_advbayes.given import check_int
 from pyro_advbayes.handlers import CoveredMessenger, GivenMessenger
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
 from pyro_advbayes.infer.elbo.adversarial import TraceAdversarial_ELBO
 from pyro_advbayes.infer.predictive import RandomState
+from pyro_advbayes.kinds import latent_sites
 from pyro_advbayes.model.batches import Batch, Loader
 from pyro_advbayes.model.notices import never_seen_data, statistics_message
 from pyro_advbayes.model.outcomes import Origins
@@ -36,7 +37,7 @@ from pyro_advbayes.model.structure import kept_statistics, prior_factors, refuse
 from pyro_advbayes.nn import Classifier, bayesianize
 from pyro_advbayes.nn.bayesian import declared_sites
 
-Weights = nn.Module | Mapping[str, Tensor]
+Pretrained = nn.Module | Mapping[str, Tensor]
 Groups = list[dict[str, Any]]
 
 _COUNT = itertools.count()
@@ -130,7 +131,7 @@ class Adapted(NamedTuple):
 
 def bayes_adapter(
     model: Callable,
-    pretrained: Weights,
+    pretrained: Pretrained,
     loader: Iterable[Any],
     *,
     weight_decay: float | None = None,
@@ -297,7 +298,7 @@ def _as_model(model: Callable, weight_decay: float | None, batches: Loader) -> C
         return Classifier(bayesianize(model, prior=weight_decay_prior(weight_decay, batches.num_data)))
 
 
-def _fitting_values(model: Callable, pretrained: Weights, batch: Batch) -> dict[str, Tensor]:
+def _fitting_values(model: Callable, pretrained: Pretrained, batch: Batch) -> dict[str, Tensor]:
     """
     The sites' values among trained weights. The others are written into the model's buffers and parameters, or belong to layers that
     the model has and does not use, such as a classifier on the side that only training needs.
@@ -308,7 +309,7 @@ def _fitting_values(model: Callable, pretrained: Weights, batch: Batch) -> dict[
     # draws from the prior may overflow a deep network, and only names and shapes are wanted
     with torch.no_grad(), poutine.block(), refuse_random_layers(model), pyro.validation_enabled(False):
         trace = poutine.trace(model).get_trace(*batch)
-    sites = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name])}
+    sites = {name: node["value"] for name, node in latent_sites(trace).items()}
     module = poutine.unwrap(model)
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())} if isinstance(module, nn.Module) else {}
     known = {**tensors, **sites}
@@ -363,8 +364,7 @@ def _prefix(given: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> str:
 
 
 def _check_numbers(num_epochs: int, **rates: float) -> None:
-    if isinstance(num_epochs, bool) or not isinstance(num_epochs, int) or num_epochs < 0:
-        raise ValueError(f"num_epochs={num_epochs!r}: an int >= 0")
+    check_int(num_epochs, "num_epochs", 0)
     for name, rate in rates.items():
         if not 0 < rate < math.inf:
             raise ValueError(f"{name}={rate!r}: a learning rate, > 0")

@@ -16,6 +16,7 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_advbayes.given import check_int
 from pyro_advbayes.handlers import CoveredMessenger
 from pyro_advbayes.infer.predictive import RandomState
 from pyro_advbayes.model.batches import Arguments, TensorRows
@@ -63,9 +64,8 @@ def deep_ensemble(
     :raises ValueError: if a count is below 1, ``optim`` is a scheduler, there are no ``batch_size`` rows to take, or the model has
         parameters without a prior that want a gradient: what a draw does not hold cannot differ between members.
     """
-    for name, value in (("num_members", num_members), ("num_steps", num_steps)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: an int >= 1")
+    check_int(num_members, "num_members", 1)
+    check_int(num_steps, "num_steps", 1)
     if isinstance(optim, PyroLRScheduler):
         raise ValueError("optim is a scheduler, which would never be stepped: give an optimiser, such as ClippedAdam with lrd")
     given = Given(model, args, kwargs)
@@ -87,8 +87,7 @@ def _examined(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], b
             Potential(model, args, kwargs, backend="handlers")  # refuses what no mask covers
     if batch_size is not None:
         _, size = arguments.rows(None)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= size:
-            raise ValueError(f"batch_size={batch_size!r}: an int from 1 to the number of rows, {size}")
+        check_int(batch_size, "batch_size", 1, "rows of a minibatch", most=size)
     with RandomState().again():  # looking takes no random numbers from the members
         try_model(model, args, kwargs)
     _refuse_parameters(model, args, kwargs)

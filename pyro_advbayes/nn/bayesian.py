@@ -19,14 +19,12 @@ from pyro.nn.module import to_pyro_module_
 from torch.distributions import Distribution, Transform
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import _InverseTransform
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils import parametrize
 
+from pyro_advbayes.kinds import BATCH_NORMS, DROPOUTS, NORMALIZATIONS
 from pyro_advbayes.model.notices import never_seen_data, statistics_message
 
-_NORMALIZATIONS = (_NormBase, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.RMSNorm)  # _NormBase is BatchNorm's and InstanceNorm's
 Prior = TorchDistributionMixin | Callable[[str, torch.Tensor], TorchDistributionMixin | None]
 
 
@@ -125,7 +123,7 @@ def bayesianize(
     for name, (module, attribute) in parameters.items():
         if name not in excluded:
             value = module._parameters[attribute].detach()
-            if isinstance(prior, FanIn) and isinstance(module, _NORMALIZATIONS):
+            if isinstance(prior, FanIn) and isinstance(module, NORMALIZATIONS):
                 distribution = prior.of_normalization(attribute)
             else:
                 distribution = prior if isinstance(prior, Distribution) else prior(name, value)
@@ -271,7 +269,7 @@ def _check_modules(net: torch.nn.Module) -> None:
             )
         if any(isinstance(value, UninitializedTensorMixin) for value in module._parameters.values()):
             raise ValueError(f"{what} is lazy and has no shape yet: call the network once on a batch, then bayesianize.")
-        if isinstance(module, _BatchNorm) and not module.track_running_stats:
+        if isinstance(module, BATCH_NORMS) and not module.track_running_stats:
             raise ValueError(
                 f"{what} normalises by the batch that it is given (track_running_stats=False), so that no row has a "
                 "likelihood of its own: track the statistics, or use GroupNorm."
@@ -296,7 +294,7 @@ def _tell_of_eval_mode(net: torch.nn.Module) -> None:
 
 
 def _drops(module: torch.nn.Module) -> bool:
-    if isinstance(module, _DropoutNd):
+    if isinstance(module, DROPOUTS):
         return module.p > 0
     return isinstance(module, torch.nn.RNNBase | torch.nn.MultiheadAttention) and module.dropout > 0
 

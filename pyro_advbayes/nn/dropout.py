@@ -12,8 +12,7 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
 
-# Which dimensions a mask has, counted from the first after the rows: those of a unit, or the channel alone.
-_WHOLE, _CHANNELS = (torch.nn.Dropout,), (torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d)
+from pyro_advbayes.kinds import MASKING_DROPOUTS
 
 
 def mc_dropout(net: torch.nn.Module) -> PyroModule:
@@ -41,10 +40,10 @@ def mc_dropout(net: torch.nn.Module) -> PyroModule:
         _refuse_other_dropout(f"layer {name!r} ({type(module).__name__})" if name else f"the {type(module).__name__}", module)
         for attribute, child in list(module._modules.items()):  # named_children leaves out what has been seen
             label = f"{name}.{attribute}".lstrip(".")
-            if isinstance(child, (*_WHOLE, *_CHANNELS)):
+            if isinstance(child, MASKING_DROPOUTS):
                 if child.p >= 1.0:
                     raise ValueError(f"layer {label!r} leaves every unit out (p={child.p}): p < 1")
-                setattr(module, attribute, _Mask(child.p, isinstance(child, _CHANNELS)))
+                setattr(module, attribute, _Mask(child.p, channels=not isinstance(child, torch.nn.Dropout)))
                 found = True
     if not found:
         raise ValueError(f"the {type(net).__name__} has no Dropout layer, whose masks could be drawn")
@@ -61,7 +60,7 @@ def _refuse_other_dropout(label: str, layer: torch.nn.Module) -> None:
     if isinstance(layer, torch.nn.MultiheadAttention) and layer.dropout > 0.0:
         raise ValueError(f"{label} has dropout={layer.dropout} on its attention weights, which is no site: set its dropout to 0.0")
     if isinstance(layer, torch.nn.TransformerEncoderLayer) and layer.activation_relu_or_gelu:
-        if any(part.p > 0.0 for part in layer.modules() if isinstance(part, (*_WHOLE, *_CHANNELS))):
+        if any(part.p > 0.0 for part in layer.modules() if isinstance(part, MASKING_DROPOUTS)):
             raise ValueError(
                 f"{label} skips its Dropout layers in eval mode, on PyTorch's fast path: give it an activation that this path does not "
                 "know, as activation=lambda x: x.relu()"
@@ -69,7 +68,12 @@ def _refuse_other_dropout(label: str, layer: torch.nn.Module) -> None:
 
 
 class _Mask(PyroModule):
-    """What takes the place of a Dropout layer."""
+    """
+    Takes the place of a Dropout layer.
+
+    :param p: the probability that a unit is left out.
+    :param channels: whether the mask has one number for a channel, or one for each unit.
+    """
 
     def __init__(self, p: float, channels: bool) -> None:
         super().__init__()

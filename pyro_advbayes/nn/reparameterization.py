@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from pyro.distributions import Delta
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Independent, Normal
+from torch.distributions import Normal
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from pyro_advbayes.kinds import is_subsample, without_independent
 from pyro_advbayes.model.refusals import Refused
 from pyro_advbayes.tracing.replay import quiet_batching
 
@@ -103,10 +103,10 @@ class RowwiseMessenger(Messenger):
         self._drawing = None if msg["done"] or msg["value"] is not None else msg
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        name, value, fn = msg["name"], msg["value"], _base(msg["fn"])
+        name, value, fn = msg["name"], msg["value"], without_independent(msg["fn"])
         if msg["is_observed"]:
             self._check_rows(msg)
-        if msg is not self._drawing or msg["is_observed"] or site_is_subsample(msg) or not isinstance(value, Tensor):
+        if msg is not self._drawing or msg["is_observed"] or is_subsample(msg) or not isinstance(value, Tensor):
             return
         shared = any(fnmatchcase(name, pattern) for pattern in self.shared)
         if isinstance(fn, Delta):  # AutoNormal draws an auxiliary site, and a point mass there
@@ -220,7 +220,7 @@ class RowwiseMessenger(Messenger):
 
         :raises ValueError: if it was drawn from another distribution.
         """
-        fn = _base(site.fn)
+        fn = without_independent(site.fn)
         if not isinstance(fn, Normal):
             raise Refused(
                 f"site {site.name!r} is drawn from {type(fn).__name__}, and {type(self).__name__} is for Normal ones: use "
@@ -272,7 +272,7 @@ class ExemplarReparameterization(RowwiseMessenger):
         return own
 
     def layer(self, func: Callable, x: Tensor, weight: Tensor, site: DrawnSite, options: dict[str, Any]) -> Tensor:
-        if func is F.linear and x.dim() == 2 and site.own is None and isinstance(_base(site.fn), Normal):
+        if func is F.linear and x.dim() == 2 and site.own is None and isinstance(without_independent(site.fn), Normal):
             return self.once(site, len(x), lambda: _Products(x, self.normal(site))).values
         own = self.rows(weight, site, len(x))
         if func is F.linear:
@@ -401,12 +401,6 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         return self.messenger.call(func, args, kwargs or {})
-
-
-def _base(fn: Any) -> Any:
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return fn
 
 
 def _signs(like: Tensor, *shape: int) -> Tensor:

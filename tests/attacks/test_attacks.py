@@ -43,7 +43,7 @@ QUICK = [
     FeatureAttack(EPS, "net.1", 3),
     Square(EPS, 5),
     WRM(1.3, 3),
-    CarliniWagner(4, 2, 0.2),
+    CarliniWagner(4, 0.2),
     OneStepCarliniWagner(),
 ]
 
@@ -114,7 +114,7 @@ def test_attacks_leave_the_network_its_mode_its_gradients_and_the_inputs_as_they
     assert not torch.equal(attacked, clean)
 
 
-@named([FGSM(EPS), IFGSM(EPS, 3), MIM(EPS, 3), PGD(EPS, 3, random_start=False), WRM(1.3, 3), CarliniWagner(4, 2)])
+@named([FGSM(EPS), IFGSM(EPS, 3), MIM(EPS, 3), PGD(EPS, 3, random_start=False), WRM(1.3, 3), CarliniWagner(4)])
 @pytest.mark.parametrize("objective", ["mean_loss", "loss_of_mean"])
 def test_attacks_in_batches_are_those_of_all_inputs_together(attack, objective):
     classifier, _ = posterior(5)
@@ -158,7 +158,7 @@ def test_random_attacks_follow_the_seed(attack):
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
-@named([IFGSM(0.5), MIM(0.5, 20), PGD(0.3), PGD(3.0, norm="l2"), APGD(0.5, 50), CarliniWagner(100, 5, step_size=0.1), Square(0.5, 500)])
+@named([IFGSM(0.5), MIM(0.5, 20), PGD(0.3), PGD(3.0, norm="l2"), APGD(0.5, 50), CarliniWagner(100, 0.1), Square(0.5, 500)])
 def test_targeted_attacks_reach_their_targets(attack):
     net = digits_network()
     x, y = digits_examples(60)
@@ -205,7 +205,7 @@ class Beyond(nn.Module):
         return torch.stack([x.new_full((len(x),), 1.05), x[:, 0]], -1)
 
 
-@named([PGD(0.5, 5, restarts=3), APGD(0.5, 10), Square(0.5, 20), Uniform(0.5, tries=20), CarliniWagner(50, 3)])
+@named([PGD(0.5, 5, restarts=3), APGD(0.5, 10), Square(0.5, 20), Uniform(0.5, tries=20), CarliniWagner(50)])
 def test_success_is_judged_where_the_input_is_after_clipping(attack):
     x, y = torch.full((4, 1), 0.9), torch.zeros(4, dtype=torch.long)
     attacked = attack(Beyond(), x, y)

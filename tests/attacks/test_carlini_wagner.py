@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pyro_advbayes.attacks import PGD, CarliniWagner, OneStepCarliniWagner
+from pyro_advbayes.attacks.carlini_wagner import SEARCHES
 from pyro_advbayes.attacks.geometry import l2_size
 from tests.attacks.posteriors import digits_examples, digits_network, examples, posterior
 
@@ -20,7 +21,7 @@ def test_on_a_linear_network_the_perturbation_is_the_distance_to_the_boundary(ta
     x = torch.rand(20, 6, dtype=torch.double)
     y = net(x).argmax(-1)
     wanted = 1 - y if targeted else y
-    attacked = CarliniWagner(150, 9, 0.01, targeted=targeted, clip=clip)(net, x, wanted)
+    attacked = CarliniWagner(150, 0.01, targeted=targeted, clip=clip)(net, x, wanted)
     slope = net.weight[1] - net.weight[0]
     distance = ((net(x)[:, 1] - net(x)[:, 0]) / slope.norm()).abs()
     assert (net(attacked).argmax(-1) != y).all()
@@ -33,7 +34,7 @@ def test_perturbations_are_smaller_than_those_that_pgd_needs():
     net = digits_network()
     x, y = digits_examples(60)
     x, y = (t[net(x).argmax(-1) == y] for t in (x, y))
-    ours = CarliniWagner(80, 7)(net, x, y)
+    ours = CarliniWagner(80)(net, x, y)
     assert (net(ours).argmax(-1) != y).all() and 0 <= ours.min() and ours.max() <= 1
     needed = torch.full((len(x),), torch.inf)
     for eps in torch.linspace(0.1, 1.2, 30).tolist():
@@ -49,7 +50,7 @@ def test_the_last_step_counts_in_half_precision_too(dtype):
     net = nn.Linear(6, 2)
     x = torch.rand(20, 6)
     y = net(x).argmax(-1)
-    attacked = CarliniWagner(1, 1, 3.0, clip=None, first_c=10.0)(net.to(dtype), x.to(dtype), y)
+    attacked = CarliniWagner(1, 3.0, clip=None, first_c=10.0)(net.to(dtype), x.to(dtype), y)
     assert (net(attacked).argmax(-1) != y).all() and attacked.dtype == dtype
 
 
@@ -58,7 +59,7 @@ def test_confidence_is_reached():
     x, y = digits_examples(20)
     sizes = []
     for confidence in (0.0, 2.0):
-        logits = net(CarliniWagner(60, 5, 0.1, confidence=confidence)(net, x, y))
+        logits = net(CarliniWagner(60, 0.1, confidence=confidence)(net, x, y))
         others = logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
         sizes.append((others - logits.gather(1, y.unsqueeze(1)).squeeze(1)).detach())
     assert (sizes[1] >= 2.0 - 1e-5).all() and float(sizes[0].median()) < 0.5
@@ -69,7 +70,7 @@ def test_on_a_posterior_the_mean_prediction_is_what_is_changed(objective):
     classifier, _ = posterior(8)
     x, _ = examples(20)
     y = classifier(x).argmax(-1)
-    attacked = CarliniWagner(100, 5, 0.05, objective=objective)(classifier, x, y)
+    attacked = CarliniWagner(100, 0.05, objective=objective)(classifier, x, y)
     changed = (attacked != x).any(1)
     assert torch.equal(classifier(attacked).argmax(-1) != y, changed)
     assert changed.double().mean() > 0.7
@@ -82,11 +83,11 @@ def margins(net, x, y):
     return others - logits.gather(1, y.unsqueeze(1)).squeeze(1)
 
 
-def searched(net, x, y, steps, searches, step_size, first_c, confidence, order):
+def searched(net, x, y, steps, step_size, first_c, confidence, order):
     """The published search with PyTorch's Adam and autograd; of all successes the nearest in a norm."""
     best, nearest = x.clone(), torch.full((len(x),), torch.inf, dtype=x.dtype)
     low, high, c = torch.zeros_like(nearest), nearest.clone(), torch.full_like(nearest, first_c)
-    for _ in range(searches):
+    for _ in range(SEARCHES):
         point = x.clone().requires_grad_()
         adam, found = torch.optim.Adam([point], step_size), torch.zeros(len(x), dtype=torch.bool)
         for step in range(steps + 1):
@@ -115,7 +116,7 @@ def test_the_search_is_the_published_one_by_adam_and_autograd(confidence):
     x, _ = examples(12)
     x = 0.3 + 0.4 * x
     y = net(x).argmax(-1)
-    settings = {"steps": 25, "searches": 6, "step_size": 0.04, "first_c": 0.003, "confidence": confidence}
+    settings = {"steps": 25, "step_size": 0.04, "first_c": 0.003, "confidence": confidence}
     expected = searched(net, x, y, **settings, order=2)
     assert (expected != x).any(1).all() and not torch.equal(expected, searched(net, x, y, **settings, order=1))
     torch.testing.assert_close(CarliniWagner(**settings)(net, x, y), expected, rtol=1e-6, atol=1e-7)

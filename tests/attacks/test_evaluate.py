@@ -13,7 +13,7 @@ from torch import nn
 from pyro_advbayes.attacks import APGD, FGSM, PGD, CarliniWagner, FeatureAttack, Square, Uniform, evaluate
 from tests.attacks.posteriors import digits_examples, digits_network, examples, posterior
 
-ATTACKS = [Uniform(0.1), FGSM(0.1), PGD(0.1, 10), PGD(0.2, 10), PGD(1.0, 10, norm="l2"), CarliniWagner(20, 3, 0.05)]
+ATTACKS = [Uniform(0.1), FGSM(0.1), PGD(0.1, 10), PGD(0.2, 10), PGD(1.0, 10, norm="l2"), CarliniWagner(20, 0.05)]
 
 
 def no_warning(classifier, x, y, attacks, **options):

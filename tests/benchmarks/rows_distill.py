@@ -38,7 +38,7 @@ def _loop(draws: Tensor) -> Contender:
     settings = PRESETS["paper"]
     size, batch = draws.shape[1], settings.batch_size
     generator, critic = network(32, 100, 100, 100, size), network(size, 100, 100, 100, 1)
-    options = {"lr": settings.learning_rate, "betas": settings.betas}
+    options = {"lr": settings.learning_rate, "betas": WGAN.betas}
     of_generator, of_critic = (torch.optim.Adam(module.parameters(), **options) for module in (generator, critic))
 
     def made() -> Tensor:

@@ -76,7 +76,7 @@ def test_names_and_splits_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"name='iris': choose one of 'boston', "):
         datasets.uci("iris", 0, tmp_path)
     for split in (2, -1, True, 0.0):
-        with pytest.raises(ValueError, match=rf"split={split}: yacht has the splits 0 to 1"):
+        with pytest.raises(ValueError, match=rf"split={split}: one of the splits of yacht, an int from 0 to 1"):
             datasets.uci("yacht", split, tmp_path)
 
 

@@ -46,7 +46,7 @@ def test_long_batches_stay_finite():
     probs = predictions(draws=6, inputs=400, classes=10, sharp=0.5)
     chosen = batch_bald(probs, 390, num_labels=50)
     assert len(chosen.unique()) == 390
-    with pytest.raises(ValueError, match="count=7: how many inputs of a pool of 6"):
+    with pytest.raises(ValueError, match="count=7: inputs to label of the pool, an int from 1 to 6"):
         batch_bald(predictions(), 7)
     with pytest.raises(ValueError, match="num_labels=0: an int >= 1"):
         batch_bald(predictions(), 2, num_labels=0)
@@ -96,7 +96,7 @@ def test_random_choices_are_different_inputs_under_the_seed():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [((0,), "count=0"), ((7,), "pool of 6"), ((2, "BALD"), "acquisition='BALD': choose one of 'entropy', 'bald'")],
+    [((0,), "count=0"), ((7,), "an int from 1 to 6"), ((2, "BALD"), "acquisition='BALD': choose one of 'entropy', 'bald'")],
 )
 def test_what_cannot_be_acquired_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
@@ -124,7 +124,7 @@ def test_a_regression_asks_by_the_whole_variance_or_by_that_of_the_means():
     [
         ((torch.zeros(4), 1.0, 1), r"mean must be \[draws, N\], not \[4\]"),
         ((torch.zeros(2, 4), -1.0, 1), "scale has entries that are not above 0"),
-        ((torch.zeros(2, 4), 1.0, 5), "count=5: how many inputs of a pool of 4"),
+        ((torch.zeros(2, 4), 1.0, 5), "count=5: inputs to label of the pool, an int from 1 to 4"),
         ((torch.zeros(2, 4), 1.0, 1, "bald"), "acquisition='bald': choose one of 'variance', 'mean_variance', 'random'"),
     ],
 )

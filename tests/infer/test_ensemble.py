@@ -105,7 +105,7 @@ def test_members_can_be_trained_against_an_adversary():
     [
         ({"num_members": 0}, "num_members=0: an int >= 1"),
         ({"num_steps": 2.5}, "num_steps=2.5: an int >= 1"),
-        ({"batch_size": 61}, "batch_size=61: an int from 1 to the number of rows, 60"),
+        ({"batch_size": 61}, "batch_size=61: rows of a minibatch, an int from 1 to 60"),
     ],
 )
 def test_counts_that_make_no_sense_are_refused(settings, words):

@@ -128,18 +128,18 @@ MUTATIONS = [
         TRAINING,
         (
             "distillation: the learning rate does not fall",
-            "self.settings.learning_rate / (1.0 + self.steps / self.settings.half_life)",
+            "self.settings.learning_rate / (1.0 + self.steps / self.half_life)",
             "self.settings.learning_rate",
         ),
         (
             "distillation: the learning rate halves at every half-life",
-            "/ (1.0 + self.steps / self.settings.half_life)",
-            "/ 2.0 ** (self.steps / self.settings.half_life)",
+            "/ (1.0 + self.steps / self.half_life)",
+            "/ 2.0 ** (self.steps / self.half_life)",
         ),
         (
             "distillation: the learning rate falls a step late",
-            "self.steps / self.settings.half_life",
-            "max(0, self.steps - 1) / self.settings.half_life",
+            "self.steps / self.half_life",
+            "max(0, self.steps - 1) / self.half_life",
         ),
         ("distillation: one optimiser keeps its rate", "for optimizer in self.optimizers:\n", "for optimizer in self.optimizers[1:]:\n"),
     ),

@@ -17,12 +17,12 @@ from pyro.infer.autoguide import AutoNormal, init_to_feasible
 from pyro.nn.module import pyro_method
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
-from pyro_advbayes.given import need_tensor
+from pyro_advbayes.given import check_int, need_tensor
+from pyro_advbayes.kinds import is_subsample, latent_sites
 from pyro_advbayes.model.refusals import Given, Refused, naming, refusing
 from pyro_advbayes.model.structure import kept_statistics, refuse_inference_mode, try_model
 from pyro_advbayes.model.supports import map_onto
@@ -59,8 +59,7 @@ class NoiseAscent:
     radius: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 0:
-            raise ValueError(f"num_steps={self.num_steps!r}: the number of steps against the data, an int >= 0")
+        check_int(self.num_steps, "num_steps", 0, "the number of steps against the data")
         if self.step_size is not None and not 0 < self.step_size < float("inf"):
             raise ValueError(f"step_size={self.step_size!r}: the length of a step, > 0")
         if self.radius is not None and not 0 <= self.radius < float("inf"):
@@ -71,7 +70,7 @@ class NoiseAscent:
         """Whether there is anywhere to go."""
         return self.num_steps > 0 and self.radius != 0
 
-    def run(self, locs: Tensors, scales: Tensors, noises: Tensors, gradient: Callable[[list[Tensor]], Tensors]) -> Adversary:
+    def run(self, locs: Tensors, scales: Tensors, noises: Tensors, gradient: Callable[[list[Tensor]], Tensors]) -> MovedNoise:
         """
         :param locs: the means, a tensor per site, detached; likewise ``scales`` and ``noises``, which is left as it is.
         :param gradient: of the negative log-likelihood at unconstrained values.
@@ -89,7 +88,7 @@ class NoiseAscent:
                     noise.add_(g.sign(), alpha=step_size)
             else:
                 _step_in_ball(shifts, gradients, step_size, self.radius)
-        return Adversary(noises, shifts)
+        return MovedNoise(noises, shifts)
 
     def _step_size(self) -> float:
         if self.step_size is not None:
@@ -98,7 +97,7 @@ class NoiseAscent:
 
 
 @dataclass(frozen=True)
-class Adversary:
+class MovedNoise:
     """
     Where :class:`NoiseAscent` ended: noise and shift by which :math:`u = \\mu + \\sigma\\varepsilon + \\delta`, a tensor per site, both
     constant where the parameters are learnt. ``shifts`` is None where only the noise was moved.
@@ -196,7 +195,7 @@ class BaseNoise(Messenger):
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         name = msg["name"]
-        if not site_is_subsample(msg):
+        if not is_subsample(msg):
             self._met[name] = None
         if name not in self.noise or msg["is_observed"]:
             return
@@ -324,12 +323,12 @@ def _check_observations(model: Callable, args: Sequence[Any], kwargs: Mapping[st
     trace = _traced(model, args, kwargs) if missing else Trace()
     if any(not isinstance(trace.nodes[site]["fn"], Unit) for site in trace.observation_nodes):
         return  # what else could be observed is left out on purpose
-    latents = _latents(trace)
+    latents = latent_sites(trace)
     for name in missing:
         call.arguments[name] = torch.zeros(())
         # what any value in the argument's place makes observed is no latent site
         try:
-            found = latents.keys() - _latents(_traced(model, call.args, call.kwargs)).keys()
+            found = latents.keys() - latent_sites(_traced(model, call.args, call.kwargs)).keys()
         except Exception:  # whatever a model's Python does with such a value
             found = {site for site, node in latents.items() if any(frame.vectorized for frame in node["cond_indep_stack"])}
         call.arguments[name] = None
@@ -352,7 +351,3 @@ def _bound(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> i
 def _traced(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Trace:
     with torch.no_grad(), poutine.block(), kept_statistics():
         return poutine.trace(model).get_trace(*args, **kwargs)
-
-
-def _latents(trace: Trace) -> dict[str, Any]:
-    return {name: trace.nodes[name] for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name])}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.generators import RowGenerator, as_widths, mlp, mlp_numbers, numel
 from pyro_advbayes.infer.autoguide.rows import Rows
 from pyro_advbayes.infer.mcmc.noise import NormalNoise
@@ -74,8 +75,7 @@ class FactoredGenerator(RowGenerator):
 
     def __init__(self, rank: int = 8, noise: int = 32, hidden: Sequence[int] | None = (64, 64), packed: bool = False) -> None:
         super().__init__(noise)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank={rank!r}: the number of directions, an int >= 1")
+        check_int(rank, "rank", 1, "the number of directions")
         if not isinstance(packed, bool):
             raise ValueError(f"packed={packed!r}: True or False")
         self.rank, self.hidden, self.packed = rank, None if hidden is None else as_widths(hidden), packed

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.rows import Rows
-
-# Layers that make more of a row than its noise says.
-MIXING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-DROPPING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+from pyro_advbayes.kinds import BATCH_NORMS, DROPOUTS
 
 
 class RowGenerator(nn.Module):
@@ -29,9 +27,7 @@ class RowGenerator(nn.Module):
 
     def __init__(self, noise: int) -> None:
         super().__init__()
-        if isinstance(noise, bool) or not isinstance(noise, int) or noise < 1:
-            raise ValueError(f"noise={noise!r}: the dimension of the generator's noise, an int >= 1")
-        self.noise, self.size = noise, 0
+        self.noise, self.size = check_int(noise, "noise", 1, "the dimension of the generator's noise"), 0
 
     def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
         """Makes the parameters, for rows of sites of these unconstrained shapes."""
@@ -158,9 +154,9 @@ class NetworkGenerator(StandardizedGenerator):
             raise ValueError(f"generator: {type(network).__name__} has no attribute noise, the dimension of its input: set one (an int)")
         super().__init__(noise)
         for label, layer in network.named_modules():
-            if isinstance(layer, MIXING):
+            if isinstance(layer, BATCH_NORMS):
                 why = "makes a row of all others of its batch, or of running statistics: take LayerNorm"
-            elif isinstance(layer, DROPPING) and layer.p > 0.0:
+            elif isinstance(layer, DROPOUTS) and layer.p > 0.0:
                 why = "draws masks, in training mode only: leave it out"
             else:
                 continue
@@ -255,6 +251,4 @@ def mlp_numbers(widths: Sequence[int]) -> int:
 
 
 def as_widths(hidden: Sequence[int]) -> tuple[int, ...]:
-    if not all(isinstance(width, int) and width >= 1 for width in hidden):
-        raise ValueError(f"hidden={hidden!r}: widths of hidden layers, ints >= 1")
-    return tuple(hidden)
+    return tuple(check_int(width, "hidden", 1, "the width of each hidden layer") for width in hidden)

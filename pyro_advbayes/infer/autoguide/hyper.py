@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.generators import StandardizedGenerator, as_widths, mlp, mlp_numbers, numel
 
 
@@ -30,9 +31,7 @@ class HyperGenerator(StandardizedGenerator):
 
     def __init__(self, noise: int = 32, hidden: Sequence[int] = (64,), width: int = 32) -> None:
         super().__init__(noise)
-        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise ValueError(f"width={width!r}: the numbers that a row is made of, an int >= 1")
-        self.hidden, self.width = as_widths(hidden), width
+        self.hidden, self.width = as_widths(hidden), check_int(width, "width", 1, "the numbers that a row is made of")
         self.trunk, self.gains, self.shifts, self.heads = nn.Sequential(), nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
 
     def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:

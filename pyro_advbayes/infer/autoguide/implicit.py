@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.kl import register_kl
 
+from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import MLPGenerator, NetworkGenerator, RowGenerator
 from pyro_advbayes.infer.autoguide.hyper import HyperGenerator
@@ -186,9 +187,7 @@ class AutoImplicit(AutoGuide):
         :return: site -> ``[num_samples, *shape]``, in the model's own space.
         """
         self._check_fitted()
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"num_samples={num_samples!r}: an int >= 1")
-        return self.constrain(self.network.sample(num_samples))
+        return self.constrain(self.network.sample(check_int(num_samples, "num_samples", 1)))
 
     def check(self, *args: Any, **kwargs: Any) -> None:
         """

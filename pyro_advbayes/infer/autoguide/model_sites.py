@@ -9,11 +9,11 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_advbayes.infer.conditioned import without_leading_ones
+from pyro_advbayes.kinds import is_deterministic, is_subsample
 from pyro_advbayes.model.outcomes import follower
 from pyro_advbayes.model.structure import Site, same_map
 from pyro_advbayes.model.supports import map_onto
@@ -51,8 +51,8 @@ def check_support(site: Site, prior: Any) -> None:
 
 def missing_sites(model: Callable, trace: Trace, own: set[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, str]:
     """Latent sites beside the guide's ``own``, each with one that depends on it; see :class:`AutoImplicit` for what is none."""
-    nodes = {name: node for name, node in trace.nodes.items() if node["type"] == "sample" and not node["infer"].get("_deterministic")}
-    others = [name for name, node in nodes.items() if name not in own and not site_is_subsample(node)]
+    nodes = {name: node for name, node in trace.nodes.items() if node["type"] == "sample" and not is_deterministic(node)}
+    others = [name for name, node in nodes.items() if name not in own and not is_subsample(node)]
     followers = {
         name: follower(model, nodes, name, others[place + 1 :], args, kwargs)
         for place, name in enumerate(others)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import RowGenerator, mlp_numbers
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
@@ -36,9 +37,7 @@ PRESETS = {
         critic_steps=5,
         penalty=10.0,
         learning_rate=1e-4,
-        betas=(0.5, 0.9),
         critic_hidden=(100, 100, 100),
-        half_life=None,
         ema=0.0,
         num_steps=100_000,
         check_every=None,
@@ -95,11 +94,9 @@ class APD:
         if not isinstance(guide, AutoImplicit):
             raise ValueError(f"guide={type(guide).__name__}: an AutoImplicit is needed")
         self.settings = settings_of(preset, changes)
-        if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every={checkpoint_every!r}: an int >= 1")
         self.guide, self.disable_progbar, self.overwrite = guide, disable_progbar, overwrite
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.checkpoint_every = checkpoint_every
+        self.checkpoint_every = check_int(checkpoint_every, "checkpoint_every", 1)
         self.held = files.Held(self.checkpoint)
 
     def fit(self, samples: Mapping[str, Tensor] | str | Path, *args: Any, **kwargs: Any) -> Fit:
@@ -257,7 +254,7 @@ class APD:
             while training.steps < last and not over:
                 estimate = training.step()
                 if stopping is not None and training.steps % settings.check_every == 0:
-                    over = look(training, stopping)
+                    over = measure_average(training, stopping)
                 if self.checkpoint is not None and training.steps % self.checkpoint_every == 0:
                     save()
                 if not bar.disable:
@@ -372,10 +369,10 @@ class Codes:
         return self(torch.randint(len(self), (count,)))
 
 
-def look(training: Training, stopping: Stopping) -> bool:
-    """A look at the averaged generator."""
+def measure_average(training: Training, stopping: Stopping) -> bool:
+    """Measures the distance of the averaged generator; returns whether training is to stop."""
     training.swap()
-    found = stopping.look(training.made, list(training.generator.parameters()))
+    found = stopping.measure(training.made, list(training.generator.parameters()))
     training.swap()
     return found
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_advbayes.diagnostics.two_sample import MMDTest, mmd_test, sliced_wasserstein
 from pyro_advbayes.diagnostics.uncertainty import mutual_information
+from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, read_samples
 from pyro_advbayes.infer.predictive import Predictive
@@ -111,8 +112,7 @@ def compare(
     most = len(rows) // 2
     if num_samples is None:
         num_samples = min(most, 1000, max(50, READY // rows.size))
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or not 2 <= num_samples <= most:
-        raise ValueError(f"num_samples={num_samples!r}: from 2 to half of the {len(rows)} draws")
+    check_int(num_samples, "num_samples", 2, f"at most half of the {len(rows)} draws", most)
     mean, sd = rows.moments()
     sets = [*_halves(rows, num_samples), guide.network.sample(num_samples)]
     scale = torch.where(sd > 0, sd, torch.ones_like(sd))

@@ -9,6 +9,8 @@ codes of few numbers a fit takes a tenth of the time of a Wasserstein GAN's.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,9 @@ def energy_loss(made: Tensor, real: Tensor) -> Tensor:
 
 class Energy(Training):
     """A generator, and the energy distance that it lowers; see :class:`~pyro_advbayes.infer.distill.training.Training`."""
+
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.99)
+    half_life: ClassVar[float | None] = 500.0
 
     def _step(self) -> Tensor:
         real = self.draw(self.settings.batch_size)

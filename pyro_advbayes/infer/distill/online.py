@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.rows import row_dtype
 from pyro_advbayes.infer.distill.apd import APD, Codes, Fit, refuse_constant
@@ -54,7 +55,6 @@ class OnlineAPD:
     :param int num_samples: samples of each chain, >= 1, each of the kernel's ``num_steps_per_sample`` updates.
     :param int warmup_steps: samples to throw away first; by default ``num_samples``, as in Pyro.
     :param int num_chains: number of chains, >= 1.
-    :param int steps_per_sample: generator steps between two samples, >= 1.
     :param str preset: as in :class:`APD`.
     :param checkpoint: path of a file from which :meth:`resume` can go on; it holds the buffer, too.
     :param int checkpoint_every: samples of a chain (those of warm-up count) between checkpoints, >= 1; generator steps, once the chains
@@ -73,7 +73,6 @@ class OnlineAPD:
         num_samples: int = 2000,
         warmup_steps: int | None = None,
         num_chains: int = 4,
-        steps_per_sample: int = 1,
         preset: str = "fast",
         *,
         checkpoint: str | Path | None = None,
@@ -85,10 +84,9 @@ class OnlineAPD:
         if not isinstance(kernel, SGMCMCKernel):
             raise ValueError(f"kernel={type(kernel).__name__}: SGLD, SGAdaLD, SGHMC or BAL; draws of others go to APD(guide).fit(...)")
         warmup_steps = num_samples if warmup_steps is None else warmup_steps
-        counts = {"num_samples": num_samples, "num_chains": num_chains, "steps_per_sample": steps_per_sample, "buffer": buffer}
-        for name, value in {**counts, "warmup_steps": warmup_steps}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < (name != "warmup_steps"):
-                raise ValueError(f"{name}={value!r}: an int >= {int(name != 'warmup_steps')}")
+        for name, value in {"num_samples": num_samples, "num_chains": num_chains, "buffer": buffer}.items():
+            check_int(value, name, 1)
+        check_int(warmup_steps, "warmup_steps", 0)
         self._fitter = APD(
             guide,
             preset,
@@ -111,7 +109,7 @@ class OnlineAPD:
             )
         self.guide, self.kernel, self.buffer = guide, kernel, buffer
         self.num_samples, self.warmup_steps, self.num_chains = num_samples, warmup_steps, num_chains
-        self.steps_per_sample, self.disable_progbar = steps_per_sample, disable_progbar
+        self.disable_progbar = disable_progbar
         # a preset that never looks has its number of steps for draws that are all there
         self._goes_on = self._fitter.settings.check_every is not None or "num_steps" in changes
 
@@ -169,18 +167,13 @@ class OnlineAPD:
             self._check(progress, content)
         return self._go_on(progress, content)
 
-    @property
-    def _most_steps(self) -> int:
-        """Of the generator while the chains run."""
-        return self.num_samples * self.steps_per_sample
-
     def _check(self, at: _Progress, content: Mapping[str, Any]) -> None:
         """:raises ValueError: if a run cannot be so far."""
         counts = [at.next_look, at.samples, at.steps, *([] if at.last is None else [at.last])]
         if not all(type(count) is int and count >= 0 for count in counts):
             raise ValueError(f"its progress is {str(counts)[:100]}")
         total, seen = self.warmup_steps + self.num_samples, self._reservoir.seen
-        room = self._most_steps + self._fitter.settings.num_steps
+        room = self.num_samples + self._fitter.settings.num_steps
         if at.samples != self.kernel._samples or at.samples > total or (at.last or 0) > room or seen > self.num_samples * self.num_chains:
             raise ValueError(f"its progress is {str(counts)[:100]}, where its kernel has given {self.kernel._samples} of {total} samples")
         if (content["training"] is None) != (seen < self.buffer):
@@ -213,7 +206,7 @@ class OnlineAPD:
                 self.guide.network.restore((content["training"] or content)["generator"])  # which says what codes are
             if content["training"] is not None:
                 with files.reading(self._fitter.checkpoint):
-                    training = self._fitter.loaded(self._codes(), content["training"], self._most_steps if at.last is None else at.last)
+                    training = self._fitter.loaded(self._codes(), content["training"], self.num_samples if at.last is None else at.last)
             if at.last is not None and content["stopping"] is not None:
                 stopping = self._fitter.stopping(self._codes())
                 with files.reading(self._fitter.checkpoint):
@@ -244,7 +237,7 @@ class OnlineAPD:
                 if reservoir.seen >= at.next_look:
                     at.steps += 0 if training is None else training.steps
                     training, at.next_look = self._look(training), 2 * reservoir.seen
-                for _ in range(self.steps_per_sample if training is not None else 0):
+                if training is not None:
                     training.step()
                 at.samples = i + 1
                 if fitter.checkpoint is not None and at.samples % fitter.checkpoint_every == 0:
@@ -276,7 +269,6 @@ class OnlineAPD:
                 "num_samples": self.num_samples,
                 "warmup_steps": self.warmup_steps,
                 "num_chains": self.num_chains,
-                "steps_per_sample": self.steps_per_sample,
                 "checkpoint_every": fitter.checkpoint_every,
             },
             "settings": {name: value for name, value in asdict(fitter.settings).items() if name != "num_steps" or self._goes_on},

@@ -56,7 +56,7 @@ class Stopping:
         recent = self.distances[-RECENT:]
         return sum(recent) / len(recent) if recent else math.nan
 
-    def look(self, make: Callable[[int], Tensor], parameters: list[Tensor]) -> bool:
+    def measure(self, make: Callable[[int], Tensor], parameters: list[Tensor]) -> bool:
         """
         :param make: function of a number n to n made codes.
         :param parameters: what made them; the best are remembered.

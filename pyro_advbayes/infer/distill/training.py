@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.generators import RowGenerator, as_widths
 
 OBJECTIVES = ("energy", "wgan-gp")
@@ -23,8 +24,6 @@ class Settings:
         energy distance between batches, without a critic (:mod:`pyro_advbayes.infer.distill.energy`).
     :param batch_size: real codes of a batch, >= 2.
     :param learning_rate: Adam's, > 0.
-    :param betas: Adam's.
-    :param half_life: the learning rate falls as 1/(1 + step/half_life); None keeps it.
     :param ema: decay, in [0, 1), of the moving average of the generator's parameters that is kept; 0 keeps the last.
     :param num_steps: generator steps at most, >= 1.
     :param check_every: steps between looks at the two-sample distance, at which training stops when it is as small as between two halves
@@ -37,8 +36,6 @@ class Settings:
     objective: str = "energy"
     batch_size: int = 256
     learning_rate: float = 1e-2
-    betas: tuple[float, float] = (0.9, 0.99)
-    half_life: float | None = 500.0
     ema: float = 0.99
     num_steps: int = 20_000
     check_every: int | None = 100
@@ -50,16 +47,12 @@ class Settings:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r}: choose one of {', '.join(map(repr, OBJECTIVES))}")
         for name, least in (("batch_size", 2), ("critic_steps", 1), ("num_steps", 1), ("check_every", 1)):
-            value = getattr(self, name)
-            if name == "check_every" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}: an int >= {least}")
+            if name != "check_every" or self.check_every is not None:
+                check_int(getattr(self, name), name, least)
         if not self.penalty >= 0.0:
             raise ValueError(f"penalty={self.penalty!r}: the weight of the gradient penalty, >= 0")
-        for name in ("learning_rate", "half_life"):
-            if not (getattr(self, name) is None and name == "half_life") and not getattr(self, name) > 0.0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: a number > 0")
+        if not self.learning_rate > 0.0:
+            raise ValueError(f"learning_rate={self.learning_rate!r}: a number > 0")
         if not 0.0 <= self.ema < 1.0:
             raise ValueError(f"ema={self.ema!r}: the decay of a moving average, in [0, 1)")
         as_widths(self.critic_hidden)
@@ -69,11 +62,16 @@ class Training:
     """
     Base: a generator in training.
 
+    :cvar betas: Adam's.
+    :cvar half_life: the learning rate falls as 1/(1 + step/half_life); None keeps it.
     :param generator: what makes codes; its parameters are trained.
     :param code_size: numbers in a code.
     :param settings: see :class:`Settings`.
     :param draw: function of a number n to n real codes ``[n, code]``.
     """
+
+    betas: ClassVar[tuple[float, float]]
+    half_life: ClassVar[float | None]
 
     def __init__(self, generator: RowGenerator, code_size: int, settings: Settings, draw: Callable[[int], Tensor]) -> None:
         self.generator, self.settings, self.draw, self.steps = generator, settings, draw, 0
@@ -84,12 +82,12 @@ class Training:
         """An optimiser of a module."""
         parameters = list(module.parameters())
         fused = parameters[0].device.type in ("cpu", "cuda")
-        return torch.optim.Adam(parameters, lr=self.settings.learning_rate, betas=self.settings.betas, fused=fused)
+        return torch.optim.Adam(parameters, lr=self.settings.learning_rate, betas=self.betas, fused=fused)
 
     def step(self) -> Tensor:
         """One step of the generator, with all that belongs to it; returns an estimate of the distance, for show."""
-        if self.settings.half_life is not None:
-            rate = self.settings.learning_rate / (1.0 + self.steps / self.settings.half_life)
+        if self.half_life is not None:
+            rate = self.settings.learning_rate / (1.0 + self.steps / self.half_life)
             for optimizer in self.optimizers:
                 optimizer.param_groups[0]["lr"] = rate
         distance = self._step()

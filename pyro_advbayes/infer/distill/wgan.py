@@ -12,7 +12,7 @@ learns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,18 +22,21 @@ from pyro_advbayes.infer.distill.critic import Critic
 from pyro_advbayes.infer.distill.training import Settings, Training
 
 # How many numbers the real codes of one step may hold together to be made in one go.
-TOGETHER = 2**22
+CODES_TOGETHER = 2**22
 
 
 class WGAN(Training):
     """A generator and its critic; see :class:`~pyro_advbayes.infer.distill.training.Training`."""
+
+    betas: ClassVar[tuple[float, float]] = (0.5, 0.9)  # those of the authors' code, and a constant learning rate
+    half_life: ClassVar[float | None] = None
 
     def __init__(self, generator: RowGenerator, code_size: int, settings: Settings, draw: Callable[[int], Tensor]) -> None:
         super().__init__(generator, code_size, settings, draw)
         like = next(generator.parameters())
         self.critic = Critic(code_size, settings.critic_hidden, like.dtype, like.device)
         self.optimizers.append(self.adam(self.critic))
-        together = settings.critic_steps * settings.batch_size * code_size <= TOGETHER
+        together = settings.critic_steps * settings.batch_size * code_size <= CODES_TOGETHER
         self._pieces = settings.critic_steps if together else 1
 
     def _step(self) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from pyro_advbayes.handlers import GivenMessenger
-from pyro_advbayes.infer.autoguide.adversarial import Adversary, BaseNormal, NoiseAscent, joint_norm
+from pyro_advbayes.infer.autoguide.adversarial import BaseNormal, MovedNoise, NoiseAscent, joint_norm
 from pyro_advbayes.infer.elbo.objective import Graphs, NotTraceable, Objective, Weights, check_sites, latent_sites, tensors_of
 from pyro_advbayes.model.structure import kept_statistics
 from pyro_advbayes.tracing.guard import RandomState
@@ -37,8 +37,8 @@ class Moved(NamedTuple):
 
 class TraceAdversarial_ELBO(TraceMeanField_ELBO):
     r"""
-    Pyro's mean-field ELBO, trained against the worst draws near the guide's: with a guide :math:`q` and the data's negative
-    log-likelihood :math:`\ell`,
+    Adversarial sampling: Pyro's mean-field ELBO at the worst draws of the weights near the guide's
+    (:class:`~pyro_advbayes.TraceRobust_ELBO` perturbs inputs). With a guide :math:`q` and the data's negative log-likelihood :math:`\ell`,
 
     .. math:: \mathcal{L} = (1 - \text{mix})\,\mathbb{E}_{\varepsilon}\bigl[\ell(\theta(\varepsilon))\bigr]
         + \text{mix}\,\mathbb{E}_{\varepsilon}\bigl[\ell(\theta_\mathrm{adv}(\varepsilon))\bigr]
@@ -233,7 +233,7 @@ class Draw:
         """All sites' values, from those of the Normals."""
         return {**self.fixed, **{name: self.bases[name].value(u) for name, u in zip(self.bases, unconstrained, strict=True)}}
 
-    def adversary(self, ascent: NoiseAscent, likelihood: Likelihood) -> Adversary:
+    def adversary(self, ascent: NoiseAscent, likelihood: Likelihood) -> MovedNoise:
         """Draws base noise, site by site, and moves it."""
         locs, scales = ([value.detach() for value in values] for values in (self.locs, self.scales))
         self.noises = [torch.randn_like(loc) for loc in locs]
@@ -250,7 +250,7 @@ class Draw:
 
 
 @torch.no_grad()
-def distances(adversary: Adversary, start: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def distances(adversary: MovedNoise, start: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """How far an adversary moved from its first noise, in noise and in distance, as in :class:`Moved`."""
     if adversary.shifts is None:
         noises = [moved - noise for moved, noise in zip(adversary.noises, start, strict=True)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from pyro_advbayes.handlers import GivenMessenger, UnvalidatedMessenger
-from pyro_advbayes.infer.autoguide.adversarial import Adversary, AutoAdversarialNormal, BaseNoise, BaseNormal
+from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal, BaseNoise, BaseNormal, MovedNoise
 from pyro_advbayes.model.batches import Arguments
 from pyro_advbayes.model.structure import refuse_random_layers
 from pyro_advbayes.nn.reparameterization import rows_differ
@@ -207,7 +207,7 @@ class Objective:
         return self._run("gradient", [*values, *tensors])
 
     def loss_and_gradients(
-        self, weights: Weights, locs: Tensors, scales: Tensors, noises: Tensors, adversary: Adversary | None, tensors: Tensors
+        self, weights: Weights, locs: Tensors, scales: Tensors, noises: Tensors, adversary: MovedNoise | None, tensors: Tensors
     ) -> tuple[Tensor, Tensors]:
         """
         :param adversary: the moved draw, if there is one.
@@ -261,7 +261,7 @@ class Objective:
             nll, divergence = self._terms(locs, scales, noises, tensors)
             loss = plain * nll if divergence is None else plain * nll + kl * divergence
             if len(groups) > 3:
-                values = Adversary(groups[3], groups[4] if len(groups) > 4 else None).values(locs, scales)
+                values = MovedNoise(groups[3], groups[4] if len(groups) > 4 else None).values(locs, scales)
                 loss = loss + moved * self._nll(self._pushed(values), tensors)
             gradients = list(torch.autograd.grad(loss, [*locs, *scales, *self.own], materialize_grads=True))
         divergences, loss = [], loss.detach()

@@ -29,7 +29,8 @@ _JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_
 
 class TraceRobust_ELBO(ELBO):
     r"""
-    Pyro's ELBO on inputs that an adversary has moved: with the guide :math:`q`,
+    Adversarial training: Pyro's ELBO at inputs that an attack has perturbed (:class:`~pyro_advbayes.TraceAdversarial_ELBO` perturbs
+    weights). With the guide :math:`q`,
 
     .. math:: \mathcal{L} = \mathbb{E}_{\theta \sim q}\Bigl[ \log p(\theta) - \log q(\theta)
         + \sum_i \log p(y_i \mid \tilde x_i(\theta), \theta) \Bigr], \qquad

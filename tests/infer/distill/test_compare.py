@@ -151,7 +151,7 @@ def test_bad_input_is_refused_by_name():
     with pytest.raises(ValueError, match="draw 3 of site 'slope' is not finite"):
         compare(broken, guide())
     for wrong in (1, 1001, 2.5):
-        with pytest.raises(ValueError, match=f"num_samples={wrong}: from 2 to half of the 2000 draws"):
+        with pytest.raises(ValueError, match=f"num_samples={wrong}: at most half of the 2000 draws, an int from 2 to 1000"):
             compare(draws(), guide(), num_samples=wrong)
     for name in ("num_projections", "num_permutations"):
         for wrong in (0, 2.5):

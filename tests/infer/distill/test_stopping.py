@@ -25,8 +25,8 @@ def told(monkeypatch):
     return make
 
 
-def look(stops, value=0.0):
-    return stops.look(lambda count: torch.zeros(count, 1), [torch.tensor(value)])
+def measure(stops, value=0.0):
+    return stops.measure(lambda count: torch.zeros(count, 1), [torch.tensor(value)])
 
 
 def test_the_bound_is_the_mean_of_the_splits_and_a_deviation(told):
@@ -42,13 +42,13 @@ def test_it_stops_where_the_mean_of_three_looks_is_within_the_bound(told):
     stops, _ = told([0.30, 0.26, 0.23, 0.20])
     assert 0.25 < stops.threshold < 0.26
     assert math.isnan(stops.distance)
-    assert [look(stops) for _ in range(4)] == [False, False, False, True]
+    assert [measure(stops) for _ in range(4)] == [False, False, False, True]
     assert stops.distance == pytest.approx(0.23) and stops.arrived
 
 
 def test_it_gives_up_where_no_look_was_better_for_long_and_keeps_the_best(told):
     stops, _ = told([3.0, 3.0, 1.0, 1.0, 1.0] + [5.0] * PATIENCE)
-    ends = [look(stops, float(i)) for i in range(5 + PATIENCE)]
+    ends = [measure(stops, float(i)) for i in range(5 + PATIENCE)]
     assert ends == [False] * (4 + PATIENCE) + [True]
     distance, (kept,) = stops.best
     assert distance == 1.0 and float(kept) == 4.0 and not stops.arrived

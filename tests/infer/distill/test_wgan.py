@@ -26,7 +26,7 @@ def training(settings: Settings) -> WGAN:
 
 def by_hand(generator, critic, settings: Settings, steps: int) -> None:
     """The published algorithm, with autograd."""
-    options = {"lr": settings.learning_rate, "betas": settings.betas}
+    options = {"lr": settings.learning_rate, "betas": WGAN.betas}
     of_critic, of_generator = (torch.optim.Adam(module.parameters(), **options) for module in (critic, generator))
     size, count = settings.batch_size, settings.critic_steps
     for step in range(steps):
@@ -62,7 +62,7 @@ def test_three_steps_are_those_of_the_published_algorithm():
 
 @pytest.mark.parametrize("together", [2**22, 0])
 def test_every_critic_step_has_a_real_batch_of_its_own(monkeypatch, together):
-    monkeypatch.setattr(wgan, "TOGETHER", together)
+    monkeypatch.setattr(wgan, "CODES_TOGETHER", together)
     taken = []
     run = training(Settings(objective="wgan-gp", batch_size=10, critic_steps=4, critic_hidden=(8,)))
     run.draw = lambda count: taken.append(torch.randint(500, (count,))) or DATA[taken[-1]]

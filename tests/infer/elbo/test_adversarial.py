@@ -15,7 +15,7 @@ from torch import nn
 
 import pyro_advbayes as ab
 from models.mlp import mlp
-from pyro_advbayes.infer.autoguide.adversarial import Adversary, AutoAdversarialNormal, BaseNoise
+from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal, BaseNoise, MovedNoise
 from pyro_advbayes.infer.elbo.adversarial import TraceAdversarial_ELBO, distances
 from tests.small_models import data, logistic, regression, subsampling
 
@@ -150,9 +150,9 @@ def test_no_noise_moves_further_than_the_steps_add_up_to(num_steps, step_size):
 def test_how_far_draws_are_moved_is_told_in_noise_and_in_distance():
     """Noise in standard deviations, the largest; distance in the weights' units, of all sites together."""
     scales, start = [torch.tensor([0.5, 2.0]), torch.tensor([4.0])], [torch.zeros(2), torch.ones(1)]
-    noise, distance = distances(Adversary([torch.tensor([0.2, -0.4]), torch.tensor([1.1])], None), start, scales)
+    noise, distance = distances(MovedNoise([torch.tensor([0.2, -0.4]), torch.tensor([1.1])], None), start, scales)
     assert float(noise) == pytest.approx(0.4) and float(distance) == pytest.approx((0.1**2 + 0.8**2 + 0.4**2) ** 0.5)
-    noise, distance = distances(Adversary(start, [torch.tensor([0.3, 0.8]), torch.tensor([-1.2])]), start, scales)
+    noise, distance = distances(MovedNoise(start, [torch.tensor([0.3, 0.8]), torch.tensor([-1.2])]), start, scales)
     assert float(noise) == pytest.approx(0.6) and float(distance) == pytest.approx((0.3**2 + 0.8**2 + 1.2**2) ** 0.5)
 
 
