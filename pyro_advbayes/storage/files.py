@@ -105,11 +105,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     what a killed process left of such a file.
     """
     _remove_left_over(path)
-    part = path.with_name(_part_of(path.name))
-    # O_EXCL: a file or link that somebody put there is neither written to nor followed
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    with open(part, "r+b", buffering=0, opener=lambda name, _: os.open(name, flags, 0o666)) as file:
-        try_lock(file.fileno())
+    part, file = _new_part(path)
+    with file:
         try:
             yield file
             os.replace(part, path)
@@ -118,70 +115,140 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
+def _new_part(path: Path) -> tuple[Path, BinaryIO]:
+    """A new, locked partial file of ``path``."""
+    part = path.with_name(_part_of(path.name))
+    # O_EXCL: never write to, or follow, a file or link that somebody put there
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    file = open(part, "r+b", buffering=0, opener=lambda name, _: os.open(name, flags, 0o666))
+    try_lock(file.fileno())
+    return part, file
+
+
 def _part_of(name: str) -> str:
     return f"{name}.{secrets.token_hex(8)}.part"
 
 
-def _remove_left_over(path: Path) -> None:
+def _remove_left_over(path: Path, own: Path | None = None) -> bool:
+    """
+    Deletes the partial files of ``path`` that a killed process left.
+
+    :param own: the caller's partial file, which stays.
+    :return: whether another process holds one.
+    """
+    held = False
     for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
-        if fcntl is None or not re.fullmatch(r"\.[0-9a-f]{16}\.part", left.name.removeprefix(path.name)):
+        if fcntl is None or left == own or not re.fullmatch(r"\.[0-9a-f]{16}\.part", left.name.removeprefix(path.name)):
             continue
         with contextlib.suppress(OSError):
             file = os.open(left, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
-                if try_lock(file):  # nobody writes to it any more
+                if try_lock(file):  # no process writes to it
                     left.unlink(missing_ok=True)
+                else:
+                    held = True
             finally:
                 os.close(file)
+    return held
 
 
 class Held:
     """
-    A file that one run writes again and again, and holds the lock of from the first time on, or from the start if it is there.
+    Context in which one run holds the lock of a file that it writes again and again. Until the file exists, the run holds an empty partial
+    file beside it instead.
 
-    :param path: the file; None is none.
-    :raises RuntimeError: where it is entered, or writes, if another run holds it.
+    :param path: the file; None for no file.
+    :param existing: whether the file must exist, as for a resumed run.
+    :raises FileNotFoundError: on entry, if the file must exist and does not.
+    :raises RuntimeError: on entry or when it writes, if another run holds the file.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self.path, self._file = path, None
+    def __init__(self, path: Path | None, existing: bool = False) -> None:
+        self.path, self._existing = path, existing
+        self._file: BinaryIO | None = None
+        self._placeholder: tuple[Path, BinaryIO] | None = None
 
     def __enter__(self) -> Held:
-        if self.path is not None and self.path.is_file():
-            self._hold(open(self.path, "rb", buffering=0))
-            if not try_lock(self._file.fileno()):
-                self.__exit__()
-                raise _in_use(self.path)
+        if self.path is None:
+            return self
+        if self._existing:
+            refuse_missing(self.path)
+        try:
+            if not self._lock(self.path):
+                self._reserve(self.path)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.release()
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def save(self, content: Mapping[str, Any], kind: str) -> None:
-        """:func:`save`, with the lock."""
+        """:func:`save`, keeping the lock."""
+        assert self.path is not None
         save(self.path, content, kind, self)
 
-    def check(self) -> None:
-        """:raises RuntimeError: if the file is another run's."""
+    def remove(self) -> None:
+        """Deletes the file. The run goes on holding its path."""
+        assert self.path is not None
+        if self._placeholder is None:
+            self._reserve(self.path)
+        self.path.unlink(missing_ok=True)
+
+    def check(self, path: Path) -> None:
+        """:raises RuntimeError: if another run holds the file."""
         mine = None if self._file is None else os.fstat(self._file.fileno())
-        if self.path.exists() and (mine is None or not os.path.samestat(mine, self.path.stat())):
-            with unused(self.path):
+        if path.exists() and (mine is None or not os.path.samestat(mine, path.stat())):
+            with unused(path):
                 pass
 
     def take(self, part: BinaryIO) -> BinaryIO | None:
-        """Holds a file that is about to take the place; returns the one that was held, to be closed when it has."""
+        """Holds a file that is about to take the place of the present one; returns that one, to be closed afterwards."""
         before = self._file
         self._hold(os.fdopen(os.dup(part.fileno()), "rb", buffering=0))  # of the same open file, so that the lock goes on
         return before
+
+    def _lock(self, path: Path) -> bool:
+        """Locks the file; False if there is none."""
+        while path.is_file():
+            with contextlib.suppress(FileNotFoundError):
+                file = open(path, "rb", buffering=0)
+                self._hold(file)
+                if not try_lock(file.fileno()):
+                    raise _in_use(path)
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return True
+            self.__exit__()  # another run replaced or deleted it in the meantime
+        return False
+
+    def _reserve(self, path: Path) -> None:
+        part, file = _new_part(path)
+        self._placeholder = part, file
+        closed_in_children.add(file)
+        if _remove_left_over(path, own=part):
+            raise _in_use(path)
+
+    def release(self, before: BinaryIO | None = None) -> None:
+        """Closes what was held before the file that is held now."""
+        if before is not None:
+            before.close()
+        if self._placeholder is not None:
+            placeholder, file = self._placeholder
+            self._placeholder = None
+            if not file.closed:  # as in a forked process: the file is its parent's
+                placeholder.unlink(missing_ok=True)
+                file.close()
 
     def _hold(self, file: BinaryIO) -> None:
         self._file = file
         closed_in_children.add(file)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_file": None}
+        return {"path": self.path, "_existing": self._existing, "_file": None, "_placeholder": None}
 
 
 # A process forked in a run, e.g. a loader's worker, would hold a lock for longer than the run lives.
@@ -219,7 +286,7 @@ def save(path: Path, content: Mapping[str, Any], kind: str = "values", held: Hel
     :param held: what holds the file's lock from then on.
     :raises RuntimeError: if another run holds it.
     """
-    (held or Held(path)).check()
+    (held or Held(path)).check(path)
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_pack(content, tensors))
     metadata = {"format version": VERSION, "kind": kind, "content": plain, "digest": _digest(kind, plain, tensors)}
@@ -227,8 +294,8 @@ def save(path: Path, content: Mapping[str, Any], kind: str = "values", held: Hel
         save_file(tensors, str(part.name), metadata=metadata)
         os.fsync(part.fileno())
         before = None if held is None else held.take(part)
-    if before is not None:
-        before.close()
+    if held is not None:
+        held.release(before)
 
 
 def load(path: Path, kind: str = "values") -> Any:

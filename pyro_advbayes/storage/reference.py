@@ -68,7 +68,7 @@ def parameters(value: Any, depth: int = 0) -> Iterator[Tensor]:
             yield from parameters(getattr(value, name, None), depth + 1)
 
 
-def computed(function: Callable[[], list[Tensor]], device: torch.device) -> Tensor:
+def computed(function: Callable[[], list[Tensor]], device: torch.device, rtol: float = 1e-5) -> Tensor:
     """
     What functions of a user's give, ``[n, 3]``; the random numbers that they take are taken from nobody.
 
@@ -76,7 +76,7 @@ def computed(function: Callable[[], list[Tensor]], device: torch.device) -> Tens
     """
     state = random_state(device)
     try:
-        return torch.stack([numbers(value, 1e-5) for value in function()])
+        return torch.stack([numbers(value, rtol) for value in function()])
     finally:
         set_random_state(state, device)
 

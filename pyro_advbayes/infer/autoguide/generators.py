@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor, nn
 
 from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.rows import Rows
 from pyro_advbayes.kinds import BATCH_NORMS, DROPOUTS
+from pyro_advbayes.storage import reference
 
 
 class RowGenerator(nn.Module):
@@ -101,6 +103,19 @@ class RowGenerator(nn.Module):
     def latent(self, count: int) -> Tensor:
         """Noise ``[count, noise]``."""
         return torch.randn(count, self.noise, dtype=self.like.dtype, device=self.like.device)
+
+    @torch.no_grad()
+    def reference(self) -> dict[str, Tensor]:
+        """
+        What the generator computes on fixed noise, see :func:`~pyro_advbayes.storage.reference.check`: settings do not tell the activations
+        of a custom network.
+        """
+
+        def codes() -> list[Tensor]:
+            pyro.set_rng_seed(0)
+            return [self.code(self.latent(2))]
+
+        return {"generator": reference.computed(codes, self.like.device, rtol=1e-3)}  # TF32 rounds so
 
     @torch.no_grad()
     def sample(self, count: int) -> Tensor:

@@ -32,7 +32,7 @@ from pyro_advbayes.model.potential import Potential
 from pyro_advbayes.model.refusals import Refused, refusing
 from pyro_advbayes.model.structure import Site
 from pyro_advbayes.model.supports import map_onto
-from pyro_advbayes.storage import files
+from pyro_advbayes.storage import files, reference
 
 # Draws by which rounding is judged.
 ROUNDED = 32
@@ -272,25 +272,26 @@ class AutoImplicit(AutoGuide):
         """
         self._check_fitted()
         files.refuse_existing(Path(path), overwrite)
-        state = self.network.stored(dtype)
+        state, network = self.network.stored(dtype), self.network
         if dtype is not None:
-            self._judge_rounding(state, dtype)
+            network = copy.deepcopy(network)
+            network.restore(state)
+            self._judge_rounding(network, dtype)
         content = {
             "model": model_name(self.model),
             "sites": pack_sites(self.sites),
             "generator": type(self.network).__name__,
             "settings": self.network.settings(),
             "num_draws": self.num_draws,
+            "reference": {name: value.tolist() for name, value in network.reference().items()},
             "state": state,
         }
         files.save(Path(path), content, f"file of {type(self).__name__}")
 
     @torch.no_grad()
-    def _judge_rounding(self, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Warns if draws of rounded numbers are others."""
-        rounded, random = copy.deepcopy(self.network), RandomState()
-        rounded.restore(state)
-        rows = []
+    def _judge_rounding(self, rounded: RowGenerator, dtype: torch.dtype) -> None:
+        """Warns if draws of the rounded generator are others."""
+        random, rows = RandomState(), []
         for network in (self.network, rounded):
             with random.again():
                 rows.append(network(network.latent(ROUNDED)))
@@ -315,7 +316,7 @@ class AutoImplicit(AutoGuide):
         :raises ValueError: if it is truncated, spoilt, no guide, of another version, of another model or of another generator.
         """
         content = files.load(Path(path), f"file of {cls.__name__}")
-        kinds = {"model": str, "generator": str, "settings": dict, "sites": list, "state": dict, "num_draws": int}
+        kinds = {"model": str, "generator": str, "settings": dict, "sites": list, "state": dict, "num_draws": int, "reference": dict}
         files.check_fields(Path(path), content, kinds)
         if not content["sites"]:
             raise files.FileError(f"{path}: its sites are []: it is spoilt")
@@ -342,5 +343,8 @@ class AutoImplicit(AutoGuide):
             guide.network.restore(content["state"])
         except RuntimeError as error:
             raise ValueError(f"{path} does not fit the generator given: {error}") from error
+        with files.reading(Path(path)):
+            then = {name: torch.tensor(value, dtype=torch.float64) for name, value in content["reference"].items()}
+        reference.check(guide.network.reference(), then, Path(path))
         guide.num_draws = content["num_draws"]
         return guide

@@ -25,7 +25,7 @@ from pyro_advbayes.infer.distill.stopping import Stopping
 from pyro_advbayes.infer.distill.training import Settings, Training
 from pyro_advbayes.infer.distill.wgan import WGAN
 from pyro_advbayes.model.potential import Potential
-from pyro_advbayes.storage import files
+from pyro_advbayes.storage import files, reference
 from pyro_advbayes.storage.digests import hash_of, tensor_digest
 
 PRESETS = {
@@ -146,9 +146,10 @@ class APD:
         :raises FileNotFoundError: if there is no such file.
         :raises ValueError: if it is truncated, or of other draws, other data or another generator.
         """
-        with files.Held(Path(path)) as held:
+        with files.Held(Path(path), existing=True) as held:
             content = files.load(Path(path), "checkpoint of APD")
-            kinds = {"settings": dict, "every": int, "fingerprint": dict, "training": dict, "stopping": object, "random": dict}
+            dicts = dict.fromkeys(("settings", "fingerprint", "reference", "training", "random"), dict)
+            kinds = {**dicts, "every": int, "stopping": object}
             files.check_fields(Path(path), content, kinds)
             with files.reading(Path(path)):
                 apd = cls(guide, checkpoint=path, checkpoint_every=content["every"], disable_progbar=disable_progbar, **content["settings"])
@@ -163,6 +164,8 @@ class APD:
                     raise ValueError(f"{path} is of another fit: its {what} is {content['fingerprint'].get(what)}, here it is {here}")
             with files.reading(Path(path)):
                 guide.network.restore(content["training"]["generator"])  # which says what codes are
+            reference.check(guide.network.reference(), content["reference"], Path(path))
+            with files.reading(Path(path)):
                 codes = Codes(guide.network, rows)
                 training = apd.loaded(codes, content["training"], apd.settings.num_steps)
                 stopping = apd.stopping(codes)
@@ -308,6 +311,7 @@ class APD:
             "settings": dataclasses.asdict(self.settings),
             "every": self.checkpoint_every,
             "fingerprint": fingerprint,
+            "reference": self.guide.network.reference(),
             "training": training.state(),
             "stopping": None if stopping is None else stopping.state(),
             "random": files.random_state(device),

@@ -33,7 +33,7 @@ from pyro_advbayes.infer.mcmc.fingerprint import (
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.threads import one_thread
 from pyro_advbayes.model.batches import is_loader
-from pyro_advbayes.storage import files
+from pyro_advbayes.storage import files, reference
 
 
 class OnlineAPD:
@@ -143,9 +143,10 @@ class OnlineAPD:
         :raises FileNotFoundError: if there is no such file.
         :raises ValueError: if it is truncated or no checkpoint of this class, or if generator, model, kernel or data are others.
         """
-        with files.Held(Path(path)) as held:
+        with files.Held(Path(path), existing=True) as held:
             content = files.load(Path(path), "checkpoint of OnlineAPD")
-            kinds = {**dict.fromkeys(("run", "settings", "fingerprint", "reservoir", "progress", "random"), dict), **KERNEL_FIELDS}
+            names = ("run", "settings", "fingerprint", "reservoir", "progress", "generator reference", "random")
+            kinds = {**dict.fromkeys(names, dict), **KERNEL_FIELDS}
             files.check_fields(Path(path), content, {**kinds, "training": object, "stopping": object, "generator": object})
             files.check_fields(Path(path), content["kernel"], {"theta": Tensor}, "kernel")
             files.check_fields(Path(path), content["run"], {"num_chains": int}, "run")
@@ -192,7 +193,11 @@ class OnlineAPD:
         self._reservoir = Reservoir(sites, row_dtype(sites), device, self.buffer)
         digests = None if self._fitter.checkpoint is None else data_digests(kernel, loader)
         generator = {"name": type(network).__name__, **network.settings()}
-        self._fingerprint = {**fingerprint(kernel, scheduled, digests), "generator": generator}
+        self._fingerprint = {**fingerprint(kernel, scheduled, digests), "generator": generator, "run": self._lengths}
+
+    @property
+    def _lengths(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("buffer", "num_samples", "warmup_steps", "num_chains")}
 
     def _go_on(self, at: _Progress, content: Mapping[str, Any] | None) -> Fit:
         """
@@ -204,6 +209,7 @@ class OnlineAPD:
         if content is not None:
             with files.reading(self._fitter.checkpoint):
                 self.guide.network.restore((content["training"] or content)["generator"])  # which says what codes are
+            reference.check(self.guide.network.reference(), content["generator reference"], self._fitter.checkpoint)
             if content["training"] is not None:
                 with files.reading(self._fitter.checkpoint):
                     training = self._fitter.loaded(self._codes(), content["training"], self.num_samples if at.last is None else at.last)
@@ -264,19 +270,14 @@ class OnlineAPD:
     def _save_checkpoint(self, at: _Progress, training: Training | None, stopping: Stopping | None) -> None:
         kernel, fitter = self.kernel, self._fitter
         content = {
-            "run": {
-                "buffer": self.buffer,
-                "num_samples": self.num_samples,
-                "warmup_steps": self.warmup_steps,
-                "num_chains": self.num_chains,
-                "checkpoint_every": fitter.checkpoint_every,
-            },
+            "run": {**self._lengths, "checkpoint_every": fitter.checkpoint_every},
             "settings": {name: value for name, value in asdict(fitter.settings).items() if name != "num_steps" or self._goes_on},
             "fingerprint": self._fingerprint,
             **kernel_content(kernel),
             "reservoir": self._reservoir.state(),
             "progress": asdict(at),
             "generator": dict(self.guide.network.state_dict()) if training is None else None,
+            "generator reference": self.guide.network.reference(),
             "training": None if training is None else training.state(),
             "stopping": None if stopping is None else stopping.state(),
             "random": files.random_state(kernel.potential.device),

@@ -150,9 +150,9 @@ class SGMCMC(AbstractMCMC):
         with files.Held(self.checkpoint) as self._held, one_thread(), poutine.block(), pyro.validation_enabled(False):
             self._setup(args, kwargs)
             if self.checkpoint is not None:
-                # one of an earlier run, beside the draws of this one, would be resumed from with draws that nobody made
+                # an old checkpoint would be resumed with the draws of this run
                 with files.unused(self.draws_path):
-                    self.checkpoint.unlink(missing_ok=True)
+                    self._held.remove()
             self._sample(0)
         self._warn()
 
@@ -179,7 +179,7 @@ class SGMCMC(AbstractMCMC):
             (or 16 MiB) that it gives from a fixed random state; one that then gives others every time is named when the run starts.
         :raises RuntimeError: if another run writes to the files, or another thread samples.
         """
-        with files.Held(Path(path)) as held:
+        with files.Held(Path(path), existing=True) as held:
             content = files.load(Path(path), _KIND)
             files.check_fields(Path(path), content, {"runner": dict, "fingerprint": dict, **KERNEL_FIELDS})
             settings = content["runner"]

@@ -129,27 +129,80 @@ def test_two_runs_with_files_of_their_own_for_draws_do_not_share_a_checkpoint(tm
     assert "is in use" in found[0] and "exists" in found[1] and not (tmp_path / "draws").exists()
 
 
-def test_a_second_run_that_began_before_the_first_checkpoint_is_refused_at_its_own(tmp_path):
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_second_run_is_refused_at_once_before_the_first_has_written_a_checkpoint(tmp_path, monkeypatch, writer):
+    begin, resume, _ = WRITERS[writer]
+    path, found, save = tmp_path / "run", [], files.Held.save
+
+    def saving(held, *arguments):
+        if not found:
+            assert not path.exists()
+            (left,) = tmp_path.glob("run.*.part")
+            found.append(left)
+            for _ in range(2):  # the first refusal must not free the path
+                with pytest.raises(RuntimeError, match="run is in use: another run writes to it"), files.Held(path):
+                    pass
+            assert set(tmp_path.glob("run.*.part")) == {left}
+        save(held, *arguments)
+        assert not found[0].exists()
+
+    monkeypatch.setattr(files.Held, "save", saving)
+    begin(path)
+    assert found
+    resume(path)
+
+
+def test_a_second_run_is_refused_while_the_first_overwrites_an_old_checkpoint(tmp_path):
     path, found = tmp_path / "run", []
+    sample(path)
 
     def second(kernel, params, stage, i):
-        if (stage, i) == ("Sample", 0) and not found:
-            found.append(None)
-            mcmc = ab.SGMCMC(
-                sgld(), 4, 2, 2, checkpoint=path, draws=tmp_path / "draws", checkpoint_every=3, hook_fn=third, disable_progbar=True
-            )
+        if stage == "Warmup":
+            assert not path.exists()
             with pytest.raises(RuntimeError, match="run is in use"):
-                mcmc.run(X, Y)
+                ab.SGMCMC(sgld(), 4, 2, 2, checkpoint=path, draws=tmp_path / "draws", disable_progbar=True).run(X, Y)
+            found.append(i)
 
-    first = ab.SGMCMC(sgld(), 4, 2, 2, checkpoint=path, checkpoint_every=1, hook_fn=second, disable_progbar=True)
+    ab.SGMCMC(sgld(), 4, 2, 2, checkpoint=path, hook_fn=second, overwrite=True, disable_progbar=True).run(X, Y)
+    assert found == [0, 1]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run", "run.draws.safetensors"}
 
-    def third(kernel, params, stage, i):
-        if stage == "Warmup" and i == 1:
-            first._save_checkpoint()
 
-    first.checkpoint_every = 100
-    first.run(X, Y)
-    assert found and files.load(path, "checkpoint of SGMCMC")["runner"]["draws"] == "run.draws.safetensors"
+def test_a_run_killed_before_its_first_checkpoint_holds_nothing(tmp_path):
+    pid = os.fork()
+    if pid == 0:
+        with files.Held(tmp_path / "run"):
+            os.kill(os.getpid(), 9)
+    os.waitpid(pid, 0)
+    assert [entry.suffix for entry in tmp_path.iterdir()] == [".part"]
+    with files.Held(tmp_path / "run") as held:
+        held.save({"value": 1}, "values")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_file_that_is_replaced_while_it_is_locked_is_locked_anew(tmp_path, monkeypatch):
+    """A lock on a file that is no longer at the path protects nothing."""
+    path, lock, replaced = tmp_path / "run", files.try_lock, []
+
+    def late(file):
+        if not replaced:
+            replaced.append(1)
+            (tmp_path / "new").write_bytes(b"new")
+            os.replace(tmp_path / "new", path)
+        return lock(file)
+
+    path.write_bytes(b"old")
+    monkeypatch.setattr(files, "try_lock", late)
+    with files.Held(path), pytest.raises(RuntimeError, match="in use"), files.unused(path):
+        pass
+
+
+def test_a_missing_run_is_not_resumed_and_leaves_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        ab.SGMCMC.resume(tmp_path / "nowhere" / "run", sgld(), X, Y)
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        ab.SGMCMC.resume(tmp_path / "run", sgld(), X, Y)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_run_frees_its_checkpoint_even_if_a_process_that_it_forked_lives_on(tmp_path):
@@ -173,6 +226,55 @@ def test_a_killed_run_frees_its_checkpoint_even_if_a_process_that_it_forked_live
             assert files.load(tmp_path / "run") == {"value": 1}
     finally:
         os.kill(child, 9)
+
+
+# ---------------------------------------------------------------------------------------------------- the generator's network
+
+
+class Net(torch.nn.Sequential):
+    noise = 4
+
+
+def network_guide(activation):
+    torch.manual_seed(0)
+    return AutoImplicit(logistic, Net(torch.nn.Linear(4, 8), activation, torch.nn.Linear(8, 4)))
+
+
+def check_activation(resume):
+    """Refused with another activation, resumed with the same one."""
+    for activation in (torch.nn.Tanh(), torch.nn.LeakyReLU(0.1)):
+        with pytest.raises(ValueError, match="its generator computes other numbers from the same inputs"):
+            resume(network_guide(activation))
+    resume(network_guide(torch.nn.ReLU()))
+
+
+def test_a_fit_is_not_resumed_with_a_network_of_another_activation(tmp_path):
+    path = tmp_path / "run"
+    options = {"batch_size": 40, "num_steps": 20, "check_every": 10, "checkpoint": path, "checkpoint_every": 5}
+    APD(network_guide(torch.nn.ReLU()), **options).fit(SAMPLES)
+    check_activation(lambda guide: APD.resume(path, guide, SAMPLES))
+
+
+@pytest.mark.parametrize("every", [5, 100], ids=["before it learns", "learning"])
+def test_an_online_fit_is_not_resumed_with_a_network_of_another_activation(tmp_path, monkeypatch, every):
+    path, save = tmp_path / "run", files.Held.save
+
+    def stop(held, *arguments):
+        save(held, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files.Held, "save", stop)
+        OnlineAPD(network_guide(torch.nn.ReLU()), sgld(), checkpoint=path, checkpoint_every=every, **ONLINE | {"num_steps": 200}).run(X, Y)
+    check_activation(lambda guide: OnlineAPD.resume(path, guide, sgld(), X, Y))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_a_guide_is_not_loaded_with_a_network_of_another_activation(tmp_path, dtype):
+    path, fitted = tmp_path / "guide", network_guide(torch.nn.ReLU())
+    APD(fitted, batch_size=40, num_steps=2).fit(SAMPLES)
+    fitted.save(path, dtype=dtype)
+    check_activation(lambda guide: AutoImplicit.load(path, logistic, dict(guide.named_children())["generator"].network))
 
 
 # ---------------------------------------------------------------------------------------------------------- senseless fields
@@ -218,6 +320,8 @@ SENSELESS = [
             (("every",), -1),
             (("every",), "x"),
             (("fingerprint",), {}),
+            (("reference",), {}),
+            (("reference", "generator"), NAN),
             (("training",), {}),
             (("training", "steps"), -1),
             (("training", "steps"), HUGE),
@@ -243,6 +347,8 @@ SENSELESS = [
             (("run", "buffer"), -1),
             (("run", "num_chains"), HUGE),
             (("run", "num_samples"), HUGE),
+            (("run", "num_samples"), 21),
+            (("generator reference",), {}),
             (("run", "warmup_steps"), HUGE),
             (("run", "checkpoint_every"), 0),
             (("run", "nonsense"), 1),
