@@ -35,6 +35,12 @@ def is_deterministic(site: Mapping[str, Any]) -> bool:
     return bool((site["infer"] or {}).get("_deterministic"))
 
 
+def sample_sites(trace: Trace) -> dict[str, dict[str, Any]]:
+    """The sample sites of a run, observed ones, deterministic ones and plates' indices among them."""
+    nodes = cast(dict[str, dict[str, Any]], trace.nodes)
+    return {name: node for name, node in nodes.items() if node["type"] == "sample"}
+
+
 def latent_sites(trace: Trace) -> dict[str, dict[str, Any]]:
     """The sites that a run drew, without the indices of plates."""
-    return {name: trace.nodes[name] for name in trace.stochastic_nodes if not is_subsample(trace.nodes[name])}
+    return {name: site for name, site in sample_sites(trace).items() if not site["is_observed"] and not is_subsample(site)}

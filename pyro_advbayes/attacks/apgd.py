@@ -55,7 +55,7 @@ class APGD(GradientAttack):
 
     def _ascend(self, problem: Problem, ball: Ball, best: Best) -> None:
         x = previous = ball.random()
-        loss, gradient, success = problem.gradient(x, success=True)
+        loss, gradient, success = problem.climb(x)
         best.offer(x, loss, success)
         top = _Top(x, gradient, loss)
         schedule = _Schedule(loss, 2 * self.eps, self.steps)
@@ -64,7 +64,7 @@ class APGD(GradientAttack):
             if k > 1:
                 z = ball.restrict(x + MOMENTUM * (z - x) + (1 - MOMENTUM) * (x - previous))
             previous, x, before = x, z, loss
-            loss, gradient, success = problem.gradient(x, success=True)
+            loss, gradient, success = problem.climb(x)
             best.offer(x, loss, success)
             top.offer(x, gradient, loss)
             returns = schedule.after(k, loss > before, top.loss)

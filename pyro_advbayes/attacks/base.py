@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Generic, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,11 @@ from pyro_advbayes.given import check_int, class_labels, need_tensor
 from pyro_advbayes.kinds import BATCH_NORMS, INSTANCE_NORMS
 from pyro_advbayes.model.refusals import naming
 
+Allowed = TypeVar("Allowed", bound=Region)
+
 
 @dataclass(frozen=True, repr=False)
-class Attack(ABC):
+class Attack(ABC, Generic[Allowed]):
     r"""
     A way to find inputs near the clean ones that a classifier gets wrong. An attack is its settings; it is called with what it attacks::
 
@@ -110,7 +112,7 @@ class Attack(ABC):
                 raise ValueError(f"{setting.name}={value!r} is for classifiers: here one loss, of all rows at once, is raised as it is")
 
     @abstractmethod
-    def run(self, problem: Problem, region: Region) -> Tensor:
+    def run(self, problem: Problem, region: Allowed) -> Tensor:
         """
         The attack itself.
 
@@ -119,9 +121,9 @@ class Attack(ABC):
         :return: attacked inputs; what lies outside the region is brought into it.
         """
 
-    def region(self, x: Tensor) -> Region:
+    def region(self, x: Tensor) -> Allowed:
         """Where the attack may go from ``x``."""
-        return Region(x, self.clip)
+        return Region(x, self.clip)  # type: ignore[return-value]  # an attack on another region overrides this
 
     def _perturb(self, problem: Problem, x: Tensor) -> Tensor:
         region = self.region(x)
@@ -155,13 +157,12 @@ class Attack(ABC):
             raise ValueError(f"{name}={value!r}: a finite number > 0")
 
     def __repr__(self) -> str:
-        said = [f for f in sorted(fields(self), key=lambda f: f.kw_only) if f.compare and getattr(self, f.name) != f.default]
-        said = [f"{f.name}={getattr(self, f.name)!r}" for f in said]
-        return f"{type(self).__name__}({', '.join(said)})"
+        said = [f for f in sorted(fields(self), key=lambda f: bool(f.kw_only)) if f.compare and getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in said)})"
 
 
 @dataclass(frozen=True, repr=False)
-class BallAttack(Attack):
+class BallAttack(Attack[Ball]):
     """
     An attack within a ball around each input.
 
@@ -191,7 +192,7 @@ class GradientAttack(BallAttack):
         that of the others does not.
     """
 
-    loss: str = field(default="cross_entropy", kw_only=True)
+    loss: str = field(default="cross_entropy", kw_only=True)  # type: ignore[misc]  # a setting here, a constant of other attacks
 
 
 def ascend(problem: Slope, ball: Ball, x: Tensor, steps: int, step_size: float) -> Tensor:

@@ -20,7 +20,7 @@ SEARCHES = 9  # values of c that are tried, as in the authors' code
 
 
 @dataclass(frozen=True, repr=False)
-class CarliniWagner(Attack):
+class CarliniWagner(Attack[Region]):
     r"""
     For each input, the smallest perturbation that succeeds:
 
@@ -80,7 +80,7 @@ class CarliniWagner(Attack):
         mean, square = torch.zeros_like(x, dtype=c.dtype), torch.zeros_like(x, dtype=c.dtype)
         best, smallest = clean, torch.full_like(c, torch.inf)
         for t in range(1, self.steps + 2):
-            margin, gradient, success = problem.gradient(x, success=True)
+            margin, gradient, success = problem.climb(x)
             hit = success & (margin >= self.confidence) if self.confidence else success
             delta = (x - clean).to(c.dtype)
             size = flat(delta).square().sum(1)
@@ -97,7 +97,7 @@ class CarliniWagner(Attack):
 
 
 @dataclass(frozen=True, repr=False)
-class OneStepCarliniWagner(Attack):
+class OneStepCarliniWagner(Attack[Region]):
     r"""
     The attack of BAL's experiments that they call Carlini and Wagner's: one step down the gradient of a batch's
 
@@ -121,10 +121,11 @@ class OneStepCarliniWagner(Attack):
         if self.targeted or self.eot > 1 or self.objective != "loss_of_mean":
             raise ValueError("OneStepCarliniWagner has one published form: leave targeted, eot and objective as they are")
 
-    def run(self, problem: ClassifierProblem, region: Region) -> Tensor:
+    def run(self, problem: Problem, region: Region) -> Tensor:
+        assert isinstance(problem, ClassifierProblem)  # since needs_classifier
         refuse_inference_mode("the attack")
         problem.examine(region.center)  # refuses what is no classifier
-        x, total, count = region.center.detach().requires_grad_(), 0.0, 0
+        x, total, count = region.center.detach().requires_grad_(), torch.zeros_like(region.center), 0
         with torch.enable_grad():
             for logits in _logits(problem.classifier, x):
                 label = torch.nn.functional.one_hot(problem.y, logits.shape[-1]).bool()

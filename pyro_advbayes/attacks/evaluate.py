@@ -96,7 +96,7 @@ class Report:
         return plain | {"results": [asdict(r) for r in self.results], "worst": [asdict(w) for w in self.worst]}
 
     def __str__(self) -> str:
-        lines = [("attack", "norm", "eps", "accuracy, %", "success, %", "mean linf", "mean l2")]
+        lines: list[tuple[str, ...]] = [("attack", "norm", "eps", "accuracy, %", "success, %", "mean linf", "mean l2")]
         lines.append(("(clean)", "", "", _percent(self.accuracy, self.std_error), "", "", ""))
         for r in self.results:
             sizes = f"{r.linf:.4g}", f"{r.l2:.4g}"
@@ -104,7 +104,7 @@ class Report:
             lines.append((r.attack, r.norm or "", "" if r.eps is None else f"{r.eps:g}", accuracy, f"{100 * r.success:.1f}", *sizes))
         for w in self.worst:
             if w.attacks > 1:
-                lines.append((f"(worst of {w.attacks})", w.norm, f"{w.eps:g}", _percent(w.accuracy, w.std_error), "", "", ""))
+                lines.append((f"(worst of {w.attacks})", w.norm or "", f"{w.eps:g}", _percent(w.accuracy, w.std_error), "", "", ""))
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         table = [
             "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in lines
@@ -144,7 +144,7 @@ def evaluate(
     batches = list(zip(x.split(size), y.split(size), strict=True))
     with tqdm(total=len(batches) * (len(attacks) + 1), desc="attacks", disable=None) as bar:
         clean = _right(classifier, batches)
-        found = _look(classifier, batches, attacks)
+        found = _doubts(classifier, batches, attacks)
         bar.update(len(batches))
         results, right = [], []
         for attack in attacks:
@@ -184,11 +184,11 @@ def _attack(attack: Attack, classifier: Callable, batches: Batches, clean: Tenso
         bar.update()
     after = torch.cat(right)
     success = float((clean & ~after).sum()) / max(1, int(clean.sum()))
-    sizes = (float(torch.cat(part).double().mean()) for part in (linf, l2))
-    return AttackResult(repr(attack), *_ball(attack), *_share(after), success, *sizes, time.perf_counter() - start), after
+    mean_linf, mean_l2 = (float(torch.cat(part).double().mean()) for part in (linf, l2))
+    return AttackResult(repr(attack), *_ball(attack), *_share(after), success, mean_linf, mean_l2, time.perf_counter() - start), after
 
 
-def _look(classifier: Callable, batches: Batches, attacks: Sequence[Attack]) -> list[str]:
+def _doubts(classifier: Callable, batches: Batches, attacks: Sequence[Attack]) -> list[str]:
     """What makes attacks too weak, seen on clean inputs."""
     found = []
     with torch.no_grad():
@@ -209,9 +209,9 @@ def _look(classifier: Callable, batches: Batches, attacks: Sequence[Attack]) -> 
     for loss, objective in sorted(losses):
         zeros, count = 0, 0
         for x, y in batches:
-            slope = ClassifierProblem(classifier, y, loss, objective, targeted=False, eot=1).gradient(x, success=True)
-            right = ~slope.success  # of inputs that are wrong the loss may have reached its top
-            zeros += int(((flat(slope.gradient) == 0).all(1) & right).sum())
+            _, gradient, wrong = ClassifierProblem(classifier, y, loss, objective, targeted=False, eot=1).climb(x)
+            right = ~wrong  # of inputs that are wrong the loss may have reached its top
+            zeros += int(((flat(gradient) == 0).all(1) & right).sum())
             count += int(right.sum())
         if zeros > ZERO_SHARE * count:
             found.append(

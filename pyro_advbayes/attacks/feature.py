@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pyro_advbayes.attacks.base import Attack, BallAttack, ascend
 from pyro_advbayes.attacks.geometry import Ball
-from pyro_advbayes.attacks.problem import Ascent, ClassifierProblem, check_gradient, differentiate
+from pyro_advbayes.attacks.problem import Ascent, ClassifierProblem, Problem, check_gradient, differentiate
+from pyro_advbayes.kinds import sample_sites
 from pyro_advbayes.model.structure import refuse_inference_mode
 
 
@@ -59,7 +60,8 @@ class FeatureAttack(BallAttack):
         if self.targeted or self.eot > 1 or self.objective != Attack.objective:
             raise ValueError("FeatureAttack uses no labels and the model's own draws: leave targeted, eot and objective as they are")
 
-    def run(self, problem: ClassifierProblem, region: Ball) -> Tensor:
+    def run(self, problem: Problem, region: Ball) -> Tensor:
+        assert isinstance(problem, ClassifierProblem)  # since needs_classifier
         problem.examine(region.center)  # refuses what is no classifier
         reference = region.center if self.towards is None else self.towards.to(region.center)
         if reference.shape != region.center.shape:
@@ -80,7 +82,7 @@ class _Distance:
 
     def gradient(self, x: Tensor) -> Ascent:
         refuse_inference_mode("the attack")
-        x, losses, gradients = x.detach().requires_grad_(), 0.0, 0.0
+        x, losses, gradients = x.detach().requires_grad_(), torch.zeros((), device=x.device), torch.zeros_like(x)
         with torch.enable_grad():
             for activation, reference in zip(self._layer.activations(x), self._references, strict=True):
                 loss = self._sign * (activation - reference).square().sum(1)
@@ -95,20 +97,20 @@ class _Layer:
 
     def __init__(self, classifier: Callable, name: str, x: Tensor) -> None:
         samples = getattr(classifier, "posterior_samples", None)
-        self._model = classifier if samples is None else classifier.model
-        if not isinstance(self._model, nn.Module):
+        model = classifier if samples is None else getattr(classifier, "model", None)
+        if not isinstance(model, nn.Module):
             raise ValueError("FeatureAttack needs the network as a torch.nn.Module, or a posterior whose model is one")
-        layers = dict(self._model.named_modules())
+        self._model, layers = model, dict(model.named_modules())
         if name not in layers:
             raise ValueError(f"layer={name!r}: the network has {', '.join(repr(n) for n in layers if n)}")
         self._name, self._layer = name, layers[name]
         self._draws: list[dict[str, Tensor]] = [{}]
         if samples:
             with torch.no_grad(), poutine.block():
-                nodes = poutine.trace(self._model).get_trace(x).nodes
+                sites = sample_sites(poutine.trace(model).get_trace(x))
             count = len(next(iter(samples.values())))
             # Pyro's Predictive puts dimensions of size 1 in front, which a weight matrix must not have
-            self._draws = [{n: v[i].reshape(nodes[n]["fn"].shape()) for n, v in samples.items() if n in nodes} for i in range(count)]
+            self._draws = [{n: v[i].reshape(sites[n]["fn"].shape()) for n, v in samples.items() if n in sites} for i in range(count)]
 
     def activations(self, x: Tensor) -> Iterator[Tensor]:
         """``[N, features]`` for each draw."""

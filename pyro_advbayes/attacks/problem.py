@@ -49,6 +49,12 @@ class Problem(ABC):
         :param success: whether success is to be told, too.
         """
 
+    def climb(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """:return: the loss ``[N]`` at ``x``, its gradient ``[N, ...]``, and the success ``[N]``."""
+        loss, gradient, success = self.gradient(x, success=True)
+        assert success is not None  # since it was asked for
+        return loss, gradient, success
+
     @abstractmethod
     def examine(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The loss and the success at ``x``, ``[N]`` both, without gradients."""
@@ -142,7 +148,9 @@ class ClassifierProblem(Problem):
                     for log_probs, part, gradient in self._gradients(x, self.y, self._reduce):
                         yield self._checked(log_probs, "[chunk, N, K]"), part, gradient
             except (RuntimeError, IndexError):  # the loss may have failed at labels or classes that nobody has looked at yet
-                self._look(x)
+                with torch.no_grad():
+                    for _ in self.draws(x):
+                        pass
                 raise
             self._seen = True
             return
@@ -152,12 +160,6 @@ class ClassifierProblem(Problem):
                 gradient = differentiate(part, x)
                 yield log_probs.detach(), part.detach(), gradient
                 del log_probs, part, gradient
-
-    @torch.no_grad()
-    def _look(self, x: Tensor) -> None:
-        """Looks at predictions without a loss of them."""
-        for log_probs in self._log_probs(x):
-            self._checked(log_probs, "[chunk, N, K]")
 
     def _gradient_of_mean(self, x: Tensor, success: bool) -> Ascent:
         with torch.enable_grad():
@@ -174,7 +176,7 @@ class ClassifierProblem(Problem):
 
     @torch.no_grad()
     def examine(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, total, count = _LogMean(), 0.0, 0
+        mean, total, count = _LogMean(), torch.zeros((), device=x.device), 0
         for log_probs in self.draws(x):
             mean.add(log_probs)
             if self._mean_loss:
@@ -278,42 +280,48 @@ class _Sum:
     """Losses averaged over draws, and their gradients."""
 
     def __init__(self) -> None:
-        self._loss, self._gradient, self._count = None, None, 0
+        self._sums: tuple[Tensor, Tensor] | None = None
+        self._count = 0
 
     def add(self, part: Tensor, gradient: Tensor, count: int) -> None:
-        self._loss = part if self._loss is None else self._loss + part
-        self._gradient = gradient.contiguous() if self._gradient is None else self._gradient.add_(gradient)
         self._count += count
+        if self._sums is None:
+            self._sums = part, gradient.contiguous()  # what autograd gives may be an expanded view
+        else:
+            self._sums = self.joined(*self._sums, part, gradient)
+
+    def joined(self, total: Tensor, gradients: Tensor, part: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return total + part, gradients.add_(gradient)
+
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        assert self._sums is not None  # there is one draw at least
+        return self._sums
 
     def result(self) -> tuple[Tensor, Tensor]:
-        return self._loss / self._count, self._gradient / self._count
+        total, gradients = self.sums
+        return total / self._count, gradients / self._count
 
 
-class _LogSum:
+class _LogSum(_Sum):
     r""":math:`-\log` of the mean of :math:`e^{-\ell_s}` over draws, and its gradient."""
 
-    def __init__(self) -> None:
-        self._total, self._gradient, self._count = None, None, 0
-
-    def add(self, part: Tensor, gradient: Tensor, count: int) -> None:
-        self._count += count
-        if self._total is None:
-            self._total, self._gradient = part, gradient.contiguous()  # what autograd gives may be an expanded view
-            return
-        total = torch.logaddexp(self._total, part)
-        old, new = ((share - total).exp_().nan_to_num_(0.0) for share in (self._total, part))  # 0 where both are log 0
-        self._gradient = self._gradient.mul_(rows(old, gradient)).addcmul_(gradient, rows(new, gradient))
-        self._total = total
+    def joined(self, total: Tensor, gradients: Tensor, part: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.logaddexp(total, part)
+        old, new = ((share - both).exp_().nan_to_num_(0.0) for share in (total, part))  # 0 where both are log 0
+        return both, gradients.mul_(rows(old, gradient)).addcmul_(gradient, rows(new, gradient))
 
     def result(self) -> tuple[Tensor, Tensor]:
-        return math.log(self._count) - self._total, -self._gradient
+        total, gradients = self.sums
+        return math.log(self._count) - total, -gradients
 
 
 class _LogMean:
     """The logarithm of probabilities averaged over draws."""
 
     def __init__(self) -> None:
-        self._total, self._count = None, 0
+        self._total: Tensor | None = None
+        self._count = 0
 
     def add(self, log_probs: Tensor) -> None:
         part = log_probs.logsumexp(0)
@@ -321,4 +329,5 @@ class _LogMean:
         self._count += len(log_probs)
 
     def result(self) -> Tensor:
+        assert self._total is not None  # there is one draw at least
         return self._total - math.log(self._count)

@@ -13,7 +13,7 @@ from pyro_advbayes.attacks.problem import Problem
 
 
 @dataclass(frozen=True, repr=False)
-class WRM(Attack):
+class WRM(Attack[Region]):
     r"""
     Ascends a loss against the price of the distance: :math:`\text{strength}\; \ell(\tilde x) - \frac12 \|\tilde x - x\|_2^2`. The first
     step is a whole one, :math:`\tilde x = x + \text{strength}\, \nabla \ell(x)`; then, for t = 0, ..., ``steps`` - 1,
@@ -35,7 +35,7 @@ class WRM(Attack):
 
     strength: float = 1.3
     steps: int = 15
-    loss: str = field(default="cross_entropy", kw_only=True)
+    loss: str = field(default="cross_entropy", kw_only=True)  # type: ignore[misc]  # a setting here, a constant of other attacks
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -116,7 +116,7 @@ def _decode(path: Path, jpeg: Tensor, offsets: list[int], rows: range) -> Tensor
     pixels = torch.empty(len(rows), 3, 32, 32, dtype=torch.uint8)
     for i, row in enumerate(tqdm(rows, desc="decoding CIFAR-10", disable=None, leave=False)):
         try:
-            with Image.open(io.BytesIO(jpeg[offsets[row] : offsets[row + 1]].numpy())) as file:
+            with Image.open(io.BytesIO(jpeg[offsets[row] : offsets[row + 1]].numpy().tobytes())) as file:
                 image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
         except OSError as error:
             raise ValueError(f"{path}: image {row} is not a whole JPEG file ({error})") from error

@@ -181,5 +181,6 @@ def _split(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray,
     center, unit = y.mean(), y.std()
     if not unit > 0:
         raise ValueError("all training targets are equal: there is nothing to learn from this split")
-    arrays = ((x - mean) / scale, (y - center) / unit, (x_test - mean) / scale, (y_test - center) / unit)
-    return RegressionSplit(*(torch.from_numpy(array).float() for array in arrays), float(center), float(unit))
+    inputs, tests = (torch.from_numpy((array - mean) / scale).float() for array in (x, x_test))
+    targets, test_targets = (torch.from_numpy((array - center) / unit).float() for array in (y, y_test))
+    return RegressionSplit(inputs, targets, tests, test_targets, float(center), float(unit))

@@ -47,10 +47,11 @@ def to_inference_data(
 
     import arviz  # here, not above: it brings matplotlib and xarray
 
-    names = {"coords": coords and dict(coords), "dims": dims and {name: list(d) for name, d in dims.items()}}
+    names: dict[str, Any] = {"coords": coords and dict(coords), "dims": dims and {name: list(d) for name, d in dims.items()}}
     if int(arviz.__version__.split(".")[0]) >= 1:
         return arviz.from_dict(arrays, **names)
-    return arviz.from_dict(**arrays, **names)
+    each: dict[str, Any] = {**arrays, **names}
+    return arviz.from_dict(**each)
 
 
 def save_netcdf(data: Any, path: str | Path, *, overwrite: bool = False) -> Path:

@@ -47,7 +47,7 @@ class Reliability(NamedTuple):
     """
 
     edges: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which has no meaning here
     confidence: Tensor
     accuracy: Tensor
 

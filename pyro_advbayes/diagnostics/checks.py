@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-from pyro_advbayes.given import class_labels, need_tensor
+from pyro_advbayes.given import class_labels, is_array, need_tensor
 
 ROUNDING = 1e-4  # how far from 1 the probabilities of one prediction may sum
 
@@ -45,6 +47,17 @@ def predictive_mean(probs: Tensor) -> Tensor:
     """The mean over draws, ``[N, K]``, in float64; ``[N, K]`` is its own mean. Arguments are checked."""
     checked = check_probs(probs)
     return checked.mean(0) if checked.dim() == 3 else checked
+
+
+def in_chunks(values: Tensor | Iterable[Tensor], name: str) -> Iterable[Tensor]:
+    """Chunks of draws, of a tensor of all draws or of an iterable of chunks.
+
+    :param name: of the argument, for messages.
+    :raises ValueError: for an array that is no tensor; a chunk that is none is refused when it is asked for.
+    """
+    if isinstance(values, Tensor) or is_array(values):
+        return [need_tensor(values, name)]
+    return (need_tensor(chunk, name) for chunk in values)
 
 
 def like(result: Tensor, probs: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_advbayes.diagnostics.checks import ROUNDING, check_labels, check_probs, predictive_mean
+from pyro_advbayes.diagnostics.checks import ROUNDING, check_labels, check_probs, in_chunks, predictive_mean
 from pyro_advbayes.diagnostics.robustness import Estimate, accuracy_under_attack
 from pyro_advbayes.diagnostics.uncertainty import predictive_entropy
-from pyro_advbayes.given import is_array, need_tensor
+from pyro_advbayes.given import need_tensor
 
 
 class DrawQuality(NamedTuple):
@@ -76,10 +76,9 @@ def draw_quality(log_probs: Tensor | Iterable[Tensor], labels: Tensor) -> DrawQu
     :param labels: ``[N]``, integers from 0 to K - 1.
     :raises ValueError: if these are no logarithms of probabilities, there is no draw, or the labels do not fit.
     """
-    chunks = [log_probs] if isinstance(log_probs, Tensor) or is_array(log_probs) else log_probs
-    right, total, count = [], 0.0, 0
-    for chunk in chunks:
-        if not need_tensor(chunk, "log_probs").is_floating_point() or chunk.dim() != 3:
+    right, total, count = [], torch.zeros((), dtype=torch.float64), 0
+    for chunk in in_chunks(log_probs, "log_probs"):
+        if not chunk.is_floating_point() or chunk.dim() != 3:
             raise ValueError("log_probs must be a tensor [draws, N, K] of floating type, or chunks of draws of this form")
         if chunk.numel() and not (chunk <= 1e-4).all():
             raise ValueError("log_probs has entries above 0: give logarithms of probabilities, logits.log_softmax(-1) or probs.log()")

@@ -99,7 +99,7 @@ def adversarial_detection(clean_probs: Tensor, attacked_probs: Tensor, hit: Tens
     parts = {"all": torch.ones_like(hit), "hit": hit, "missed": ~hit}
     chosen = {name: attacked_probs[..., rows, :] for name, rows in parts.items() if bool(rows.any())}
     table = ood_detection(clean_probs, chosen)
-    return AdversarialDetection(*(table.get(name) for name in parts), float(hit.double().mean()))
+    return AdversarialDetection(table["all"], table.get("hit"), table.get("missed"), float(hit.double().mean()))
 
 
 def _kind(value: Any) -> str:

@@ -4,7 +4,7 @@ legend; matplotlib is imported on the first call."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ def plot_scores(
     high = max(high, low + 1e-6)  # all alike: a network that is sure everywhere
     edges = torch.linspace(low, high, num_bins + 1, dtype=torch.float64)
     for name, score in values.items():
-        ax.hist(score, bins=edges, density=True, histtype="stepfilled", alpha=0.5, label=f"{name} (mean {score.mean():.3g})")
+        ax.hist(score, bins=edges.tolist(), density=True, histtype="stepfilled", alpha=0.5, label=f"{name} (mean {score.mean():.3g})")
     ax.set(xlabel=xlabel, ylabel="density")
     ax.legend()
     return ax
@@ -174,7 +174,7 @@ def plot_accuracy_robustness(points: dict[str, tuple[Tensor, Tensor]], *, ax: Ax
         both = torch.stack([values.detach().cpu().double() for values in pair])
         varied = both.shape[1] > 2 and bool((both.std(1) > 0).all())
         label = f"{name} (r = {torch.corrcoef(both)[0, 1]:.2f}, {both.shape[1]} points)" if varied else name
-        ax.scatter(*both, s=20, alpha=0.7, label=label)
+        ax.scatter(both[0], both[1], s=20, alpha=0.7, label=label)
     ax.set(xlabel="accuracy", ylabel="softmax robustness")
     ax.legend()
     return ax
@@ -284,7 +284,7 @@ def plot_uncertainty_map(
     return ax
 
 
-def _axes(**figure: str) -> Axes:
+def _axes(**figure: Any) -> Axes:
     import matplotlib.pyplot as plt
 
     return plt.subplots(**figure)[1]

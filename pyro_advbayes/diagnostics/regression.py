@@ -236,7 +236,7 @@ class IntervalCalibration(NamedTuple):
     levels: Tensor
     coverage: Tensor
     width: Tensor
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which has no meaning here
 
     @property
     def ecpe(self) -> float:
@@ -440,9 +440,8 @@ def check_normals(mean: Tensor, scale: Tensor | float, ranks: tuple[int, ...] = 
     if mean.dim() not in ranks or 0 in mean.shape:
         raise ValueError(f"mean must be {' or '.join({1: '[N]', 2: '[draws, N]'}[rank] for rank in ranks)}, not {list(mean.shape)}")
     _check_finite("mean", mean)
-    if isinstance(scale, float | int) and not isinstance(scale, bool):
-        scale = torch.tensor(float(scale))
-    _check_tensor("scale", scale, floating=True)
+    number = isinstance(scale, float | int) and not isinstance(scale, bool)
+    scale = _check_tensor("scale", torch.tensor(float(scale)) if number else scale, floating=True)
     try:
         wide = scale.to(mean.device, torch.float64).expand(mean.shape)
     except RuntimeError as error:
@@ -468,10 +467,11 @@ def _checked(name: str, value: Tensor, y: Tensor, ranks: tuple[int, ...]) -> tup
     return value.double(), y.to(value.device, torch.float64)
 
 
-def _check_tensor(name: str, value: object, *, floating: bool) -> None:
-    need_tensor(value, name)
+def _check_tensor(name: str, value: object, *, floating: bool) -> Tensor:
+    value = need_tensor(value, name)
     if value.is_complex() or value.dtype == torch.bool or (floating and not value.is_floating_point()):
         raise ValueError(f"{name} is of {value.dtype}: give real numbers{' of floating type' if floating else ''}")
+    return value
 
 
 def _check_finite(name: str, value: Tensor) -> None:

@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_advbayes.diagnostics.checks import check_labels, predictive_mean
-from pyro_advbayes.given import is_array, need_tensor
+from pyro_advbayes.diagnostics.checks import check_labels, in_chunks, predictive_mean
 
 
 class Estimate(NamedTuple):
@@ -143,13 +142,13 @@ def gradient_norms(gradients: Tensor | Iterable[Tensor], draws: Sequence[int] | 
     :param draws: the numbers n, growing, each >= 1; by default those of 1, 10, 50, 100, 500, 1000, ... that are there, and all.
     :raises ValueError: if a number of draws is not there, or a gradient is not finite.
     """
-    chunks = [gradients] if isinstance(gradients, Tensor) or is_array(gradients) else gradients
     wanted = None if draws is None else list(draws)
     if wanted is not None and (not wanted or wanted[0] < 1 or sorted(set(wanted)) != wanted):
         raise ValueError(f"draws must be numbers >= 1, growing, got {wanted}")
-    seen, total, squares, rows = 0, 0.0, 0.0, []
-    for chunk in chunks:
-        if need_tensor(chunk, "gradients").dim() < 2:
+    seen, rows = 0, []
+    total = squares = torch.zeros((), dtype=torch.float64)
+    for chunk in in_chunks(gradients, "gradients"):
+        if chunk.dim() < 2:
             raise ValueError("gradients must be a tensor [draws, N, *input], or chunks of draws of this form")
         if not chunk.isfinite().all():
             raise ValueError(f"gradients has entries that are NaN or infinite, among the draws after {seen}")

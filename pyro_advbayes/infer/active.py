@@ -82,24 +82,27 @@ def active_learning(
     x, y = pool
     if num_initial is not None and per_class is not None:
         raise ValueError(f"per_class={per_class!r} is for classes, and num_initial={num_initial!r} for a regression: give one of them")
-    regression = num_initial is not None
-    settings = {
-        "acquisition": acquisition if acquisition is not None else "variance" if regression else "bald",
+    task: _Classification | _Regression
+    task, usual = _Classification(2 if per_class is None else per_class), "bald"
+    if num_initial is not None:
+        task, usual = _Regression(num_initial), "variance"
+    settings: dict[str, Any] = {
+        "acquisition": usual if acquisition is None else acquisition,
         "per_round": per_round,
-        **({"num_initial": num_initial} if regression else {"per_class": 2 if per_class is None else per_class}),
+        **task._asdict(),
         "candidates": candidates,
         "seed": seed,
     }
     _check({**settings, "num_rounds": num_rounds}, pool, test)
-    made_of = None if path is None else sources.parts(fit)
-    task = _Regression(num_initial) if regression else _Classification(settings["per_class"])
+    made_of = {} if path is None else sources.parts(fit)
     if path is not None:
         path = Path(path)
         files.refuse_existing(path, overwrite=True)
         settings |= _fingerprint(pool, test)
     with files.Held(path) as held:
         pyro.set_rng_seed(seed)
-        labelled, scores = task.first(y), []
+        labelled = task.first(y)
+        scores: list[Any] = []
         first = len(labelled)
         if path is not None and path.exists():
             labelled, scores, then = _load(path, settings, x.device)

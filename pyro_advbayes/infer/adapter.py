@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -199,7 +199,9 @@ def bayes_adapter(
     if uncertainty is not None:
         uncertainty.check(model, *batches.example)
     values = _fitting_values(model, pretrained, batches.example)
-    unseen = [] if weight_decay is None else [name for name, layer in model.net.named_modules() if never_seen_data(layer)]
+    unseen: list[str] = []
+    if weight_decay is not None and isinstance(model, Classifier):  # made of a plain network
+        unseen = [name for name, layer in model.net.named_modules() if never_seen_data(layer)]
     if unseen:
         warnings.warn(statistics_message(unseen), stacklevel=2)
     guide = AutoAdversarialNormal(model, init_loc_fn=init_to_value(values=values), init_scale=float(init_scale))
@@ -214,10 +216,12 @@ def bayes_adapter(
     elbo = TraceAdversarial_ELBO(mix=0) if loss is None else loss
 
     def objective(*batch: Tensor) -> Tensor:
-        value = elbo.differentiable_loss(scaled, guide, *batch) / batches.num_data
+        total = elbo.differentiable_loss(scaled, guide, *batch)  # type: ignore[attr-defined]  # Pyro declares it on ELBO's subclasses alone
+        value = total / batches.num_data
         return value if uncertainty is None else value + uncertainty.loss(model, guide, *batch)
 
-    with tqdm(total=num_epochs * len(loader), desc="bayes_adapter", disable=None) as bar:
+    num_batches = len(loader) if isinstance(loader, Sized) else 0  # Loader refuses one without a length
+    with tqdm(total=num_epochs * num_batches, desc="bayes_adapter", disable=None) as bar:
         for _ in range(num_epochs):
             losses.append(_epoch(objective, batches, optimiser, bar))
     return Adapted(model, guide, losses)
@@ -277,15 +281,14 @@ def _device(model: Callable) -> torch.device | None:
 
 
 def _as_model(model: Callable, weight_decay: float | None, batches: Loader) -> Callable:
-    plain = isinstance(model, nn.Module) and not isinstance(model, PyroModule)
-    if plain and weight_decay is None:
-        raise ValueError("weight_decay: a plain network has no priors; give the factor that it was trained with, from which they follow")
-    if not plain and weight_decay is not None:
-        raise ValueError(
-            f"weight_decay={weight_decay}: the model has priors of its own; make them with bayesianize(net, prior=weight_decay_prior(...))"
-        )
-    if not plain:
+    if not isinstance(model, nn.Module) or isinstance(model, PyroModule):
+        if weight_decay is not None:
+            raise ValueError(
+                f"weight_decay={weight_decay}: the model has priors already; make them with bayesianize(net, prior=weight_decay_prior(...))"
+            )
         return model
+    if weight_decay is None:
+        raise ValueError("weight_decay: a plain network has no priors; give the factor that it was trained with, which determines them")
     targets = batches.example[1] if len(batches.example) > 1 else None
     if targets is not None and targets.is_floating_point():
         raise ValueError(
@@ -352,7 +355,7 @@ def _other_names(module: Any) -> dict[str, set[str]]:
     return found
 
 
-def _prefix(given: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> str:
+def _prefix(given: Collection[str], known: Collection[str]) -> str:
     """The prefix under which most of the given names are known."""
     found: dict[str, int] = {"": 0}
     for name in known:

@@ -17,6 +17,7 @@ from pyro_advbayes.given import need_tensor
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.predictive import Predictive, predict, record_draws, refuse_nan
+from pyro_advbayes.kinds import sample_sites
 from pyro_advbayes.model.outcomes import Origins
 from pyro_advbayes.model.readout import Readout
 from pyro_advbayes.tracing.guard import Guard, RandomState, agree, autocast_state, roots_of
@@ -79,14 +80,13 @@ class PosteriorClassifier(nn.Module):
             raise ValueError("PosteriorClassifier needs posterior_samples, or a guide and num_samples")
         arguments = Predictive(model, posterior_samples, guide, num_samples, (return_site,), chunk_size=chunk_size)
         super().__init__()
-        if guide is not None:
-            posterior_samples = _draw(guide, arguments.num_samples)
-        refuse_nan(posterior_samples)
+        samples = posterior_samples or {} if guide is None else _draw(guide, arguments.num_samples)
+        refuse_nan(samples)
         # what such a guide has learned of the model without arguments may be wrong; a bound method, so that it is no part of the classifier
         self._check = guide.check if isinstance(guide, AutoImplicit) and guide.model is model else None
         self.model, self.num_samples, self.chunk_size, self.return_site = model, arguments.num_samples, chunk_size, return_site
-        self.sites = tuple(posterior_samples)
-        for i, sample in enumerate(posterior_samples.values()):
+        self.sites = tuple(samples)
+        for i, sample in enumerate(samples.values()):
             self.register_buffer(f"draws{i}", sample.detach().contiguous())
         self._recorded: OrderedDict[Hashable, _Logits] = OrderedDict()
         self.register_load_state_dict_pre_hook(_make_room)
@@ -149,7 +149,7 @@ class PosteriorClassifier(nn.Module):
     def _prepared(self, x: Tensor) -> tuple[Tensor, list[Tensor], bool]:
         """The inputs in the layout that a recording holds for; parameters of the model; whether gradients reach either."""
         need_tensor(x, "x", inputs=True)
-        leaves = [p for p in self.model.parameters() if p.requires_grad] if isinstance(self.model, nn.Module) else []
+        leaves: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad] if isinstance(self.model, nn.Module) else []
         return x.contiguous(), leaves, torch.is_grad_enabled() and bool(x.requires_grad or leaves)
 
     def _logits(self, x: Tensor, attached: bool, leaves: list[Tensor]) -> _Logits:
@@ -192,13 +192,13 @@ def _draw(guide: Callable, num_samples: int) -> dict[str, Tensor]:
     try:
         with torch.no_grad():
             draws = predict(ConditionedModel(guide, {}, num_samples), None)
-            nodes = poutine.trace(guide).get_trace().nodes
+            sites = sample_sites(poutine.trace(guide).get_trace())
     except TypeError as error:
         raise ValueError(
             "the guide cannot be called without arguments: draw with Predictive(guide, num_samples=...)(...) and pass the result as "
             "posterior_samples"
         ) from error
-    return {name: value for name, value in draws.items() if not nodes[name]["infer"].get("is_auxiliary")}
+    return {name: value for name, value in draws.items() if not (sites[name]["infer"] or {}).get("is_auxiliary")}
 
 
 class _Logits:
@@ -277,6 +277,7 @@ class _Logits:
         for logits in self.chunks(x):
             part = _log_softmax(logits).logsumexp(0)
             total = part if total is None else torch.logaddexp(total, part)
+        assert total is not None  # there is one draw at least
         return total - math.log(self.model.num_samples)
 
 
@@ -309,7 +310,8 @@ class _Slopes:
         recorded = self._recorded.get(size)
         if recorded is not None:
             with torch.no_grad():
-                return recorded.replay(recorded.prepare(), (*changing, *fixed))
+                log_probs, reduced, gradient = recorded.replay(recorded.prepare(), (*changing, *fixed))
+            return log_probs, reduced, gradient
 
         def whole(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             values, (x, y, *others) = list(constants), tensors[len(draws) :]
@@ -378,7 +380,7 @@ class _LogMeanProbability(torch.autograd.Function):
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
         if torch.is_grad_enabled():  # for a second derivative
             whole = ctx.logits.log_mean_probability(inputs[0])
-            sums = torch.autograd.grad(whole, [inputs[i] for i in wanted], gradient, create_graph=True, allow_unused=True)
+            sums: Sequence[Tensor] = torch.autograd.grad(whole, [inputs[i] for i in wanted], gradient, create_graph=True, allow_unused=True)
         else:
             inputs[0] = inputs[0].detach().requires_grad_(0 in wanted)
             sums = _gradients(ctx.logits, inputs[0], [inputs[i] for i in wanted], result, gradient)

@@ -97,7 +97,8 @@ def _examined(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], b
 def _refuse_parameters(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     with poutine.block(), pyro.get_param_store().scope(), RandomState().again():  # looking takes no random numbers from the members
         nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes
-    own = [name for name, node in nodes.items() if node["type"] == "param" and node["value"].requires_grad]
+    values = {name: node["value"] for name, node in nodes.items() if node["type"] == "param"}
+    own = [name for name, value in values.items() if value is not None and value.requires_grad]
     if own:
         raise ValueError(
             f"the model has parameters of its own ({', '.join(own[:3])}{', ...' if len(own) > 3 else ''}), which all members would train "
@@ -116,7 +117,7 @@ def _train(
     bar: tqdm,
 ) -> dict[str, Tensor]:
     """One member's values, by site."""
-    tensors, places, batches = arguments.tensors, [], None
+    tensors, places, batches = arguments.tensors, list[int](), None
     if batch_size is not None:
         places, size = arguments.rows(None)
         few = arguments.replace([t[: max(2, batch_size)] if i in places else t for i, t in enumerate(tensors)])

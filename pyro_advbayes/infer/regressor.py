@@ -12,6 +12,7 @@ from torch.distributions import Normal
 
 from pyro_advbayes.infer.likelihood import read_likelihood
 from pyro_advbayes.infer.predictive import Predictive, refuse_nan
+from pyro_advbayes.kinds import sample_sites
 from pyro_advbayes.model.outcomes import Likelihood, without_wrappers
 
 
@@ -75,8 +76,11 @@ class _Moments:
         self.model, self.site = model, site
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        fn = poutine.trace(self.model).get_trace(*args, **kwargs).nodes[self.site]["fn"]
+        sites = sample_sites(poutine.trace(self.model).get_trace(*args, **kwargs))
+        assert self.site is not None  # by now it is known
+        fn = sites[self.site]["fn"]
         normal = without_wrappers(fn)
+        assert isinstance(normal, Normal)  # which was checked
         return torch.stack([value.expand(fn.shape()).flatten() for value in (normal.loc, normal.scale)])
 
 

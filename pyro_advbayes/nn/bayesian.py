@@ -19,7 +19,7 @@ from pyro.nn.module import to_pyro_module_
 from torch.distributions import Distribution, Transform
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import _InverseTransform
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from pyro_advbayes.kinds import BATCH_NORMS, DROPOUTS, NORMALIZATIONS
@@ -110,45 +110,49 @@ def bayesianize(
     _check_modules(net)
     if eval_only:
         _tell_of_eval_mode(net)
-    net = copy.deepcopy(net)
-    to_pyro_module_(net)
-    net.__class__ = _bayesian_class(net.__class__)
-    net._eval_only = eval_only
+    copied = copy.deepcopy(net)
+    to_pyro_module_(copied)
+    assert isinstance(copied, PyroModule)
+    copied.__class__ = _bayesian_class(type(copied))
+    assert isinstance(copied, _Bayesian)
+    copied._eval_only = eval_only
     if eval_only:
-        net.eval()
+        copied.eval()
 
-    parameters = {name: (module, attribute) for name, module, attribute in _named_parameters(net)}
+    parameters = dict(_named_parameters(copied))
     excluded = _matches(exclude, list(parameters))
     priors = {}
-    for name, (module, attribute) in parameters.items():
+    for name, (module, attribute, value) in parameters.items():
         if name not in excluded:
-            value = module._parameters[attribute].detach()
+            distribution: TorchDistributionMixin | None
             if isinstance(prior, FanIn) and isinstance(module, NORMALIZATIONS):
                 distribution = prior.of_normalization(attribute)
             else:
-                distribution = prior if isinstance(prior, Distribution) else prior(name, value)
+                distribution = prior if isinstance(prior, TorchDistributionMixin) else prior(name, value.detach())
             if distribution is not None:
-                priors[name] = _fit(distribution, name, value)
+                priors[name] = _fit(distribution, name, value.detach())
     if not priors:
         raise ValueError("No parameter is left to get a prior: exclude fewer, or let prior return a distribution.")
     _check_ties(parameters, priors)
     for name, distribution in priors.items():
-        module, attribute = parameters[name]
+        module, attribute, _ = parameters[name]
         setattr(module, attribute, PyroSample(distribution))
-    return net
+    return copied
 
 
 class _Bayesian(PyroModule):
     """What the root of a bayesianized network adds to a PyroModule."""
 
-    def train(self, mode: bool = True) -> PyroModule:
-        """Stays in eval mode, whatever a module around it is told, unless it was made to follow; see :func:`bayesianize`."""
+    _eval_only: bool
+
+    def train(self, mode: bool = True) -> _Bayesian:
+        """Stays in eval mode if ``eval_only``, whatever mode the module around it is put in; see :func:`bayesianize`."""
         return super().train(mode and not self._eval_only)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PyroModule:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Bayesian:
         # PyTorch moves parameters and buffers only, and a PyroSample is neither.
         super()._apply(fn, recurse)
-        for module in self.modules():
+        for module in _pyro_modules(self):
             samples = module._pyro_samples
             samples.update({name: map_tensors(prior, fn) for name, prior in samples.items()})
         return self
@@ -156,7 +160,7 @@ class _Bayesian(PyroModule):
 
 @functools.cache
 def _bayesian_class(cls: type[PyroModule]) -> type[PyroModule]:
-    class Bayesian(_Bayesian, cls):
+    class Bayesian(_Bayesian, cls):  # type: ignore[valid-type, misc]  # a base that is known at run time
         def __reduce__(self) -> tuple:
             # The class is made here, so that pickle cannot find it by name; the class of the plain module it can.
             return _empty, (_plain_class(cls),), self.__getstate__()
@@ -165,8 +169,8 @@ def _bayesian_class(cls: type[PyroModule]) -> type[PyroModule]:
     return Bayesian
 
 
-def _plain_class(cls: type[PyroModule]) -> type[torch.nn.Module]:
-    return next(base for base in cls.__mro__ if not issubclass(base, PyroModule))
+def _plain_class(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    return next(base for base in cls.__mro__ if issubclass(base, torch.nn.Module) and not issubclass(base, PyroModule))
 
 
 def _empty(plain: type[torch.nn.Module]) -> PyroModule:
@@ -175,12 +179,16 @@ def _empty(plain: type[torch.nn.Module]) -> PyroModule:
     return cls.__new__(cls)
 
 
-def _named_parameters(net: PyroModule) -> Iterator[tuple[str, PyroModule, str]]:
-    """Every parameter under the name of its site (of a shared module that is the last one, unlike PyTorch's)."""
-    for module in net.modules():
+def _named_parameters(net: PyroModule) -> Iterator[tuple[str, tuple[PyroModule, str, torch.nn.Parameter]]]:
+    """Every parameter, with its module and attribute, under the name of its site: of a shared module the last one, unlike PyTorch's."""
+    for module in _pyro_modules(net):
         for attribute, value in module._parameters.items():
             if value is not None:
-                yield f"{module._pyro_name}.{attribute}".lstrip("."), module, attribute
+                yield f"{module._pyro_name}.{attribute}".lstrip("."), (module, attribute, value)
+
+
+def _pyro_modules(model: torch.nn.Module) -> list[PyroModule]:
+    return [module for module in model.modules() if isinstance(module, PyroModule)]
 
 
 def declared_sites(model: PyroModule) -> dict[str, Any]:
@@ -188,9 +196,10 @@ def declared_sites(model: PyroModule) -> dict[str, Any]:
     The sites that a model's modules declare as ``PyroSample``, whether it draws them or not: name -> prior, a distribution or a function of
     the module.
     """
-    modules = [module for module in model.modules() if isinstance(module, PyroModule)]
     return {
-        f"{module._pyro_name}.{attribute}".lstrip("."): prior for module in modules for attribute, prior in module._pyro_samples.items()
+        f"{module._pyro_name}.{attribute}".lstrip("."): prior
+        for module in _pyro_modules(model)
+        for attribute, prior in module._pyro_samples.items()
     }
 
 
@@ -241,10 +250,10 @@ def map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return value
 
 
-def _check_ties(parameters: dict[str, tuple[PyroModule, str]], priors: dict[str, Any]) -> None:
+def _check_ties(parameters: dict[str, tuple[PyroModule, str, torch.nn.Parameter]], priors: dict[str, Any]) -> None:
     first: dict[int, str] = {}
-    for name, (module, attribute) in parameters.items():
-        other = first.setdefault(id(module._parameters[attribute]), name)
+    for name, (_, _, value) in parameters.items():
+        other = first.setdefault(id(value), name)
         if other != name and (other in priors or name in priors):
             raise ValueError(
                 f"Parameters {other!r} and {name!r} are one tensor, but would become two independent sites: keep one of them and "
@@ -267,7 +276,7 @@ def _check_modules(net: torch.nn.Module) -> None:
                 f"{what} has parametrised tensors ({', '.join(module.parametrizations)}): remove the parametrisation "
                 "(torch.nn.utils.parametrize.remove_parametrizations) and bayesianize then."
             )
-        if any(isinstance(value, UninitializedTensorMixin) for value in module._parameters.values()):
+        if any(is_lazy(value) for value in module._parameters.values()):
             raise ValueError(f"{what} is lazy and has no shape yet: call the network once on a batch, then bayesianize.")
         if isinstance(module, BATCH_NORMS) and not module.track_running_stats:
             raise ValueError(

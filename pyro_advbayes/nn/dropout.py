@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
+from pyro.poutine.runtime import Message
 
 from pyro_advbayes.kinds import MASKING_DROPOUTS
 
@@ -35,8 +36,8 @@ def mc_dropout(net: torch.nn.Module) -> PyroModule:
         leaves units out by itself or skips its Dropout layers: recurrent ones of several layers and attention, each with ``dropout``;
         TransformerEncoderLayer, but for one with an activation that PyTorch has no fast path for.
     """
-    net, found = copy.deepcopy(net), False
-    for name, module in list(net.named_modules()):
+    copied, found = copy.deepcopy(net), False
+    for name, module in list(copied.named_modules()):
         _refuse_other_dropout(f"layer {name!r} ({type(module).__name__})" if name else f"the {type(module).__name__}", module)
         for attribute, child in list(module._modules.items()):  # named_children leaves out what has been seen
             label = f"{name}.{attribute}".lstrip(".")
@@ -47,8 +48,9 @@ def mc_dropout(net: torch.nn.Module) -> PyroModule:
                 found = True
     if not found:
         raise ValueError(f"the {type(net).__name__} has no Dropout layer, whose masks could be drawn")
-    to_pyro_module_(net)
-    return net
+    to_pyro_module_(copied)
+    assert isinstance(copied, PyroModule)
+    return copied
 
 
 def _refuse_other_dropout(label: str, layer: torch.nn.Module) -> None:
@@ -96,7 +98,7 @@ def dropout_guide(model: Any) -> Any:
     :return: a guide, which is called with the model's arguments.
     """
 
-    def is_mask(site: dict[str, Any]) -> bool:
-        return site["type"] == "sample" and site["name"].endswith(".mask")
+    def is_mask(site: Message) -> bool:
+        return site["type"] == "sample" and (site["name"] or "").endswith(".mask")
 
     return poutine.block(model, expose_fn=is_mask)

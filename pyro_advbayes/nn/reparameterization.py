@@ -33,7 +33,7 @@ OTHERS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.embeddin
 # What else a network makes of a weight, and a log-density of a draw does not. By name: each has several forms.
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "einsum", "tensordot", "bilinear"}
 BY_HAND = {*PRODUCTS, "t", "transpose", "permute"}
-TURNED = (Tensor.T.__get__, Tensor.mT.__get__)
+TURNED = tuple(inspect.getattr_static(Tensor, name).__get__ for name in ("T", "mT"))
 
 _entered = threading.local()
 
@@ -285,7 +285,8 @@ class ExemplarReparameterization(RowwiseMessenger):
 
     def other(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         x, *others = args  # the rows come first in all of them
-        values = {**dict(enumerate(others)), **kwargs}
+        values: dict[int | str, Any] = dict(enumerate(others))
+        values.update(kwargs)
         drawn = {key: self.rows(v, self._sites[id(v)], len(x)) for key, v in values.items() if id(v) in self._sites}
 
         def of_row(row: Tensor, own: dict[Any, Tensor]) -> Tensor:

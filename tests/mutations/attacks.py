@@ -155,17 +155,17 @@ MUTATIONS = [
     *of(
         "attacks/problem.py",
         "attacks/test_problem.py::test_gradients_of_a_posterior_are_those_of_a_loop_over_its_draws",
-        ("a posterior: the sum of losses", "self._loss / self._count, self._gradient / self._count", "self._loss, self._gradient"),
+        ("a posterior: the sum of losses", "total / self._count, gradients / self._count", "total, gradients"),
         (
             "a posterior: draws weigh alike in the loss of the mean",
-            "self._gradient.mul_(rows(old, gradient)).addcmul_(gradient, rows(new, gradient))",
-            "self._gradient.add_(gradient).div_(2.0)",
+            "gradients.mul_(rows(old, gradient)).addcmul_(gradient, rows(new, gradient))",
+            "gradients.add_(gradient).div_(2.0)",
         ),
-        ("a posterior: the mean's normalisation", "math.log(self._count) - self._total, -self._gradient", "-self._total, -self._gradient"),
+        ("a posterior: the mean's normalisation", "math.log(self._count) - total, -gradients", "-total, -gradients"),
         (
             "a posterior: the gradient's sign",
-            "math.log(self._count) - self._total, -self._gradient",
-            "math.log(self._count) - self._total, self._gradient",
+            "math.log(self._count) - total, -gradients",
+            "math.log(self._count) - total, gradients",
         ),
         ("an examined loss: its sign", "return loss * self._sign, self.succeeds(log_probs)", "return loss, self.succeeds(log_probs)"),
         ("an examined loss: the sum over draws", "loss = total / count if self._mean_loss", "loss = total if self._mean_loss"),

@@ -22,7 +22,7 @@ from torch.distributions import Distribution, Independent
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
 from pyro_advbayes.given import check_int, need_tensor
-from pyro_advbayes.kinds import is_subsample, latent_sites
+from pyro_advbayes.kinds import is_subsample, latent_sites, sample_sites
 from pyro_advbayes.model.refusals import Given, Refused, naming, refusing
 from pyro_advbayes.model.structure import kept_statistics, refuse_inference_mode, try_model
 from pyro_advbayes.model.supports import map_onto
@@ -79,15 +79,15 @@ class NoiseAscent:
         if self.moves:
             refuse_inference_mode("the adversary")
         noises = [noise.clone() for noise in noises]
-        shifts = None if self.radius is None else [torch.zeros_like(noise) for noise in noises]
-        step_size = self._step_size()
+        radius, step_size = self.radius, self._step_size()
+        shifts = None if radius is None else [torch.zeros_like(noise) for noise in noises]
         for _ in range(self.num_steps if self.moves else 0):
             gradients = gradient(_values(locs, scales, noises, shifts))
-            if shifts is None:
+            if shifts is None or radius is None:
                 for noise, g in zip(noises, gradients, strict=True):
                     noise.add_(g.sign(), alpha=step_size)
             else:
-                _step_in_ball(shifts, gradients, step_size, self.radius)
+                _step_in_ball(shifts, gradients, step_size, radius)
         return MovedNoise(noises, shifts)
 
     def _step_size(self) -> float:
@@ -267,16 +267,23 @@ class AutoAdversarialNormal(AutoNormal):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
-        return {name: self.sample(name, plates) for name, _ in self.prototype_trace.iter_stochastic_nodes()}
+        return {name: self.sample(name, plates) for name in self._prototype.stochastic_nodes}
+
+    @property
+    def _prototype(self) -> Trace:
+        """The model's run at the first call."""
+        if self.prototype_trace is None:
+            raise RuntimeError("the guide has not been called yet, and does not know its sites: call it with the model's arguments")
+        return self.prototype_trace
 
     @pyro_method
     def parameters_by_site(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Site -> mean and standard deviation, in unconstrained space, attached to the guide's parameters."""
-        return {name: self._get_loc_and_scale(name) for name, _ in self.prototype_trace.iter_stochastic_nodes()}
+        return {name: self._get_loc_and_scale(name) for name in self._prototype.stochastic_nodes}
 
     def sample(self, name: str, plates: Mapping[str, Any], parameters: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Draws a site in its plates, from its own parameters or from another mean and standard deviation."""
-        site = self.prototype_trace.nodes[name]
+        site = sample_sites(self._prototype)[name]
         with ExitStack() as stack:
             for frame in site["cond_indep_stack"]:
                 stack.enter_context(plates[frame.name])
@@ -318,8 +325,9 @@ def _check_observations(model: Callable, args: Sequence[Any], kwargs: Mapping[st
             "guide(x, y), or train it"
         )
     call = _bound(model, args, kwargs)
-    parameters = {} if call is None else call.signature.parameters
-    missing = [name for name, p in parameters.items() if call.arguments.get(name, p.default) is None]
+    if call is None:
+        return
+    missing = [name for name, p in call.signature.parameters.items() if call.arguments.get(name, p.default) is None]
     trace = _traced(model, args, kwargs) if missing else Trace()
     if any(not isinstance(trace.nodes[site]["fn"], Unit) for site in trace.observation_nodes):
         return  # what else could be observed is left out on purpose

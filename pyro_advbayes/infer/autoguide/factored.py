@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_advbayes.given import check_int
-from pyro_advbayes.infer.autoguide.generators import RowGenerator, as_widths, mlp, mlp_numbers, numel
+from pyro_advbayes.infer.autoguide.generators import RowGenerator, as_widths, linears, mlp, mlp_numbers, numel
 from pyro_advbayes.infer.autoguide.rows import Rows
 from pyro_advbayes.infer.mcmc.noise import NormalNoise
 
@@ -73,6 +73,13 @@ class FactoredGenerator(RowGenerator):
         of four, once training is over. That moves a weight by 1 % of what the direction moves it, and buys three times the rank.
     """
 
+    # [r + 1, P]: the basis and the mean, so that one product makes both; the mean alone in a packed generator that is finished
+    factors: Tensor
+    sd: Tensor  # [P]
+    codes: Tensor  # of the draws, where there is no g: [n, r]
+    levels: Tensor  # of a packed generator: the basis and sd, [r + 1, P], in steps
+    steps: Tensor  # [r + 1]
+
     def __init__(self, rank: int = 8, noise: int = 32, hidden: Sequence[int] | None = (64, 64), packed: bool = False) -> None:
         super().__init__(noise)
         check_int(rank, "rank", 1, "the number of directions")
@@ -80,12 +87,11 @@ class FactoredGenerator(RowGenerator):
             raise ValueError(f"packed={packed!r}: True or False")
         self.rank, self.hidden, self.packed = rank, None if hidden is None else as_widths(hidden), packed
         self.layers = nn.Sequential()
-        # [r + 1, P]: the basis and the mean, so that one product makes both; of a packed generator that is finished, the mean alone
         self.register_buffer("factors", torch.zeros(0))
         self.register_buffer("sd", torch.zeros(0))
-        self.register_buffer("codes", torch.zeros(0, rank))  # of the draws, where there is no g
-        self.register_buffer("levels", torch.zeros(0, dtype=torch.int8))  # [r + 1, P] of a packed one: the basis and sd, in steps
-        self.register_buffer("steps", torch.zeros(0))  # [r + 1]
+        self.register_buffer("codes", torch.zeros(0, rank))
+        self.register_buffer("levels", torch.zeros(0, dtype=torch.int8))
+        self.register_buffer("steps", torch.zeros(0))
 
     def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
         size = numel(shapes)
@@ -119,7 +125,7 @@ class FactoredGenerator(RowGenerator):
         self.levels, self.steps = self.levels[:0], self.steps[:0]
         if self.hidden is None:
             self.codes = torch.cat([self.encode(part) for part in rows.chunks()])
-        elif bool(self.layers[-1].bias.any()):
+        elif bool(linears(self.layers)[-1].bias.any()):
             self._keep_rows(old_basis, old_mean)
 
     def _keep_rows(self, old_basis: Tensor, old_mean: Tensor) -> None:
@@ -127,7 +133,7 @@ class FactoredGenerator(RowGenerator):
         Leaves a trained generator's rows what they were in an old basis, as far as the new one reaches: its directions have other signs and
         another order, which are chance. A new generator's biases are all 0.
         """
-        last, turn = self.layers[-1], self.encode(old_basis + self.factors[-1])
+        last, turn = linears(self.layers)[-1], self.encode(old_basis + self.factors[-1])
         last.weight.copy_(turn.mT @ last.weight)
         last.bias.copy_(last.bias @ turn + self.encode(old_mean))
 

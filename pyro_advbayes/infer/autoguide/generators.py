@@ -129,6 +129,9 @@ class StandardizedGenerator(RowGenerator):
     deviation of the draws.
     """
 
+    loc: Tensor
+    scale: Tensor
+
     def __init__(self, noise: int) -> None:
         super().__init__(noise)
         self.register_buffer("loc", torch.zeros(()))
@@ -231,7 +234,7 @@ class MLPGenerator(StandardizedGenerator):
 
     def standardize(self, loc: Tensor, scale: Tensor) -> None:
         """Leaves a trained generator's rows what they were; a new one's biases are all 0."""
-        last = self.layers[-1]
+        last = linears(self.layers)[-1]
         if bool(last.bias.any()):
             last.bias.copy_((self.loc + self.scale * last.bias - loc) / scale)
             last.weight.mul_((self.scale / scale).expand(self.size).unsqueeze(-1))
@@ -259,6 +262,11 @@ def mlp(widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> nn.S
         nn.init.zeros_(layer.bias)
         layers += [layer, nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def linears(network: nn.Sequential) -> list[nn.Linear]:
+    """The linear layers of a :func:`mlp`."""
+    return [layer for layer in network if isinstance(layer, nn.Linear)]
 
 
 def mlp_numbers(widths: Sequence[int]) -> int:

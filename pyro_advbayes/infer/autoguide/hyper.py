@@ -38,11 +38,11 @@ class HyperGenerator(StandardizedGenerator):
         super().build(shapes, dtype, device)
         w = self.width
         self.trunk = mlp((self.noise, *self.hidden, w), dtype, device)
-        options = {"dtype": dtype, "device": device}
         tables = [_table(shape) for shape in shapes]
-        self.gains = nn.ParameterList([torch.randn(rows, w, **options) for rows, _ in tables])
-        self.shifts = nn.ParameterList([torch.randn(rows, w, **options) for rows, _ in tables])
-        self.heads = nn.ParameterList([torch.randn(w, columns, **options) / math.sqrt(w) for _, columns in tables])
+        self.gains = nn.ParameterList([torch.randn(rows, w, dtype=dtype, device=device) for rows, _ in tables])
+        self.shifts = nn.ParameterList([torch.randn(rows, w, dtype=dtype, device=device) for rows, _ in tables])
+        heads = [torch.randn(w, columns, dtype=dtype, device=device) / math.sqrt(w) for _, columns in tables]
+        self.heads = nn.ParameterList(heads)
 
     def settings(self) -> dict[str, Any]:
         return {"noise": self.noise, "hidden": list(self.hidden), "width": self.width}

@@ -141,7 +141,9 @@ class AutoImplicit(AutoGuide):
     @property
     def network(self) -> RowGenerator:
         """The generator; unlike the attribute of that name it never reaches Pyro's parameter store."""
-        return dict(self.named_children())["generator"]
+        network = dict(self.named_children())["generator"]
+        assert isinstance(network, RowGenerator)
+        return network
 
     @property
     def dtype(self) -> torch.dtype:
@@ -251,7 +253,7 @@ class AutoImplicit(AutoGuide):
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.network.stored(dtype).values())
         draw = sum(site.shape.numel() * site.dtype.itemsize for site in self.sites)
         found = Storage(size, draw, math.floor(size / draw) + 1)
-        if self.num_draws < found.pays_from:
+        if (self.num_draws or 0) < found.pays_from:
             warnings.warn(
                 f"{type(self.network).__name__} takes {size} bytes, more than the {self.num_draws} draws of {draw} bytes that it stands "
                 f"for; it pays from {found.pays_from} draws on: keep the draws, or take a smaller generator (distill.FactoredGenerator)",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_advbayes.infer.conditioned import without_leading_ones
-from pyro_advbayes.kinds import is_deterministic, is_subsample
+from pyro_advbayes.kinds import is_deterministic, is_subsample, sample_sites
 from pyro_advbayes.model.outcomes import follower
 from pyro_advbayes.model.structure import Site, same_map
 from pyro_advbayes.model.supports import map_onto
@@ -51,7 +51,7 @@ def check_support(site: Site, prior: Any) -> None:
 
 def missing_sites(model: Callable, trace: Trace, own: set[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, str]:
     """Latent sites beside the guide's ``own``, each with one that depends on it; see :class:`AutoImplicit` for what is none."""
-    nodes = {name: node for name, node in trace.nodes.items() if node["type"] == "sample" and not is_deterministic(node)}
+    nodes = {name: node for name, node in sample_sites(trace).items() if not is_deterministic(node)}
     others = [name for name, node in nodes.items() if name not in own and not is_subsample(node)]
     followers = {
         name: follower(model, nodes, name, others[place + 1 :], args, kwargs)
@@ -86,18 +86,19 @@ def refuse_grouped(values: Mapping[str, Tensor], declared: Mapping[str, TorchDis
     """Refuses draws with more dimensions than are declared where these look like the draws of a few chains, and not like a plate."""
     fronts = {values[name].shape[2 : values[name].dim() - len(prior.shape())] for name, prior in declared.items()}
     front = fronts.pop() if len(fronts) == 1 else ()
-    name = next(iter(declared), None)
-    if front and front[0] > 1 and front[0] >= values[name].shape[:2].numel():
+    name = next(iter(declared), "")
+    count = values[name].shape[:2].numel() if name else 0
+    if front and front[0] > 1 and front[0] >= count:
         raise ValueError(
-            f"{source}: {values[name].shape[:2].numel()} draws of site {name!r}, each of shape {tuple(values[name].shape[2:])}, where the "
+            f"{source}: {count} draws of site {name!r}, each of shape {tuple(values[name].shape[2:])}, where the "
             f"model declares {tuple(declared[name].shape())}, look grouped by chain: take get_samples() without group_by_chain=True; or, "
             "if a plate repeats every site, pass the model's arguments, fit(samples, x, y)"
         )
 
 
-def _expands(shape: torch.Size, to: torch.Size) -> bool:
+def _expands(shape: Sequence[int], to: Sequence[int]) -> bool:
     """Whether a value of this shape becomes one of the other in plates around it."""
     try:
-        return torch.broadcast_shapes(without_leading_ones(shape), to) == to
+        return torch.broadcast_shapes(without_leading_ones(shape), tuple(to)) == tuple(to)
     except RuntimeError:
         return False

@@ -100,7 +100,8 @@ class Rows:
 
         :raises ValueError: naming site and draw, if a number is not finite.
         """
-        count, mean, square = 0, 0.0, 0.0
+        count, mean = 0, torch.zeros((), dtype=torch.float64)
+        square = mean
         for rows in self.chunks():
             wide = rows.double()
             if not bool(wide.sum().isfinite()):

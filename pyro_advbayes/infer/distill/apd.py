@@ -256,7 +256,7 @@ class APD:
         with bar:
             while training.steps < last and not over:
                 estimate = training.step()
-                if stopping is not None and training.steps % settings.check_every == 0:
+                if stopping is not None and settings.check_every is not None and training.steps % settings.check_every == 0:
                     over = measure_average(training, stopping)
                 if self.checkpoint is not None and training.steps % self.checkpoint_every == 0:
                     save()

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyro_advbayes.infer.autoguide.generators import mlp
+from pyro_advbayes.infer.autoguide.generators import linears, mlp
 
 
 class Critic(nn.Module):
@@ -42,7 +42,7 @@ class Critic(nn.Module):
     @torch.no_grad()
     def slope(self, x: Tensor) -> Tensor:
         """The gradient of D at inputs ``[n, size]``."""
-        *hidden, last = self.layers[::2]
+        *hidden, last = linears(self.layers)
         masks = []
         for layer in hidden:
             x = layer(x)
@@ -65,7 +65,7 @@ class Critic(nn.Module):
         :param penalty: λ.
         :return: :math:`\mathrm E\, D(c) - \mathrm E\, D(\tilde c)`.
         """
-        *hidden, last = self.layers[::2]
+        *hidden, last = linears(self.layers)
         n, inputs, masks = len(real), [], []
         # the first layer is linear, so that it need not see the points in between; what it sees is large, and is not copied
         first = hidden[0](fake), hidden[0](real)
@@ -107,9 +107,14 @@ class Critic(nn.Module):
         reach = v @ (matrix @ matrix.mT)
         norm = (reach * v).sum(-1).clamp_min_(0.0).sqrt_()
         pull = torch.where(norm > 0, (norm - 1.0) / norm, torch.zeros_like(norm)).mul_(2.0 * weight).unsqueeze(-1)
-        matrix.grad.addmm_(v.mT @ (pull * v), matrix)
+        _gradient(matrix).addmm_(v.mT @ (pull * v), matrix)
         u = (pull * reach).mul_(masks[0])
         for layer, mask in zip(hidden[1:], masks[1:], strict=True):
-            layer.weight.grad.addmm_(slopes.pop().mT, u)
+            _gradient(layer.weight).addmm_(slopes.pop().mT, u)
             u = (u @ layer.weight.mT).mul_(mask)
-        last.weight.grad.add_(u.sum(0))
+        _gradient(last.weight).add_(u.sum(0))
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None  # the difference of means has set it
+    return parameter.grad

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -33,6 +34,7 @@ from pyro_advbayes.infer.mcmc.fingerprint import (
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.threads import one_thread
 from pyro_advbayes.model.batches import is_loader
+from pyro_advbayes.model.potential import Potential
 from pyro_advbayes.storage import files, reference
 
 
@@ -127,7 +129,7 @@ class OnlineAPD:
             files.refuse_existing(self._fitter.checkpoint, self._fitter.overwrite)
         with self._fitter.held, one_thread(), poutine.block(), pyro.validation_enabled(False):
             self._set_up(args, kwargs)
-            return self._go_on(_Progress(self.buffer), None)
+            return self._go_on(_Progress(self.buffer), None, None)
 
     @classmethod
     def resume(
@@ -156,17 +158,29 @@ class OnlineAPD:
                 online = cls(guide, kernel, **content["run"], **content["settings"], checkpoint=path, disable_progbar=disable_progbar)
             online._fitter.held = held
             with one_thread(), poutine.block(), pyro.validation_enabled(False):
-                return online._resume_from(content, args, kwargs)
+                return online._resume_from(Path(path), content, args, kwargs)
 
-    def _resume_from(self, content: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Fit:
+    def _resume_from(self, path: Path, content: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Fit:
         self._set_up(args, kwargs, find_start=False)
-        check_fingerprint(self._fingerprint, content["fingerprint"], self._fitter.checkpoint)
-        load_kernel(self.kernel, content, self._fitter.checkpoint)
-        with files.reading(self._fitter.checkpoint):
+        check_fingerprint(self._fingerprint, content["fingerprint"], path)
+        load_kernel(self.kernel, content, path)
+        training = stopping = None
+        with files.reading(path):
             self._reservoir.load(content["reservoir"])
-            progress = _Progress(**content["progress"])
-            self._check(progress, content)
-        return self._go_on(progress, content)
+            at = _Progress(**content["progress"])
+            self._check(at, content)
+            self.guide.network.restore((content["training"] or content)["generator"])  # which says what codes are
+        reference.check(self.guide.network.reference(), content["generator reference"], path)
+        with files.reading(path):
+            if content["training"] is not None:
+                training = self._fitter.loaded(self._codes(), content["training"], self.num_samples if at.last is None else at.last)
+            if at.last is not None and content["stopping"] is not None:
+                stopping = self._fitter.stopping(self._codes())
+                if stopping is None:
+                    raise ValueError("its settings have no check_every, and it holds what decides when to stop")
+                stopping.load(content["stopping"])
+            files.set_random_state(content["random"], self.guide.network.like.device)
+        return self._go_on(at, training, stopping)
 
     def _check(self, at: _Progress, content: Mapping[str, Any]) -> None:
         """:raises ValueError: if a run cannot be so far."""
@@ -185,7 +199,7 @@ class OnlineAPD:
         scheduled = schedule_values(kernel, self.warmup_steps + self.num_samples)
         args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         kernel.setup_chains(self.num_chains, self.warmup_steps, args, kwargs, find_start)
-        sites, device = kernel.potential.sites, kernel.potential.device
+        sites, device = self._potential.sites, self._potential.device
         self.guide.set_sites(sites, device)
         network = self.guide.network
         if not network.trainable:
@@ -199,36 +213,17 @@ class OnlineAPD:
     def _lengths(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in ("buffer", "num_samples", "warmup_steps", "num_chains")}
 
-    def _go_on(self, at: _Progress, content: Mapping[str, Any] | None) -> Fit:
-        """
-        To the end, from the start or from a checkpoint.
-
-        :param content: of the checkpoint, whose kernel and reservoir are in place.
-        """
-        training = stopping = None
-        if content is not None:
-            with files.reading(self._fitter.checkpoint):
-                self.guide.network.restore((content["training"] or content)["generator"])  # which says what codes are
-            reference.check(self.guide.network.reference(), content["generator reference"], self._fitter.checkpoint)
-            if content["training"] is not None:
-                with files.reading(self._fitter.checkpoint):
-                    training = self._fitter.loaded(self._codes(), content["training"], self.num_samples if at.last is None else at.last)
-            if at.last is not None and content["stopping"] is not None:
-                stopping = self._fitter.stopping(self._codes())
-                with files.reading(self._fitter.checkpoint):
-                    stopping.load(content["stopping"])
-            with files.reading(self._fitter.checkpoint):
-                files.set_random_state(content["random"], self.guide.network.like.device)
-        kernel = self.kernel
+    def _go_on(self, at: _Progress, training: Training | None, stopping: Stopping | None) -> Fit:
+        """Runs to the end, from the start or from a checkpoint."""
         try:
             training = self._alternate(at, training)
         finally:
-            kernel.cleanup()
+            self.kernel.cleanup()
         if at.last is None:
             stopping = self._fitter.stopping(self._codes())
             at.last = training.steps + (self._fitter.settings.num_steps if self._goes_on else 0)
         save = partial(self._save_checkpoint, at, training, stopping)
-        fit = self._fitter.train(self._reservoir, training, stopping, at.last, self._reservoir.seen, kernel.potential, save)
+        fit = self._fitter.train(self._reservoir, training, stopping, at.last, self._reservoir.seen, self.kernel.potential, save)
         return fit._replace(steps=at.steps + fit.steps)
 
     def _alternate(self, at: _Progress, training: Training | None) -> Training:
@@ -239,10 +234,10 @@ class OnlineAPD:
             for i in range(at.samples, total):
                 params = kernel.sample(params)
                 if i >= self.warmup_steps:
-                    reservoir.add(kernel.potential.join(params)[~kernel.info["diverging"]])
+                    reservoir.add(self._potential.join(params)[~torch.as_tensor(kernel.info["diverging"])])
                 if reservoir.seen >= at.next_look:
                     at.steps += 0 if training is None else training.steps
-                    training, at.next_look = self._look(training), 2 * reservoir.seen
+                    training, at.next_look = self._restart(training), 2 * reservoir.seen
                 if training is not None:
                     training.step()
                 at.samples = i + 1
@@ -255,8 +250,13 @@ class OnlineAPD:
             raise RuntimeError(f"chains were lost before they had filled the buffer: {reservoir.seen} draws of {self.buffer}")
         return training
 
-    def _look(self, training: Training | None) -> Training:
-        """Mean and scale of the draws so far, and training in these units."""
+    @property
+    def _potential(self) -> Potential:
+        assert self.kernel.potential is not None  # since the chains are set up
+        return self.kernel.potential
+
+    def _restart(self, training: Training | None) -> Training:
+        """Takes mean and scale of the draws so far, and starts to train in these units."""
         if training is not None:
             training.swap()
         mean, sd = self._reservoir.moments()
@@ -280,7 +280,7 @@ class OnlineAPD:
             "generator reference": self.guide.network.reference(),
             "training": None if training is None else training.state(),
             "stopping": None if stopping is None else stopping.state(),
-            "random": files.random_state(kernel.potential.device),
+            "random": files.random_state(self._potential.device),
         }
         fitter.held.save(content, "checkpoint of OnlineAPD")
 

@@ -47,7 +47,8 @@ class WGAN(Training):
             with torch.no_grad():  # what is made does not change while the critic learns
                 fake = self.made(count)
             share = torch.rand(count, dtype=real.dtype, device=real.device)
-            for batch in zip(*(t.split(settings.batch_size) for t in (real, fake, share)), strict=True):
+            size = settings.batch_size
+            for batch in zip(real.split(size), fake.split(size), share.split(size), strict=True):
                 distance = self.critic.backward(*batch, settings.penalty)
                 self.optimizers[1].step()
         if self.steps:
