@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def need_extra(module: str, extra: str) -> Any:
+    """
+    A module that is not installed by default. It is imported where it is used, since it takes long, too.
+
+    :param module: its name.
+    :param extra: of this package, which installs it.
+    :raises ModuleNotFoundError: naming the extra, where the module is missing.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{module.partition('.')[0]} is not installed: pip install 'pyro_advbayes[{extra}]'", name=error.name
+        ) from error
 
 
 class UnknownArgument(TypeError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -29,6 +30,75 @@ def test_an_sdist_holds_the_package_and_no_test_without_its_helpers(tmp_path):
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pyro_advbayes").rglob("*.py")}
     assert sources | {"pyproject.toml", "README.md", "LICENSE", "pyro_advbayes/py.typed"} <= names
     assert not [name for name in names if name.startswith("tests")]
+
+
+EXTRAS = {
+    "images": ("torchvision", "PIL"),
+    "plots": ("matplotlib",),
+    "sklearn": ("sklearn",),
+}
+NEEDS = {
+    "plots": ["ab.diagnostics.plot_scores({'own': torch.rand(5)})"],
+    "sklearn": [
+        "ab.datasets.digits()",
+        "ab.datasets.two_moons()",
+        *(f"ab.diagnostics.{name}(ONE, ONE)" for name in ("auroc", "aupr_out", "aupr_in")),
+    ],
+    "images": ["read_idx(Path('absent'), 3)", "_decode(Path('absent'), None, [], range(0))"],
+}
+SCRIPT = """
+import sys
+from pathlib import Path
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {hidden}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+import torch
+import pyro_advbayes as ab
+from pyro_advbayes.datasets.files import read_idx
+from pyro_advbayes.datasets.images import _decode
+
+ONE = torch.rand(5)
+for call in {calls}:
+    try:
+        eval(call)
+    except ModuleNotFoundError as error:
+        print(error)
+    else:
+        print("no error", call)
+"""
+
+
+def test_without_its_extras_the_package_imports_and_names_the_extra_that_a_call_needs():
+    """In a process in which the optional modules cannot be imported."""
+    hidden = {module for modules in EXTRAS.values() for module in modules}
+    calls = [call for extra in EXTRAS for call in NEEDS[extra]]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(hidden=hidden, calls=calls)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = [extra for extra in EXTRAS for _ in NEEDS[extra]]
+    found = [re.fullmatch(r"(\w+) is not installed: pip install 'pyro_advbayes\[(\w+)\]'", line) for line in done.stdout.splitlines()]
+    assert [match and match[2] for match in found] == expected, done.stdout
+    assert all(match[1] in EXTRAS[match[2]] for match in found)
+
+
+def test_every_extra_that_an_error_names_is_one():
+    text = (ROOT / "pyproject.toml").read_text()
+    named = {
+        match
+        for path in (ROOT / "pyro_advbayes").rglob("*.py")
+        for match in re.findall(r'need_extra\("[\w.]+", "(\w+)"\)', path.read_text())
+    }
+    assert named == set(EXTRAS)
+    assert all(re.search(rf"^{extra} = \[", text, re.MULTILINE) for extra in EXTRAS)
 
 
 def test_what_a_file_of_arviz_is_written_through_is_a_dependency():

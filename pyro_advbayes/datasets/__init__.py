@@ -2,9 +2,9 @@
 images have no labels, and for the regression sets :func:`uci` and :func:`metro_traffic`, which return a :class:`RegressionSplit`:
 training and test rows, standardised.
 
-Toy sets and scikit-learn's digits need nothing but the installation. The others read files in a data folder, ``root=``
-or the environment variable ``PYRO_ADVBAYES_DATA``; nothing is downloaded, and an error about a missing file says how to
-get it.
+:func:`digits` and :func:`two_moons` come from scikit-learn, the extra ``sklearn``. The image and regression sets are read from files in a
+data folder, ``root=`` or the environment variable ``PYRO_ADVBAYES_DATA``; image sets need the extra ``images``. Nothing is downloaded, and
+an error about a missing file says how to get it.
 """
 
 from pyro_advbayes.datasets.digits import digits

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from pyro_advbayes.datasets.examples import Examples, check_split, image_examples
+from pyro_advbayes.given import need_extra
 
 
 def digits(
@@ -24,15 +25,15 @@ def digits(
     :param seed: of the cut, so that both splits of one seed are disjoint; the rows come shuffled.
     :param scale: ``(low, high)``, what a white and a full pixel become.
     :param flatten: ``[N, 64]`` instead of ``[N, 1, 8, 8]``.
+    :raises ModuleNotFoundError: without scikit-learn, the extra ``sklearn``.
     :raises ValueError: on a split of another name, or a ``test_fraction`` outside (0, 1).
     """
-    from sklearn.datasets import load_digits  # here, not above: it would double the package's import time
-    from sklearn.model_selection import train_test_split
-
     train = check_split(split)
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction must be between 0 and 1, got {test_fraction}")
-    pixels, labels = load_digits().images, load_digits().target
-    rows = train_test_split(np.arange(len(labels)), test_size=test_fraction, random_state=seed, stratify=labels)
+    found = need_extra("sklearn.datasets", "sklearn").load_digits()
+    pixels, labels = found.images, found.target
+    cut = need_extra("sklearn.model_selection", "sklearn").train_test_split
+    rows = cut(np.arange(len(labels)), test_size=test_fraction, random_state=seed, stratify=labels)
     rows = rows[0] if train else rows[1]
     return image_examples(torch.from_numpy(pixels[rows]), torch.from_numpy(labels[rows]), white=16, scale=scale, flatten=flatten)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_advbayes.given import need_extra
+
 DATA_VARIABLE = "PYRO_ADVBAYES_DATA"
 EXPANDED = 2**28  # bytes to which any array of a file may expand
 
@@ -44,10 +46,9 @@ def read_idx(path: Path, num_dims: int) -> Tensor:
     :param num_dims: 3 for images, 1 for labels.
     :raises ValueError: if the file is truncated, or holds something else.
     """
-    from torchvision.datasets.mnist import read_image_file, read_label_file
-
+    mnist = need_extra("torchvision.datasets.mnist", "images")
     try:
-        return read_image_file(path) if num_dims == 3 else read_label_file(path)
+        return mnist.read_image_file(path) if num_dims == 3 else mnist.read_label_file(path)
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what torchvision lets through
         raise ValueError(
             f"{path} is not a whole, unpacked idx file of {num_dims}-dimensional uint8 data ({error or 'bad header'}): "

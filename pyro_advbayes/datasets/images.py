@@ -4,8 +4,8 @@
 - ``scale``: ``(low, high)``, what pixels 0 and 255 become; the APD paper uses ``(-1, 1)``;
 - ``flatten``: ``[N, C*H*W]`` instead of ``[N, C, H, W]``;
 
-and raises ``FileNotFoundError`` (with a sentence on how to get the set) where a file is missing, and ``ValueError``
-where one is truncated or is not what it should be.
+and raises ``FileNotFoundError`` (with a sentence on how to get the set) where a file is missing, ``ValueError`` where one is truncated or
+is not what it should be, and ``ModuleNotFoundError`` without torchvision and Pillow, the extra ``images``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from pyro_advbayes.datasets.examples import Examples, check_split, image_examples
 from pyro_advbayes.datasets.files import check_labels, find_file, read_idx, read_npz
+from pyro_advbayes.given import need_extra
 
 Scale = tuple[float, float]
 _GREY_LAYOUT = "`images`, uint8 [N, 28, 28], and "
@@ -111,12 +112,11 @@ def cifar10(root: str | Path | None = None, split: str = "train", *, scale: Scal
 
 def _decode(path: Path, jpeg: Tensor, offsets: list[int], rows: range) -> Tensor:
     """JPEG files end to end as uint8 ``[len(rows), 3, 32, 32]``."""
-    from PIL import Image  # torchvision's own decoder is deprecated since 0.29; this one gives the same pixels
-
+    pillow = need_extra("PIL.Image", "images")  # torchvision's own decoder is deprecated since 0.29; this one gives the same pixels
     pixels = torch.empty(len(rows), 3, 32, 32, dtype=torch.uint8)
     for i, row in enumerate(tqdm(rows, desc="decoding CIFAR-10", disable=None, leave=False)):
         try:
-            with Image.open(io.BytesIO(jpeg[offsets[row] : offsets[row + 1]].numpy().tobytes())) as file:
+            with pillow.open(io.BytesIO(jpeg[offsets[row] : offsets[row + 1]].numpy().tobytes())) as file:
                 image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
         except OSError as error:
             raise ValueError(f"{path}: image {row} is not a whole JPEG file ({error})") from error

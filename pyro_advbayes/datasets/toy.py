@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pyro_advbayes.datasets.examples import Examples
-from pyro_advbayes.given import check_int
+from pyro_advbayes.given import check_int, need_extra
 
 
 def two_moons(num_data: int = 200, noise: float = 0.1, seed: int | None = None) -> Examples:
@@ -15,16 +15,13 @@ def two_moons(num_data: int = 200, noise: float = 0.1, seed: int | None = None) 
     :param noise: standard deviation of the Gaussian noise on each coordinate; the circles have radius 1.
     :param seed: ``None`` draws from torch's global generator, which ``pyro.set_rng_seed`` governs.
     :return: ``x`` is ``[num_data, 2]``, ``y`` is 0 (upper moon) or 1 (lower).
+    :raises ModuleNotFoundError: without scikit-learn, the extra ``sklearn``.
     :raises ValueError: if ``num_data`` is below 2 or ``noise`` negative.
     """
-    from sklearn.datasets import (
-        make_moons,
-    )  # here, not above: it would double the time that the package takes to import
-
     check_int(num_data, "num_data", 2, "one point of each class or more")
     if seed is None:
         seed = int(torch.randint(2**31 - 1, ()))
-    x, y = make_moons(num_data, noise=noise, random_state=seed)
+    x, y = need_extra("sklearn.datasets", "sklearn").make_moons(num_data, noise=noise, random_state=seed)
     return Examples(torch.from_numpy(x).float(), torch.from_numpy(y).long())
 
 

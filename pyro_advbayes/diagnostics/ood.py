@@ -1,9 +1,9 @@
-"""How well a score of uncertainty tells inputs from elsewhere (out-of-distribution, adversarial) from the data's own.
+"""How well a score of uncertainty detects out-of-distribution or adversarial inputs.
 
-The four measures take scores of the data's own inputs, ``[N]``, and of the others, ``[M]``, where higher means more unusual. AUPR
-depends on the share of the two (by chance it is the share of the positive kind), AUROC and FPR95 do not. They raise ``ValueError`` where
-scores are not finite vectors. :func:`ood_detection` and :func:`adversarial_detection` take the probabilities of draws, and give all
-measures of all scores.
+The four measures take scores of in-distribution inputs, ``[N]``, and of the others, ``[M]``, where higher means more unusual. AUPR
+depends on the share of the two (at chance level it is the share of the positive kind), AUROC and FPR95 do not. They raise ``ValueError``
+where scores are not finite vectors, and ``ModuleNotFoundError`` without scikit-learn, the extra ``sklearn``. :func:`ood_detection` and
+:func:`adversarial_detection` take the probabilities of draws, and give all measures of all scores.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_advbayes.diagnostics.checks import check_probs
 from pyro_advbayes.diagnostics.uncertainty import model_variance, mutual_information, predictive_entropy, variation_ratio
-from pyro_advbayes.given import need_tensor
+from pyro_advbayes.given import need_extra, need_tensor
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "entropy": predictive_entropy,
@@ -112,30 +112,25 @@ def _scores(probs: Tensor) -> dict[str, Tensor]:
 
 
 def auroc(in_scores: Tensor, out_scores: Tensor) -> float:
-    """Area under the ROC curve: the probability that one of the others scores higher than one of the data's own, ties
+    """Area under the ROC curve: the probability that an out-of-distribution input scores higher than an in-distribution one, ties
     counting half."""
-    from sklearn.metrics import roc_auc_score  # here, not above: scikit-learn takes a second to import
-
-    return float(roc_auc_score(*_labelled(in_scores, out_scores)))
+    return float(need_extra("sklearn.metrics", "sklearn").roc_auc_score(*_labelled(in_scores, out_scores)))
 
 
 def aupr_out(in_scores: Tensor, out_scores: Tensor) -> float:
-    """Average precision with the others as the positive kind ("AUPR+")."""
-    from sklearn.metrics import average_precision_score
-
-    return float(average_precision_score(*_labelled(in_scores, out_scores)))
+    """Average precision with out-of-distribution inputs as the positive kind ("AUPR+")."""
+    return float(need_extra("sklearn.metrics", "sklearn").average_precision_score(*_labelled(in_scores, out_scores)))
 
 
 def aupr_in(in_scores: Tensor, out_scores: Tensor) -> float:
-    """Average precision with the data's own as the positive kind, by the negative score ("AUPR-")."""
-    from sklearn.metrics import average_precision_score
-
+    """Average precision with in-distribution inputs as the positive kind, by the negative score ("AUPR-")."""
     labels, scores = _labelled(in_scores, out_scores)
-    return float(average_precision_score(1 - labels, -scores))
+    return float(need_extra("sklearn.metrics", "sklearn").average_precision_score(1 - labels, -scores))
 
 
 def fpr95(in_scores: Tensor, out_scores: Tensor) -> float:
-    """The share of the others that pass for the data's own where the threshold lets 95 % of those pass; 0 is perfect."""
+    """The share of out-of-distribution inputs that are accepted at the threshold that accepts 95 % of the in-distribution ones; 0 is
+    perfect."""
     _labelled(in_scores, out_scores)
     own = in_scores.detach().cpu().double().sort().values
     threshold = own[-(-95 * len(own) // 100) - 1]

@@ -1,5 +1,5 @@
 """Pictures of the diagnostics. Each draws on the axes it is given, or on a new figure, and writes the numbers in its
-legend; matplotlib is imported on the first call."""
+legend; matplotlib, the extra ``plots``, is imported on the first call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyro_advbayes.diagnostics.calibration import Reliability
 from pyro_advbayes.diagnostics.draws import DrawQuality, RetainedAccuracy
 from pyro_advbayes.diagnostics.regression import IntervalCalibration
 from pyro_advbayes.diagnostics.robustness import AccuracyCurve, GradientNorms
-from pyro_advbayes.given import need_tensor
+from pyro_advbayes.given import need_extra, need_tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -285,6 +285,4 @@ def plot_uncertainty_map(
 
 
 def _axes(**figure: Any) -> Axes:
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(**figure)[1]
+    return need_extra("matplotlib.pyplot", "plots").subplots(**figure)[1]
