@@ -324,7 +324,7 @@ def test_settings_out_of_range_are_refused_by_name(trained, settings, culprit):
 
 
 def test_weight_decay_for_a_model_with_priors_is_refused(trained):
-    with pytest.raises(ValueError, match="the model has priors of its own"):
+    with pytest.raises(ValueError, match="the model has priors already"):
         bayes_adapter(Classifier(bayesianize(convnet())), trained, loader(), weight_decay=1e-3)
 
 
