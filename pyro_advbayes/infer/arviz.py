@@ -72,8 +72,7 @@ def to_arviz(
     if isinstance(posterior, AbstractMCMC):
         model = posterior.kernel.model if model is None else model
         if args is None:
-            potential = posterior.kernel.potential if isinstance(posterior, SGMCMC) else None
-            if potential is not None and potential.from_loader and (log_likelihood or posterior_predictive is True):
+            if isinstance(posterior, SGMCMC) and posterior.from_loader and (log_likelihood or posterior_predictive is True):
                 raise ValueError(
                     "the run was given a loader, and likelihoods and predictions are wanted of all rows: give them as args=, the model's "
                     "arguments with all the data"

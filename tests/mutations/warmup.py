@@ -21,17 +21,17 @@ GOOD = f"{WARMUP}::test_a_chain_starts_again_from_its_last_good_state"
 
 MUTATIONS = [
     *of(
-        "infer/mcmc/kernel.py",
+        "infer/mcmc/update.py",
         FIRST_TENTH,
-        ("V adapts through all of warm-up", "if 2 * self._samples < self._warmup_samples:", "if self.adapting:"),
+        ("V adapts through all of warm-up", "if 2 * counts.samples < run.warmup_samples:", "if run.adapting:"),
     ),
     *of(
         "infer/mcmc/kernel.py",
         f"{ASSESSMENT}::test_the_temperature_that_is_reported_is_the_worst_chains",
         (
             "T_eff is a mean over chains",
-            "self._by_site(self._effective, worst=torch.amax)",
-            "self._by_site(self._effective, worst=torch.mean)",
+            "by_site(self.run, effective, worst=torch.amax)",
+            "by_site(self.run, effective, worst=torch.mean)",
         ),
     ),
     *of(
@@ -61,27 +61,27 @@ MUTATIONS = [
         (COUNTS, BOUND),
         ("auto: noise is held to its share at once", "elif not rest:", "elif False:"),
         ("auto: noise never counts", "if T == 0.0:", "if True:"),
-        ("auto: the excess is twice as large", "noise.slope / (2.0 * self.curvature)", "noise.slope / self.curvature"),
+        ("auto: the excess is twice as large", "noise.slope / (2.0 * curvature)", "noise.slope / curvature"),
         ("auto: the rest begins with warm-up", "rest=place >= REST_FROM", "rest=True"),
         ("auto: the rest never begins", "rest=place >= REST_FROM", "rest=False"),
     ),
     *of(
         "infer/mcmc/step_size.py",
         f"{WARMUP}::test_the_rate_grows_by_four_at_most_from_one_measurement_to_the_next",
-        ("auto: growth without a bound", "self.value = min(self.value, most)", "pass"),
+        ("auto: growth without a bound", "value = min(value, most)", "pass"),
         ("auto: growth by eight", "GROWTH = 4.0", "GROWTH = 6.0"),
     ),
     *of(
         "infer/mcmc/step_size.py",
         f"{WARMUP}::test_energy_error_shortens_the_step_where_curvature_grows_along_the_way",
-        ("auto: energy errors do not count", "if not energy_rises(kernel, self.value):", "if True:"),
+        ("auto: energy errors do not count", "if not energy_rises(run, value):", "if True:"),
         ("auto: energy may rise without bound", "return bool((rise > allowed)", "return bool((rise != rise)"),
     ),
     *of(
         "infer/mcmc/trajectory.py",
         f"{ASSESSMENT}::test_the_step_is_tried_where_a_chain_met_its_largest_gradient",
-        ("steepest: the latest state", "steeper = norm > self.norm", "steeper = norm == norm"),
-        ("steepest: the flattest state", "steeper = norm > self.norm", "steeper = norm < self.norm"),
+        ("steepest: the latest state", "steeper = norm > steepest.norm", "steeper = norm == norm"),
+        ("steepest: the flattest state", "steeper = norm > steepest.norm", "steeper = norm < steepest.norm"),
         ("steepest: steps of the rule, not of Hamiltonian dynamics", "leapfrog_step(step_size)", "leapfrog_step(0.5 * step_size)"),
         ("steepest: any gain is too large", "temperature * (50.0 +", "temperature * (0.0 *"),
         ("steepest: no gain is too large", "(rises > allowed)", "(rises > torch.inf)"),
@@ -110,17 +110,21 @@ MUTATIONS = [
     *of(
         "infer/mcmc/step_size.py",
         RESTARTS,
-        ("auto: a restart keeps the step", "self.value = self.ceiling = 0.5 * self.value", "self.ceiling = self.value"),
-        ("auto: the smaller step is forgotten", "self.value = min(self.value, self.ceiling)", "pass"),
+        ("auto: the smaller step is forgotten", "value = min(value, auto.ceiling)", "pass"),
+    ),
+    *of(
+        "infer/mcmc/state.py",
+        RESTARTS,
+        ("auto: a restart keeps the step", "self.value = self.ceiling = 0.5 * self(0)", "self.ceiling = self.value"),
     ),
     *of(
         "infer/mcmc/restart.py",
         RESTARTS,
         ("restarts: without end", "MOST_RESTARTS = 10", "MOST_RESTARTS = 10**9"),
-        ("restarts: a runaway is good", "good = (energy <= self.energy + allowed)", "good = energy.isfinite()"),
+        ("restarts: a runaway is good", "good = (energy <= last.energy + allowed)", "good = energy.isfinite()"),
     ),
     *of(
-        "infer/mcmc/noise_estimate.py",
+        "infer/mcmc/temperatures.py",
         (
             f"{ASSESSMENT}::test_heat_along_the_noisiest_direction_is_its_variance",
             f"{ASSESSMENT}::test_noise_without_a_direction_is_not_made_hotter_by_looking_for_one",
@@ -153,9 +157,9 @@ MUTATIONS = [
     *of(
         "infer/mcmc/restart.py",
         GOOD,
-        ("restarts: from where warm-up began", "self.theta[good], self.energy[good] = kernel.theta[good], energy[good]", "pass"),
-        ("restarts: momentum stays", "kernel.variables[name][rows] = value[rows]", "pass"),
-        ("restarts: momentum of the start", "value[good] = kernel.variables[name][good]", "pass"),
+        ("restarts: from where warm-up began", "last.theta[good], last.energy[good] = chains.theta[good], energy[good]", "pass"),
+        ("restarts: momentum stays", "chains.variables[name][rows] = value[rows]", "pass"),
+        ("restarts: momentum of the start", "value[good] = chains.variables[name][good]", "pass"),
         ("restarts: of all chains", "rows = again.to(into.device)", "rows = torch.ones_like(again)"),
         ("restarts: a tenth of what U may rise", "T * (1000.0 + 10.0 * potential.size)", "T * (100.0 + 10.0 * potential.size)"),
         ("restarts: U may rise alike in every dimension", "T * (1000.0 + 10.0 * potential.size)", "T * 1000.0"),
@@ -212,7 +216,7 @@ MUTATIONS = [
         ("mixing: predictions are not compared", "if predictions is not None:", "if False:"),
         (
             "mixing: predictions of the first draws",
-            "kept = torch.linspace(0, mcmc.num_samples - 1, draws).round().long()",
+            "kept = torch.linspace(0, run.num_samples - 1, draws).round().long()",
             "kept = torch.arange(draws)",
         ),
         (

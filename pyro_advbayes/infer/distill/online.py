@@ -189,8 +189,9 @@ class OnlineAPD:
             raise ValueError(f"its progress is {str(counts)[:100]}")
         total, seen = self.warmup_steps + self.num_samples, self._reservoir.seen
         room = self.num_samples + self._fitter.settings.num_steps
-        if at.samples != self.kernel._samples or at.samples > total or (at.last or 0) > room or seen > self.num_samples * self.num_chains:
-            raise ValueError(f"its progress is {str(counts)[:100]}, where its kernel has given {self.kernel._samples} of {total} samples")
+        given = self.kernel.chains.counts.samples
+        if at.samples != given or given > total or (at.last or 0) > room or seen > self.num_samples * self.num_chains:
+            raise ValueError(f"its progress is {str(counts)[:100]}, where its kernel has given {given} of {total} samples")
         if (content["training"] is None) != (seen < self.buffer):
             raise ValueError(f"it has seen {seen} draws of the {self.buffer} from which on it learns")
 

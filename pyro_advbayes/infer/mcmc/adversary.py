@@ -1,4 +1,4 @@
-"""What BAL's adversary may do to an input, and at what cost: the parts of the law of perturbed inputs."""
+"""BAL's adversaries, which perturb inputs, and their costs: the parts of the law of perturbed inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 class Cost(ABC):
-    """What a perturbed input costs the adversary, in nats; all tensors ``[rows, ...]``."""
+    """The cost of a perturbed input for the adversary, in nats; all tensors ``[rows, ...]``."""
 
     @abstractmethod
     def gradient(self, perturbed: Tensor, clean: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class L2(Cost):
 @dataclass(frozen=True)
 class Box(Cost):
     r"""
-    Nothing within :math:`|\tilde x - x|_\infty \le r`, and no way out of it.
+    A cost of 0 within :math:`|\tilde x - x|_\infty \le r`, and infinite outside.
 
     :param radius: r > 0, in units of the input.
     """
@@ -94,30 +94,30 @@ def as_cost(cost: Cost | Callable[[Tensor, Tensor], Tensor]) -> Cost:
 
 class Adversary(ABC):
     """
-    How a perturbed input follows from the numbers :math:`z` that are sampled. Rows are ``[rows, ...]``.
+    The map from sampled numbers :math:`z` to perturbed inputs. Rows are ``[rows, ...]``.
 
-    :ivar lasting: whether ``z`` belongs to no row, and goes on from minibatch to minibatch.
+    :ivar lasting: whether ``z`` is shared by all rows, and kept from minibatch to minibatch.
     """
 
     lasting = False
 
     @abstractmethod
     def start(self, clean: Tensor) -> Tensor:
-        """``z`` at which inputs are as they were."""
+        """``z`` of unperturbed inputs."""
 
     @abstractmethod
     def inputs(self, z: Tensor, clean: Tensor) -> Tensor:
         """The perturbed inputs, differentiable in ``z``."""
 
     def energy(self, z: Tensor) -> Tensor:
-        """What ``z`` itself costs, in nats, one number."""
+        """The cost of ``z`` itself, in nats, one number."""
         return z.new_zeros(())
 
     def gradient(self, z: Tensor, clean: Tensor, outward: Callable[[Tensor], Tensor]) -> Tensor:
         """
         The gradient of the energy with respect to ``z``.
 
-        :param outward: from perturbed inputs to the energy's gradient with respect to them.
+        :param outward: a function of perturbed inputs that gives the energy's gradient with respect to them.
         """
         with torch.enable_grad():
             z = z.detach().requires_grad_()
@@ -129,12 +129,12 @@ class Adversary(ABC):
         return gradient
 
     def project(self, z: Tensor, onto: Callable[[Tensor], Tensor]) -> Tensor:
-        """``z`` brought back into what range and cost allow, where that can be said of ``z``."""
+        """``z`` projected onto the allowed range and cost, if these constrain ``z`` directly."""
         return z
 
 
 class Pixels(Adversary):
-    """Every number of an input by itself; ``z`` is the perturbed input."""
+    """Moves every number of an input; ``z`` is the perturbed input."""
 
     def __repr__(self) -> str:
         return "Pixels()"
@@ -155,8 +155,8 @@ class Pixels(Adversary):
 @dataclass(frozen=True)
 class Flow(Adversary):
     r"""
-    A flow field that moves the pixels of images ``[rows, channels, height, width]``, after Xiao et al. (2018): the perturbed image at
-    a place is the image, bilinearly interpolated, at that place plus :math:`z` ``[rows, 2, height, width]``, in pixels. Its energy is
+    A flow field that moves the pixels of images ``[rows, channels, height, width]``, after Xiao et al. (2018). The perturbed image at a
+    point is the image, bilinearly interpolated, at that point plus :math:`z` ``[rows, 2, height, width]``, in pixels. Its energy is
 
     .. math:: \alpha \sum |z|^2 + \beta \sum_{\text{neighbours}} |z_p - z_q|^2.
 
@@ -191,11 +191,10 @@ class Flow(Adversary):
 @dataclass(frozen=True)
 class Generator(Adversary):
     r"""
-    A network :math:`G_z` that makes the perturbations of all inputs, :math:`\tilde x = x + r \tanh G_z(x)`. What is sampled are its
-    parameters, under a standard normal prior; they go on from minibatch to minibatch.
+    A network :math:`G_z` that perturbs all inputs, :math:`\tilde x = x + r \tanh G_z(x)`. BAL samples its parameters under a standard
+    normal prior, and keeps them from minibatch to minibatch.
 
-    :param network: from inputs ``[rows, ...]`` to outputs of the same shape, in eval mode; it is left as it is, and its parameters
-        are the start.
+    :param network: from inputs ``[rows, ...]`` to outputs of the same shape, in eval mode; not changed. Its parameters are the start.
     :param radius: r > 0, how far a number can move, in units of the input.
     """
 

@@ -1,22 +1,22 @@
-"""Whether a run's draws are what they should be: stationary, mixed, at the temperature that was asked for."""
+"""Checks of a finished run: are its draws stationary, mixed, and at the requested temperature?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import Distribution
 
+from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
+from pyro_advbayes.infer.mcmc.state import AutoStepSize
 from pyro_advbayes.infer.mcmc.step_size import hottest_allowed
 from pyro_advbayes.infer.mcmc.summary import effective_size, function_values, shrink_factor, spaced, stands_still
-from pyro_advbayes.infer.mcmc.trajectory import LEAPFROG_STEPS, TRAJECTORIES
+from pyro_advbayes.infer.mcmc.trajectory import LEAPFROG_STEPS, TRAJECTORIES, unstable_share
 from pyro_advbayes.model.batches import Arguments
-
-if TYPE_CHECKING:
-    from pyro_advbayes.infer.mcmc.runner import SGMCMC
 
 LEAST_DRAWS = 20  # of a chain; fewer tell nothing
 LARGEST_Z, LARGEST_SHIFT = 5.0, 0.5
@@ -31,17 +31,39 @@ LARGEST_WIDENING = 1.1  # of a standard deviation, by draws that were thrown out
 LARGEST_SCALE = 30.0  # of a column of the data, its mean or its standard deviation
 LARGEST_UNSTABLE = 0.01  # share of short trajectories from the steepest states
 FIRST_PARTS = (0.1, 0.2, 0.33)
-# Predictions are looked at on so many rows and draws, and for at most this share of the work that the run itself was.
+# Predictions are compared on so many rows and draws, for at most this share of the run's own work.
 ROWS, DRAWS, SHARE = 50, 250, 0.05
 
 
 class SamplingWarning(UserWarning):
-    """A run's draws are not, or not yet, draws from the posterior; says why, and what to do."""
+    """A run's draws are not, or not yet, draws from the posterior; says why, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """
+    A finished run.
+
+    :param num_chains: number of chains, lost ones included.
+    :param lost: numbers of the lost chains.
+    :param diagnostics: the kernel's.
+    :param stats: statistics of the kept draws, ``[chains, draws]``, without lost chains.
+    :param samples: gives the draws by site, ``[chains, draws, *site]``, without lost chains.
+    """
+
+    kernel: SGMCMCKernel
+    num_samples: int
+    warmup_steps: int
+    num_chains: int
+    lost: Sequence[int]
+    diagnostics: Mapping[str, Any]
+    stats: Mapping[str, Tensor]
+    samples: Callable[[], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """What :func:`assess` found: sentences, empty for a good run, and the drift of the energies."""
+    """The result of :func:`assess`: findings as sentences, none for a good run, and the drift of the energies."""
 
     findings: list[str] = field(default_factory=list)
     drift: dict[str, float] | None = None
@@ -51,30 +73,25 @@ class Assessment:
         return "; ".join(self.findings) + " (mcmc.diagnostics() and mcmc.summary() have the numbers)"
 
 
-def assess(mcmc: SGMCMC) -> Assessment:
-    """
-    Looks at a finished run.
-
-    :param mcmc: the runner.
-    """
-    kernel, about = mcmc.kernel, mcmc._diagnostics
-    findings = _lost(mcmc)
-    stats = mcmc.sample_stats()
+def assess(run: Finished) -> Assessment:
+    """Checks the draws of a finished run."""
+    kernel, about, stats = run.kernel, run.diagnostics, run.stats
+    findings = _lost(run)
     temperature = float(stats["temperature"][0, -1])
     found: dict[str, float] | None = None
-    # where the rule was clamped, T is a name: what is asked for is no law in which chains could agree
+    # where the rule was clamped, chains do not sample at T, and need not agree
     sampled = temperature > 0.0 and about["clamped"] == 0.0
     constant = all(bool((stats[name] == stats[name][0, 0]).all()) for name in ("step_size", "temperature"))
-    if mcmc.num_samples >= LEAST_DRAWS and temperature > 0.0:
+    if run.num_samples >= LEAST_DRAWS and temperature > 0.0:
         if constant:
             found = drift(stats["energy"])
             findings += _drifting(found)
         if sampled:
-            findings += _mixing(mcmc, stats["energy"], constant)
+            findings += _mixing(run, stats["energy"], constant)
         if sampled and constant and kernel.mixes:
-            findings += _unstable(mcmc, float(stats["step_size"][0, -1]), temperature)
+            findings += _unstable(run, float(stats["step_size"][0, -1]), temperature)
             if kernel.potential.batches.num_data is None:  # minibatches have outliers of their own
-                findings += _thrown(stats["energy"], temperature, mcmc.get_samples(group_by_chain=True))
+                findings += _thrown(stats["energy"], temperature, run.samples())
     if sampled:
         findings += _heat(kernel, about, temperature)
     fell = about["step fell"]
@@ -83,7 +100,7 @@ def assess(mcmc: SGMCMC) -> Assessment:
             f"the step fell by a factor of {fell:.0f} when minibatch noise was held to its share, so that what was left of warm-up may "
             "not have brought the chains back: take a larger batch_size, more warmup_steps, or control_variate="
         )
-    if findings and kernel.potential is not None:
+    if findings:
         findings += _units(kernel.potential.arguments)
     return Assessment(findings, found)
 
@@ -95,9 +112,9 @@ def drift(energy: Tensor) -> dict[str, float]:
     .. math:: \text{shift} = (\bar e_\text{first} - \bar e_\text{last}) / s, \qquad z = \text{shift} / \sqrt{\tau/n_\text{first} +
         \tau/n_\text{last}},
 
-    with the standard deviation :math:`s` within chains and the autocorrelation time :math:`\tau` of the last half alone, since a trend
-    must not be measured by its own size. Chains of a network sit in modes of different energy, so that only means are compared. It
-    cannot see chains that are wrong all along.
+    with the standard deviation :math:`s` within chains and the autocorrelation time :math:`\tau` of the last half alone, which a trend at
+    the start does not enlarge. Only means are compared, since chains of a network sit in modes of different energy. Chains that are wrong
+    from start to end are not detected.
 
     :param energy: ``[chains, draws]``, of at least 20 draws.
     :return: of the part with the largest :math:`|z|`: ``"z"``, ``"shift"``, and the means ``"first"`` and ``"last"``.
@@ -118,12 +135,12 @@ def drift(energy: Tensor) -> dict[str, float]:
 
 
 def _effective(energy: Tensor) -> float:
-    """Effective draws of all chains together; Pyro's estimate takes memory in their square."""
+    """Effective draws of all chains together; the memory of Pyro's estimate grows with their square."""
     return float(effective_size(_thinned(energy).double().unsqueeze(-1)).nan_to_num(1.0))
 
 
 def _thinned(values: Tensor) -> Tensor:
-    """At most 1000 evenly spaced draws of values ``[chains, draws, ...]``, lest a look at a long run take much memory."""
+    """At most 1000 evenly spaced draws of values ``[chains, draws, ...]``, to save memory on a long run."""
     return values[:, :: -(-values.shape[1] // 1000)]
 
 
@@ -136,21 +153,23 @@ def _drifting(found: dict[str, float]) -> list[str]:
     ]
 
 
-def _lost(mcmc: SGMCMC) -> list[str]:
-    if not mcmc._left_out:
+def _lost(run: Finished) -> list[str]:
+    if not run.lost:
         return []
-    when = [mcmc._diagnostics["divergences"][chain] for chain in mcmc._left_out]
+    when = [run.diagnostics["divergences"][chain] for chain in run.lost]
     early = sum(rows[:1] == [0] for rows in when)
     late = sorted(rows[0] for rows in when if rows[:1] != [0])
     times = [f"{early} in warm-up"] if early else []
     times += [f"{len(late)} from sample {late[0]} on"] if late else []
     return [
-        f"{len(mcmc._left_out)} of {mcmc._asked_chains} chains were lost ({', '.join(times)}) and are left out of all results: the step "
+        f"{len(run.lost)} of {run.num_chains} chains were lost ({', '.join(times)}) and are left out of all results: the step "
         "size is too large for where they went. Take a smaller step_size, scale inputs and targets to about 1, or a smaller auto_share"
     ]
 
 
-def _heat(kernel: Any, about: dict[str, Any], temperature: float) -> list[str]:
+def _heat(kernel: SGMCMCKernel, about: Mapping[str, Any], temperature: float) -> list[str]:
+    if about["T_eff"] is None:  # the rule does not predict it
+        return []
     remedy = "a larger batch_size" if kernel.automatic else 'a smaller step_size ("auto" keeps to 1.1), or a larger batch_size'
     site, hottest = max(about["T_eff"].items(), key=lambda item: item[1])
     if hottest > LARGEST_HEAT * temperature:
@@ -173,7 +192,7 @@ def _heat(kernel: Any, about: dict[str, Any], temperature: float) -> list[str]:
 
 
 def _units(arguments: Arguments) -> list[str]:
-    """The largest column of the data, where it is far from 1 in size: the most frequent cause of what else is found."""
+    """The largest column of the data, if it is far from 1 in size: the most frequent cause of other findings."""
     largest, found = LARGEST_SCALE, []
     for label, tensor in zip(arguments.labels, arguments.tensors, strict=True):
         if not tensor.is_floating_point() or tensor.dim() not in (1, 2) or len(tensor) < LEAST_DRAWS:
@@ -192,13 +211,13 @@ def _units(arguments: Arguments) -> list[str]:
     return found
 
 
-def _unstable(mcmc: SGMCMC, step_size: float, temperature: float) -> list[str]:
-    kernel = mcmc.kernel
-    updates = (mcmc.num_samples + mcmc.warmup_steps) * kernel.updates_per_sample
+def _unstable(run: Finished, step_size: float, temperature: float) -> list[str]:
+    kernel = run.kernel
+    updates = (run.num_samples + run.warmup_steps) * kernel.updates_per_sample
     most = min(TRAJECTORIES, int(SHARE * updates / (LEAPFROG_STEPS + 1)))
-    if most * mcmc._asked_chains < TRAJECTORIES:
+    if most * run.num_chains < TRAJECTORIES:
         return []
-    share = kernel.steepest.unstable(kernel, step_size, temperature, most)
+    share = unstable_share(kernel.run, step_size, temperature, most)
     if share is None or share <= LARGEST_UNSTABLE:
         return []
     return [
@@ -211,8 +230,8 @@ def _unstable(mcmc: SGMCMC, step_size: float, temperature: float) -> list[str]:
 
 def _thrown(energy: Tensor, temperature: float, samples: Mapping[str, Tensor]) -> list[str]:
     """
-    Whether a chain was thrown out of where it was, and came back, and whether that shows in a site's standard deviation. Of exact draws
-    one in e^20 has an energy so high.
+    Whether a chain was thrown far out and came back, and whether that enlarges a site's standard deviation. One exact draw in e^20 has an
+    energy so high.
     """
     middle, high = (_thinned(energy).double().quantile(q, dim=1, keepdim=True) for q in (0.5, 0.95))
     excess = energy - middle
@@ -235,10 +254,10 @@ def _thrown(energy: Tensor, temperature: float, samples: Mapping[str, Tensor]) -
     return []
 
 
-def _mixing(mcmc: SGMCMC, energy: Tensor, constant: bool) -> list[str]:
+def _mixing(run: Finished, energy: Tensor, constant: bool) -> list[str]:
     findings = []
-    samples = mcmc.get_samples(group_by_chain=True)
-    some = torch.linspace(0, mcmc.num_samples - 1, min(DRAWS, mcmc.num_samples)).round().long()  # draws in a file are read page by page
+    samples = run.samples()
+    some = torch.linspace(0, run.num_samples - 1, min(DRAWS, run.num_samples)).round().long()  # draws in a file are read page by page
     for name, values in samples.items():
         picked, where = spaced(values[:, some], 20)
         still = stands_still(picked)
@@ -249,20 +268,21 @@ def _mixing(mcmc: SGMCMC, energy: Tensor, constant: bool) -> list[str]:
                 "are used up: start elsewhere (init_strategy), or write the site in another form (non-centred, another scale)"
             )
             break
-    if not mcmc.kernel.mixes:
+    if not run.kernel.mixes:
         return findings
     slow = "take more samples, or more num_steps_per_sample"
-    if mcmc.kernel.automatic and mcmc.kernel.step_size.growing:
-        step = mcmc.kernel.step_size.value
-        slow = f"the step size, {step:.1e}, was still growing at the end of warm-up: take more warmup_steps, or another init_strategy"
+    step_size = run.kernel.step_size
+    if isinstance(step_size, AutoStepSize) and step_size.growing:
+        found = f"the step size, {step_size.value:.1e}, was still growing at the end of warm-up"
+        slow = f"{found}: take more warmup_steps, or another init_strategy"
     effective = _effective(energy) / len(energy)
     if constant and effective < LEAST_ENERGIES:
         findings.append(f"the kept energies hardly move: {effective:.1f} effective draws a chain: {slow}")
-    # hidden units of a network may change places, with which its weights do: two matrices tell it from a regression
+    # hidden units of a network may be permuted, and its weights with them; two matrices distinguish a network from a regression
     network = sum(value.dim() >= 4 for value in samples.values()) >= 2
     compared = {name: v for name, v in samples.items() if not network or (v.shape[2:].numel() == 1 and "." not in name)}
     looked = {f"site {name!r}": value for name, value in compared.items()}
-    predictions = fitted_values(mcmc)
+    predictions = fitted_values(run)
     if predictions is not None:
         looked["the predicted means of the data"] = predictions
     worst, where_worst = 0.0, ""
@@ -276,40 +296,40 @@ def _mixing(mcmc: SGMCMC, energy: Tensor, constant: bool) -> list[str]:
     return findings
 
 
-def fitted_values(mcmc: SGMCMC) -> Tensor | None:
+def fitted_values(run: Finished) -> Tensor | None:
     """
-    The means of the model's observed sites at some rows of its data, ``[chains, draws, k]``, in which chains of a network can be
-    compared. None where they cannot be had: a model that draws its own rows, laws without a finite mean, or a run so short that
-    this would take a large part of its time.
+    Means of the model's observed sites at some rows of its data, ``[chains, draws, k]``: chains of a network can be compared in these.
+    None for a model that draws its own rows, for laws without a finite mean, and for a run so short that this would take a large part of
+    its time.
     """
-    kernel = mcmc.kernel
+    kernel = run.kernel
     potential = kernel.potential
     if potential.structure.scaling == "indices":
         return None
     rows = potential.structure.plate_batch or ROWS
-    work = SHARE * mcmc._asked_chains * (mcmc.num_samples + mcmc.warmup_steps) * kernel.updates_per_sample * rows
-    rows = min(ROWS, rows)
-    draws = min(DRAWS, mcmc.num_samples, int(work / (rows * mcmc.num_chains)))
+    work = SHARE * run.num_chains * (run.num_samples + run.warmup_steps) * kernel.updates_per_sample * rows
+    rows, left = min(ROWS, rows), run.num_chains - len(run.lost)
+    draws = min(DRAWS, run.num_samples, int(work / (rows * left)))
     if draws < LEAST_DRAWS:
         return None
     args, kwargs = potential.some_rows(rows)
-    kept = torch.linspace(0, mcmc.num_samples - 1, draws).round().long()
-    samples = {name: value[:, kept].flatten(0, 1) for name, value in mcmc.get_samples(group_by_chain=True).items()}
-    values = function_values(_means(kernel.model, set(samples)), samples, mcmc.num_chains, args, kwargs)
+    kept = torch.linspace(0, run.num_samples - 1, draws).round().long()
+    samples = {name: value[:, kept].flatten(0, 1) for name, value in run.samples().items()}
+    values = function_values(_means(kernel.model, set(samples)), samples, left, args, kwargs)
     finite = values.isfinite().flatten(0, 1).all(0)
     return values[..., finite] if bool(finite.any()) else None
 
 
 def _means(model: Callable, latent: set[str]) -> Callable[..., Tensor]:
-    """A model that returns the means of what is observed beside its latent sites, of classes their probabilities, in one row ``[k]``."""
+    """A model that returns the means of its observed sites, for classes their probabilities, in one row ``[k]``."""
 
     def means(*args: Any, **kwargs: Any) -> Tensor:
         trace = poutine.trace(model).get_trace(*args, **kwargs)
-        parts = []
+        parts: list[Tensor] = []
         for name in trace.observation_nodes:
-            if name in latent:  # conditioned on a draw
-                continue
             law = trace.nodes[name]["fn"]
+            if name in latent or not isinstance(law, Distribution):  # latent sites are observed here, conditioned on a draw
+                continue
             probs = getattr(law, "probs", None)
             if probs is None:
                 probs = getattr(getattr(law, "base_dist", None), "probs", None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyro
@@ -17,43 +19,65 @@ from pyro_advbayes.infer.mcmc.rule import Updates
 from pyro_advbayes.infer.mcmc.schedules import Schedule, as_schedule, check_value
 from pyro_advbayes.infer.mcmc.sgadald import SGAdaLD
 from pyro_advbayes.infer.mcmc.sgld import SGLD
+from pyro_advbayes.infer.mcmc.state import AutoStepSize, ChainState
 from pyro_advbayes.model.batches import Batch
 from pyro_advbayes.model.initialization import init_to_fan_in
+from pyro_advbayes.model.potential import Potential
 from pyro_advbayes.storage import reference
 
 LEARNERS = ("mean", "sum", "independent")
 Loss = Callable[[Callable, Tensor, Sequence[Any], Mapping[str, Any]], Tensor]
 
 
+@dataclass
+class InputState:
+    """
+    The state of the input chains.
+
+    :param random: their own random generator: with the adversary at rest the weights move as they would without one.
+    :param lasting: what the adversary keeps from minibatch to minibatch.
+    :param sizes: mean distances by which the last minibatch was moved.
+    """
+
+    random: torch.Generator
+    lasting: Tensor | None = None
+    sizes: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class BALState(ChainState):
+    """The state of weights and inputs."""
+
+    inputs: InputState = field(kw_only=True)
+
+
 class BAL(SGMCMCKernel):
     r"""
-    Bayesian Adversarial Learning, Ye and Zhu (2018): alternates, minibatch by minibatch, a sampler of perturbed inputs and one of
-    the weights,
+    Bayesian Adversarial Learning, Ye and Zhu (2018). For every minibatch it samples perturbed inputs, then weights,
 
     .. math::
         \tilde x_i &\sim p(\tilde x_i \mid \theta, x_i) \propto \exp\{(\ell(\tilde x_i; \theta) - c(\tilde x_i, x_i)) / T_x\}, \qquad
             \ell = -\log p(y_i \mid \tilde x_i, \theta), \\
         \theta &\sim p(\theta \mid \tilde x) \propto \{p(\theta) \prod_i p(y_i \mid \tilde x_i, \theta)\}^{1/T},
 
-    the first by ``inputs.num_steps`` updates that start at the clean minibatch, the second by ``weights.num_steps`` updates on the
-    perturbed one. Together they are one iteration, which is what ``num_steps_per_sample`` counts. With SGLD an update of the
-    inputs is
+    the first by ``inputs.num_steps`` updates from the clean minibatch, the second by ``weights.num_steps`` updates on the perturbed
+    one. Both together are one iteration; ``num_steps_per_sample`` counts these. With SGLD an update of the inputs is
 
     .. math:: \tilde x \leftarrow \tilde x + \eta\, [\nabla \ell(\tilde x; \theta) - \nabla c(\tilde x, x)] + \sqrt{2 \eta T_x}\, n,
 
     with fresh :math:`n` at every update. (The paper's Eq. 8 has the cost with the sign that drives :math:`\tilde x` away from
     :math:`x`, and its Algorithm 1 draws :math:`n` once; its Eq. 9 has the weights climb.)
 
-    The two conditionals belong to no joint law: what is sampled is the stationary law of the alternation, a pseudo-Gibbs chain, in
-    which learner and adversary play against each other. At cold temperatures (the default, as in the paper) it is minibatch noise and
-    not T that sets the spread of the weights: the temperature there is a name, ``clamp=True`` lets the chain run, and ``diagnostics()``
-    reports the ``T_eff`` that it has. The noise of one minibatch has one direction in all the updates that it is given, and heats that many
-    times as much as in a sampler that takes a new one every time; ``T_eff`` counts that, what SGAdaLD takes off does not.
+    The two conditionals belong to no joint law. BAL samples the stationary law of the alternation, a pseudo-Gibbs chain in which learner
+    and adversary play against each other. At cold temperatures (the default, as in the paper) minibatch noise, not T, sets the spread of
+    the weights: ``clamp=True`` lets the chain run, and ``diagnostics()`` reports its ``T_eff``. The noise of one minibatch has the same
+    direction in all its updates, and heats that many times as much as in a sampler with a new minibatch for each. ``T_eff`` includes that;
+    what SGAdaLD takes off does not.
 
     Several chains are the learners :math:`\theta_1, \ldots, \theta_S`. With ``learners="mean"`` they share minibatches and one adversary,
-    who works against the mean of their losses; ``"sum"`` takes the sums of losses and costs, as the paper does, which is the law of
-    ``"mean"`` at :math:`T_x / S`; ``"independent"`` gives each its own minibatches and its own adversary. In :class:`pyro.infer.MCMC`,
-    which runs chains one by one, they are always independent.
+    which raises the mean of their losses. ``"sum"`` takes the sums of losses and costs, as the paper does; that is the law of ``"mean"`` at
+    :math:`T_x / S`. ``"independent"`` gives each learner its own minibatches and adversary. In :class:`pyro.infer.MCMC`, which runs chains
+    one by one, they are always independent.
 
     Example::
 
@@ -66,23 +90,23 @@ class BAL(SGMCMCKernel):
     :param Updates inputs: how inputs are sampled, ``SGLD.rule(step_size, num_steps)``; its step size may be a function of the update's
         number within the minibatch. By default 15 updates, of the square of the range of ``clip``.
     :param cost: c: :class:`L2` (the paper's), :class:`Box`, or a function of ``(perturbed, clean)`` to ``[rows]``, in nats. The default,
-        a box of a tenth of the range of ``clip``, moves examples that are well within their class, too, which a penalty hardly does: on
-        scikit-learn's digits it was the better trade of clean for robust accuracy. A flow or a generator has an energy of its own, and
-        no further cost by default.
+        a box of a tenth of the range of ``clip``, also moves examples far from the decision boundary, which a penalty hardly does: on
+        scikit-learn's digits it gave the better trade of clean for robust accuracy. A flow or a generator has its own energy, and no
+        further cost by default.
     :param Updates weights: how weights are sampled, by any kernel's ``rule``; by default 15 updates of SGAdaLD at 0.015, clamped.
     :param temperature: T of the weights, a number >= 0 or a function of the update's number.
     :param float input_temperature: :math:`T_x` >= 0.
-    :param clip: smallest and largest value of an input; None for no bounds, where ``inputs`` and ``cost`` must be given.
+    :param clip: smallest and largest value of an input; None for no bounds, which requires ``inputs`` and ``cost``.
     :param str learners: ``"mean"``, ``"sum"`` or ``"independent"``.
     :param int copies: chains of inputs per example, >= 1 (the paper's :math:`S_x`).
-    :param float clean_share: share of a minibatch's rows, 0 to 1, that stays as it is.
+    :param float clean_share: share of a minibatch's rows, 0 to 1, that stays clean.
     :param Adversary adversary: what is moved: :class:`Pixels` by default, a :class:`Flow` field, or the parameters of a
         :class:`Generator`.
-    :param loss: what the adversary raises in place of :math:`\ell`: a function ``loss(model, clean, args, kwargs)`` to ``[rows]``, in which
+    :param loss: the adversary raises this instead of :math:`\ell`: a function ``loss(model, clean, args, kwargs)`` to ``[rows]``, where
         ``model`` has its weights and ``args``, ``kwargs`` hold the perturbed inputs.
-    :param keep: numbers of rows whose perturbed inputs are kept with every sample; see ``SGMCMC.get_extras``.
+    :param keep: indices of rows whose perturbed inputs are kept with every sample; see ``SGMCMC.get_extras``.
 
-    Other arguments, and what is raised: :class:`~pyro_advbayes.infer.mcmc.kernel.SGMCMCKernel`.
+    For other arguments and errors see :class:`~pyro_advbayes.infer.mcmc.kernel.SGMCMCKernel`.
     """
 
     mixes = False  # learners at the paper's cold temperatures are members, each in its own mode
@@ -165,19 +189,26 @@ class BAL(SGMCMCKernel):
     def _potential_options(self) -> dict[str, Any]:
         return {"perturb": self.perturb, "copies": self.copies, "shared_batches": self.learners != "independent"}
 
-    def _start(self, theta: Tensor) -> None:
-        super()._start(theta)
-        potential = self.potential
-        self._place = potential.places.index(potential.perturbed)
+    def _start_state(self, theta: Tensor, auto: AutoStepSize | None) -> BALState:
+        return BALState.start(theta, self.update_rule, auto, inputs=InputState(torch.Generator(theta.device)))
+
+    @property
+    def chains(self) -> BALState:
+        chains = self.run.chains
+        assert isinstance(chains, BALState)
+        return chains
+
+    def _start(self, potential: Potential, theta: Tensor, warmup_samples: int) -> None:
+        super()._start(potential, theta, warmup_samples)
+        perturbed = potential.perturbed
+        assert perturbed is not None  # since the potential was given perturb=
+        self._place = potential.places.index(perturbed)
         if potential.from_loader and self.learners == "independent" and self.num_chains > 1:
             raise ValueError("learners='independent': all chains see a loader's batches; give the data as tensors, and batch_size=")
-        self._check_range(potential.arguments.tensors[potential.perturbed])
+        self._check_range(potential.arguments.tensors[perturbed])
         self._kept = self._rows_to_keep()
-        # A stream of its own: with the adversary at rest the weights move as they would without one.
         digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=4).digest()
-        self._random = torch.Generator(theta.device).manual_seed(int.from_bytes(digest, "little"))
-        self._lasting: Tensor | None = None
-        self._sizes: dict[str, float] = {}
+        self.chains.inputs.random.manual_seed(int.from_bytes(digest, "little"))
 
     def _check_range(self, x: Tensor) -> None:
         if self.clip is not None and (float(x.min()) < self.clip[0] or float(x.max()) > self.clip[1]):
@@ -208,7 +239,7 @@ class BAL(SGMCMCKernel):
 
     @torch.no_grad()
     def _perturbed(self, batch: Batch) -> Batch:
-        """The minibatch with the input chains' last states in the place of the inputs."""
+        """The minibatch with its inputs perturbed."""
         batch = self.potential.repeat(batch)
         clean = batch[self._place]
         rows = clean.shape[: 1 + int(self.potential.batches.per_chain)].numel()
@@ -217,21 +248,21 @@ class BAL(SGMCMCKernel):
             self._check_range(flat)
         perturbed = self._run_inputs(batch, flat)
         if self.clean_share > 0.0:
-            unmoved = torch.rand(rows, generator=self._random, device=flat.device) < self.clean_share
+            unmoved = torch.rand(rows, generator=self.chains.inputs.random, device=flat.device) < self.clean_share
             perturbed[unmoved] = flat[unmoved]
         distance = (perturbed - flat).abs().reshape(rows, -1)
-        self._sizes = {"linf": distance.amax(1).mean(), "l2": torch.linalg.vector_norm(distance, dim=1).mean()}
+        self.chains.inputs.sizes = {"linf": distance.amax(1).mean(), "l2": torch.linalg.vector_norm(distance, dim=1).mean()}
         return self._replaced(batch, perturbed.view_as(clean))
 
     def _replaced(self, batch: Batch, inputs: Tensor) -> Batch:
         return (*batch[: self._place], inputs, *batch[self._place + 1 :])
 
     def _run_inputs(self, batch: Batch, clean: Tensor) -> Tensor:
-        adversary, (rule, step_size, num_steps) = self.adversary, self.inputs
+        adversary, (rule, step_size, num_steps), state = self.adversary, self.inputs, self.chains.inputs
         shape = batch[self._place].shape
 
         def outward(perturbed: Tensor) -> Tensor:
-            """The gradient of the input chain's energy: costs go up it, losses down."""
+            """The gradient of the input chains' energy, cost less loss."""
             ascent = self._loss_gradient(self._replaced(batch, perturbed.view(shape)), clean).reshape(clean.shape)
             return self.cost.gradient(perturbed, clean).sub_(ascent)
 
@@ -240,7 +271,7 @@ class BAL(SGMCMCKernel):
             return perturbed if self.clip is None else perturbed.clamp(*self.clip)
 
         # a copy, because the two buffers of the rule change places
-        z = adversary.start(clean) if self._lasting is None else self._lasting.clone()
+        z = adversary.start(clean) if state.lasting is None else state.lasting.clone()
         noise, variables = torch.empty_like(z), rule.variables(z)
         temperature = torch.tensor(self.input_temperature, dtype=z.dtype, device=z.device)
         for i in range(num_steps):
@@ -248,31 +279,31 @@ class BAL(SGMCMCKernel):
             gradient = adversary.gradient(z, clean, outward)
             if self.learners == "sum":
                 gradient = gradient.mul_(self.num_chains)
-            moved = rule.step(z, gradient, noise.normal_(generator=self._random), size, temperature, variables, "metric")
+            moved = rule.step(z, gradient, noise.normal_(generator=state.random), size, temperature, variables, "metric")
             noise, z = z, adversary.project(moved, onto)
         if adversary.lasting:
-            self._lasting = z
+            state.lasting = z
         return onto(adversary.inputs(z, clean))
 
     def _loss_gradient(self, batch: Batch, clean: Tensor) -> Tensor:
-        """The gradient of the learners' mean loss; of each learner's own where they are independent."""
-        mean = not self.potential.batches.per_chain
-        if self.loss is None:
+        """The gradient of the learners' mean loss; for independent learners, of each one's loss."""
+        mean, custom = not self.potential.batches.per_chain, self.loss
+        if custom is None:
             return self.potential.input_gradient(self.theta, batch, mean)
         pieces = []
         for chain, theta in enumerate(self.theta):
             mine = tuple(t[chain] for t in batch) if not mean else batch
             unmoved = clean if mean else clean.view(self.num_chains, -1, *clean.shape[1:])[chain]
-            pieces.append(self._own_loss_gradient(theta, mine, unmoved))
+            pieces.append(self._custom_loss_gradient(custom, theta, mine, unmoved))
         return torch.stack(pieces).mean(0) if mean else torch.stack(pieces)
 
-    def _own_loss_gradient(self, theta: Tensor, batch: Batch, clean: Tensor) -> Tensor:
+    def _custom_loss_gradient(self, custom: Loss, theta: Tensor, batch: Batch, clean: Tensor) -> Tensor:
         potential = self.potential
         values = {site: value[0] for site, value in potential.constrain(theta.unsqueeze(0)).items()}
         with torch.enable_grad(), pyro.validation_enabled(False), poutine.block(), poutine.condition(data=values):
             moved = batch[self._place].detach().requires_grad_()
             args, kwargs = potential.arguments_with(self._replaced(batch, moved))
-            loss = self.loss(self.model, clean, args, kwargs)
+            loss = custom(self.model, clean, args, kwargs)
             if not isinstance(loss, Tensor) or loss.shape != (len(clean),):
                 shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise ValueError(f"loss must return one number for each of the {len(clean)} rows, [rows]; it returned {shape}")
@@ -287,30 +318,29 @@ class BAL(SGMCMCKernel):
         return {self.perturb: (torch.Size((self.copies * len(rows), *rows.shape[1:])), rows.dtype)}
 
     def extras(self) -> dict[str, Tensor]:
-        """
-        The perturbed inputs of the rows in ``keep``, against the chains as they are: ``{perturb: [chains, rows * copies, ...]}``.
-        """
+        """The inputs in ``keep``, perturbed against the present chains: ``{perturb: [chains, rows * copies, ...]}``."""
         if self._kept is None:
             return {}
         batch = self.potential.repeat(self._kept)
         clean = batch[self._place]
         per_chain = self.potential.batches.per_chain
-        lasting = self._lasting
+        state = self.chains.inputs
+        lasting = state.lasting
         perturbed = self._run_inputs(batch, clean.flatten(0, 1) if per_chain else clean).view_as(clean)
-        self._lasting = lasting  # looking must not move it
+        state.lasting = lasting  # what is reported must not move it
         return {self.perturb: perturbed if per_chain else perturbed.expand(self.num_chains, *clean.shape)}
 
     def diagnostics(self) -> dict[str, Any]:
         """
-        :return: as for every kernel; and ``"perturbation"``, the mean over the last minibatch of the largest (``"linf"``) and the
-            Euclidean (``"l2"``) distance that an input was moved, in units of the input.
+        :return: as for every kernel; and ``"perturbation"``, the mean distance that the last minibatch's inputs were moved, in the
+            maximum norm (``"linf"``) and the Euclidean norm (``"l2"``), in units of the input.
         """
-        return {**super().diagnostics(), "perturbation": {name: float(value) for name, value in self._sizes.items()}}
+        return {**super().diagnostics(), "perturbation": {name: float(value) for name, value in self.chains.inputs.sizes.items()}}
 
     def settings(self) -> dict[str, Any]:
         names = ("perturb", "clip", "learners", "copies", "clean_share", "keep", "input_temperature")
         parts = {name: repr(getattr(self, name)) for name in names}
-        # what functions compute is compared, see reference(), and not what they are called
+        # functions are compared by value, see reference(), and not by name
         own = "ℓ" if self.loss is None else "a function"
         cost = named(self.cost) if type(self.cost) in (L2, Box) else "a function"
         updates = {f"{n}_updates": [named(u.rule), u.num_steps] for n, u in (("inputs", self.inputs), ("weights", self.weights))}
@@ -336,20 +366,12 @@ class BAL(SGMCMCKernel):
             with torch.no_grad():
                 return [start, *(f for z in values for f in (self.adversary.inputs(z, clean), self.adversary.energy(z)))]
 
-        def loss() -> list[Tensor]:
+        def loss(custom: Loss) -> list[Tensor]:
             values = [moved(clean, size * extent) for size in (0.01, 0.1, 1.0)]
-            return [self._own_loss_gradient(self.theta[0], self._replaced(batch, x), clean) for x in values]
+            return [self._custom_loss_gradient(custom, self.theta[0], self._replaced(batch, x), clean) for x in values]
 
-        functions = {"cost": cost, "adversary": adversary} | ({} if self.loss is None else {"loss": loss})
+        functions = {"cost": cost, "adversary": adversary} | ({} if self.loss is None else {"loss": partial(loss, self.loss)})
         return {**super().reference(), **{name: reference.computed(f, clean.device) for name, f in functions.items()}}
 
-    def state(self) -> dict[str, Any]:
-        return {**super().state(), "inputs": [self._random.get_state(), self._lasting, self._sizes]}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        super().load(state)
-        random, self._lasting, self._sizes = state["inputs"]
-        self._random.set_state(random.cpu())
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_random": None, "_kept": None, "_lasting": None, "_sizes": {}}
+        return {**super().__getstate__(), "_kept": None}

@@ -15,12 +15,12 @@ from pyro_advbayes.model.potential import Potential
 
 class ControlVariate:
     r"""
-    What is added to a minibatch gradient at :math:`\theta` to anchor it at :math:`\hat\theta` (Baker et al., 2019):
+    A correction of the minibatch gradient at :math:`\theta` with an anchor :math:`\hat\theta` (Baker et al., 2019):
 
     .. math:: \nabla U(\hat\theta) - \nabla \hat U(\hat\theta),
 
-    the full-data gradient at the anchor less the same minibatch's. Its mean is 0, and where :math:`\theta` is near the anchor it takes
-    most of the minibatch noise away. The temperature weighs the Jacobian of a constrained site alike in both gradients, and cancels.
+    the full-data gradient at the anchor less that of the same minibatch. Its mean is 0, and near the anchor it cancels most of the
+    minibatch noise. The temperature weighs the Jacobian of a constrained site alike in both gradients, and cancels.
 
     :param potential: the potential.
     :param anchor: :math:`\hat\theta`, values by site in the model's own space.

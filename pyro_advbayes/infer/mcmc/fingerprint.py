@@ -1,4 +1,4 @@
-"""What a checkpoint remembers of its run, so that it goes on with the same model, kernel and data, or not at all."""
+"""Fingerprint of a run, so that a checkpoint continues with the same model, kernel and data, or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.schedules import check_value
-from pyro_advbayes.infer.mcmc.step_size import AutoStepSize
+from pyro_advbayes.infer.mcmc.state import AutoStepSize
 from pyro_advbayes.model.batches import Loader
 from pyro_advbayes.storage import reference
 from pyro_advbayes.storage.digests import tensor_digest
@@ -22,7 +22,7 @@ from pyro_advbayes.storage.files import FileError, reading
 
 
 def model_name(model: Callable) -> str:
-    """What a model is called: the name of its class, or of its function, under any effect handlers and ``functools.partial``."""
+    """The name of a model's class or function, under any effect handlers and ``functools.partial``."""
     while isinstance(model, partial):  # poutine.unwrap would take any two arguments for a handler and its model
         handled = model.args and isinstance(model.args[0], Messenger)
         model = model.args[1] if handled else model.func
@@ -33,8 +33,8 @@ def schedule_values(kernel: SGMCMCKernel, num_samples: int) -> dict[str, list[fl
     """
     Step size and temperature from a run's first update to its last.
 
-    :param num_samples: of a chain, those of warm-up included.
-    :raises ValueError: if one is out of range somewhere, before hours are spent on the way there.
+    :param num_samples: samples of a chain, warm-up included.
+    :raises ValueError: if one is out of range anywhere, before hours of sampling up to there.
     """
     last = num_samples * kernel.updates_per_sample - 1
     steps = sorted({round(last * i / 1000) for i in range(1001)})
@@ -48,9 +48,9 @@ def schedule_values(kernel: SGMCMCKernel, num_samples: int) -> dict[str, list[fl
 
 def data_digests(kernel: SGMCMCKernel, loader: bool) -> list[Any]:
     """
-    The digest of every tensor of the data; of a loader also of the first batches that it gives. Warns of one that cannot be replayed.
+    Digests of all tensors of the data, and of a loader's first batches. Warns of a loader that cannot be replayed.
 
-    :param loader: whether they come from one.
+    :param loader: whether the data come from a loader.
     """
     batches = kernel.potential.batches
     tensors = batches.tensors if loader else kernel.potential.arguments.tensors
@@ -66,7 +66,7 @@ def _batches_digest(loader: Loader) -> list[Any] | None:
     name = type(loader.loader).__name__ + ("" if data is None else f" of {type(data).__name__}")
     warnings.warn(
         f"the loader cannot be replayed: {name} gave other batches the second time, from the same random state. A resumed run will not see "
-        "the data that this one would have seen, and nothing tells whether they are the same data. Let chance come from the global "
+        "the data that this one would have seen, and cannot check that they are the same data. Draw random numbers from the global "
         "generators of PyTorch, NumPy or Python, or from a torch.Generator that is an attribute of the loader, its sampler or its data set",
         stacklevel=6,
     )
@@ -74,7 +74,7 @@ def _batches_digest(loader: Loader) -> list[Any] | None:
 
 
 def fingerprint(kernel: SGMCMCKernel, scheduled: Mapping[str, list[float]], data: list[Any] | None) -> dict[str, Any]:
-    """What a run depends on, as plain values; of :func:`schedule_values` and :func:`data_digests`."""
+    """What a run depends on, as plain values. Takes the results of :func:`schedule_values` and :func:`data_digests`."""
     potential = kernel.potential
     return {
         "model": model_name(kernel.model),
@@ -91,7 +91,11 @@ def fingerprint(kernel: SGMCMCKernel, scheduled: Mapping[str, list[float]], data
 
 
 def check_fingerprint(now: dict[str, Any], then: dict[str, Any], path: Path) -> None:
-    """:raises ValueError: naming what differs between two fingerprints. Warns of what may change the last bits."""
+    """
+    Warns of differences that may change the last bits.
+
+    :raises ValueError: naming another difference.
+    """
     for key in [key for key in now if key not in ("threads", "torch")]:
         here, there = now[key], then.get(key)
         if here != there:
@@ -108,7 +112,7 @@ def check_fingerprint(now: dict[str, Any], then: dict[str, Any], path: Path) -> 
 
 
 def kernel_content(kernel: SGMCMCKernel) -> dict[str, Any]:
-    """What a checkpoint holds of a kernel."""
+    """A kernel's part of a checkpoint."""
     return {"energy": kernel.reference_energy(), "reference": kernel.reference(), "kernel": kernel.state()}
 
 
@@ -117,13 +121,13 @@ KERNEL_FIELDS = {"energy": Tensor, "reference": dict, "kernel": dict}
 
 def load_kernel(kernel: SGMCMCKernel, content: Mapping[str, Any], path: Path) -> None:
     """
-    Sets a kernel to where it was.
+    Sets a kernel back to the state of a checkpoint.
 
-    :param content: what :func:`kernel_content` gave.
-    :raises ValueError: if model or functions compute something else now: they are in no fingerprint.
+    :param content: from :func:`kernel_content`.
+    :raises ValueError: if model or functions compute other values now; the fingerprint does not hold these.
     """
     then = content["energy"]
-    with reading(path, passing=ValueError):
+    with reading(path):
         kernel.load(_to(content["kernel"], kernel.potential.device))
     energy = kernel.reference_energy()
     rtol = 1e-5 if energy.dtype.itemsize >= 4 else 1e-2  # the same model on another machine differs by rounding

@@ -1,93 +1,96 @@
-"""Chains that are lost in warm-up, or run away, start again from where they were last well."""
+"""Chains that are lost or run away: in warm-up they start again from their last good state, later they stay where they were."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pyro_advbayes.infer.mcmc.rule import Variables
-
-if TYPE_CHECKING:
-    from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
+from pyro_advbayes.infer.mcmc.state import ChainState, Run
 
 MOST_RESTARTS = 10  # of one chain: the step is then a thousandth
 LOOKS = 50  # in a warm-up
 
 
-class Restarts:
+def watch(run: Run) -> None:
     """
-    The last good states of all chains, and how often each was set back to it. A state is good while its energy on a fixed
-    minibatch is finite and at most :math:`T (1000 + 10 d)` above the last good one's: a chain that was thrown out to where U is flat
-    has finite numbers, and would count as converged there.
+    Called before every update of warm-up: looks 50 times at the chains, keeps good states and sets back runaways.
 
-    Every restart halves the step size of all chains (:meth:`AutoStepSize.lower`).
-
-    :param num_chains: number of chains.
+    A state is good while its energy on a fixed minibatch is finite and at most :math:`T (1000 + 10 d)` above that of the last good one. A
+    chain that was thrown out to where U is flat has finite numbers, and would count as converged there.
     """
+    chains, potential, T = run.chains, run.potential, run.T
+    if chains.counts.updates % max(1, run.warmup_updates // LOOKS):
+        return
+    _, energy = potential.evaluate("both", chains.theta, potential.probe_batches[0], T)
+    last = chains.restarts
+    if last.theta is None or last.energy is None:
+        last.theta, last.energy = chains.theta.clone(), energy.clone()
+        last.variables = {name: value.clone() for name, value in chains.variables.items()}
+        return
+    allowed = T * (1000.0 + 10.0 * potential.size) + 1e-3 * last.energy.abs()
+    good = (energy <= last.energy + allowed).to(chains.alive.device)  # False for NaN
+    restart(chains, chains.alive & ~good, chains.theta)
+    good = (good & chains.alive).to(energy.device)
+    last.theta[good], last.energy[good] = chains.theta[good], energy[good]
+    for name, value in last.variables.items():
+        value[good] = chains.variables[name][good]
 
-    def __init__(self, num_chains: int) -> None:
-        self.counts = [0] * num_chains
-        self.theta: Tensor | None = None
-        self.variables: Variables = {}
-        self.energy: Tensor | None = None
 
-    def watch(self, kernel: SGMCMCKernel) -> None:
-        """Called before every update of warm-up: looks 50 times at the chains, keeps good states and sets back runaways."""
-        if kernel.steps % max(1, kernel.warmup_updates // LOOKS):
-            return
-        potential, T = kernel.potential, kernel.temperature(kernel.steps)
-        _, energy = potential.evaluate("both", kernel.theta, potential.probe_batches[0], T)
-        if self.theta is None:
-            self.theta, self.energy = kernel.theta.clone(), energy.clone()
-            self.variables = {name: value.clone() for name, value in kernel.variables.items()}
-            return
-        allowed = T * (1000.0 + 10.0 * potential.size) + 1e-3 * self.energy.abs()
-        good = (energy <= self.energy + allowed).to(kernel.alive.device)  # False for NaN
-        bad = kernel.alive & ~good
-        self.restart(kernel, bad, kernel.theta)
-        good = (good & kernel.alive).to(energy.device)
-        self.theta[good], self.energy[good] = kernel.theta[good], energy[good]
-        for name, value in self.variables.items():
-            value[good] = kernel.variables[name][good]
+def restart(chains: ChainState, lost: Tensor, into: Tensor) -> Tensor:
+    """
+    Sets lost chains that have restarts left back to their last good state. Each call that does so halves the step size of all chains.
 
-    def restart(self, kernel: SGMCMCKernel, lost: Tensor, into: Tensor) -> Tensor:
-        """
-        Sets chains back, those that have restarts left.
+    :param lost: which chains are lost, ``[chains]``.
+    :param into: the state to write to, ``[chains, size]``.
+    :return: which were set back, ``[chains]``.
+    """
+    last = chains.restarts
+    left = torch.tensor([count < MOST_RESTARTS for count in last.counts], device=lost.device)
+    again = lost & left
+    if last.theta is None or chains.auto is None or not bool(again.any()):
+        return torch.zeros_like(lost)
+    rows = again.to(into.device)
+    into[rows] = last.theta[rows]
+    for name, value in last.variables.items():
+        chains.variables[name][rows] = value[rows]
+    for chain in again.nonzero().flatten().tolist():
+        last.counts[chain] += 1
+    chains.auto.lower()
+    return again
 
-        :param lost: which, ``[chains]``.
-        :param into: the state to write to, ``[chains, size]``.
-        :return: which were set back.
-        """
-        left = torch.tensor([count < MOST_RESTARTS for count in self.counts], device=lost.device)
-        again = lost & left
-        if self.theta is None or not bool(again.any()):
-            return torch.zeros_like(lost)
-        rows = again.to(into.device)
-        into[rows] = self.theta[rows]
-        for name, value in self.variables.items():
-            kernel.variables[name][rows] = value[rows]
-        for chain in again.nonzero().flatten().tolist():
-            self.counts[chain] += 1
-        kernel.step_size.lower()
-        return again
 
-    def forget_states(self) -> None:
-        """Frees the states, once warm-up is over."""
-        self.theta, self.energy, self.variables = None, None, {}
+def find_lost(chains: ChainState, step_size: float, energy: Tensor | None, adapting: bool) -> None:
+    """
+    Finds out which chains are lost by an update, and sets them back in warm-up.
 
-    def without_states(self) -> Restarts:
-        """A copy that holds the counts alone."""
-        copy = Restarts(0)
-        copy.counts = list(self.counts)
-        return copy
+    :param energy: of the state before it, ``[chains]``, where it is known.
+    :raises RuntimeError: if no chain is left.
+    """
+    finite = chains.buffer.isfinite().all(dim=-1)
+    if energy is not None:
+        finite &= energy.isfinite()
+    lost = chains.alive & ~finite.to(chains.alive.device)
+    if adapting:
+        lost &= ~restart(chains, lost, chains.buffer)
+    chains.alive &= ~lost
+    chains.some_lost = not bool(chains.alive.all())
+    if bool(chains.alive.any()):
+        return
+    what = f"every chain is lost: energy or gradient is not finite at update {chains.counts.updates} (step_size={step_size:.3g})"
+    elsewhere = "check the data for values that are far out, or start elsewhere (init_strategy)"
+    if chains.auto is None:
+        raise RuntimeError(f'{what}. Take a smaller step_size, or "auto"; {elsewhere}')
+    raise RuntimeError(
+        f"{what}, after {sum(chains.restarts.counts)} restarts, each with half the step. Give a smaller step_size, scale inputs and "
+        f"targets to about 1, {elsewhere}"
+    )
 
-    def state(self) -> list[Any]:
-        """What :meth:`load` needs, as tensors and plain values."""
-        return [self.counts, self.theta, self.energy, self.variables]
 
-    def load(self, state: list[Any]) -> None:
-        """Goes on from a :meth:`state`."""
-        self.counts, self.theta, self.energy, variables = state
-        self.variables = dict(variables)
+def hold_lost(chains: ChainState) -> None:
+    """Sets lost chains back to their last finite state, where they stay."""
+    lost = (~chains.alive).to(chains.theta.device)
+    chains.buffer[lost] = chains.theta[lost]
+    for value in chains.variables.values():
+        value[lost] = torch.nan_to_num(value[lost], 0.0, 0.0, 0.0)
+    if "momentum" in chains.variables:
+        chains.variables["momentum"][lost] = 0.0

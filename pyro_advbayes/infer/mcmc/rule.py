@@ -15,17 +15,20 @@ Variables = dict[str, Tensor]
 
 class Rule(ABC):
     """
-    One update of many chains, all tensors ``[chains, size]``. Rules know nothing of Pyro, models or data.
+    One update of many chains, all tensors ``[chains, size]``. Rules know nothing of Pyro, models or data. A rule needs :meth:`step`;
+    the other methods are optional.
 
-    A rule may keep variables per weight (a momentum, a preconditioner), which it updates in place; they persist from step to step
-    and travel in checkpoints. All settings are plain numbers.
+    A rule may keep variables per weight (a momentum, a preconditioner), which it updates in place. They persist from step to step, and
+    checkpoints hold them. All settings are plain numbers.
     """
 
-    learns: frozenset[str] = frozenset()
-    """What :meth:`step` can learn from the gradients: ``"metric"``, a preconditioner, and ``"moment"``, their mean square at rest."""
+    @property
+    def learns(self) -> frozenset[str]:
+        """What :meth:`step` learns from the gradients: ``"metric"``, a preconditioner, and ``"moment"``, their mean square at rest."""
+        return frozenset()
 
     def variables(self, theta: Tensor) -> Variables:
-        """What the rule keeps beside theta, at the start. Nothing in it is in units of the step size, which may change at any update."""
+        """The rule's variables at the start. None of them is in units of the step size, which may change at any update."""
         return {}
 
     @abstractmethod
@@ -42,59 +45,62 @@ class Rule(ABC):
         """
         One update.
 
-        :param theta: where the chains are; left as it is.
-        :param gradient: of U at theta, from a minibatch; used up.
-        :param noise: standard normal numbers; used up, and returned holding the new theta: two buffers that change places are
-            all the memory that a chain needs.
+        :param theta: where the chains are; not changed.
+        :param gradient: of U at theta, from a minibatch; may be overwritten.
+        :param noise: standard normal numbers, overwritten with the new theta. Two buffers that change places are all the memory that a
+            chain needs.
         :param step_size: a number in a tensor, > 0.
         :param temperature: a number in a tensor, >= 0.
         :param variables: the rule's own, updated in place.
-        :param learning: what the rule is to learn from this gradient: ``"metric"`` in the first half of warm-up, after which the chain
-            must relax, since a preconditioner that follows theta leads to another law; ``"moment"`` in the last 30 %; else None.
+        :param learning: what the rule learns from this gradient: ``"metric"`` in the first half of warm-up, after which the chain
+            must relax, since a preconditioner that depends on theta leads to another law; ``"moment"`` in the last 30 %; else None.
         :return: the new theta, in the memory of ``noise``.
         """
 
-    @abstractmethod
-    def injected_temperature(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> Tensor:
+    def injected_temperature(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> Tensor | None:
         """
         The temperature of each coordinate without the noise of minibatch gradients: T, less what the rule takes off for that noise.
 
         :param noise_variance: variance of the minibatch gradient at one theta, per coordinate ``[size]``; 0 on full data.
-        :return: broadcasts to ``[chains, size]``.
+        :return: broadcasts to ``[chains, size]``. None if unknown: the run then reports no ``T_eff``.
         """
+        return None
 
-    @abstractmethod
-    def heating(self, step_size: float, variables: Variables) -> Tensor | float:
-        """By how much each unit of a minibatch gradient's variance raises a coordinate's temperature; broadcasts to ``[chains, size]``."""
+    def heating(self, step_size: float, variables: Variables) -> Tensor | float | None:
+        """
+        By how much each unit of a minibatch gradient's variance raises a coordinate's temperature; broadcasts to ``[chains, size]``. None
+        if unknown.
+        """
+        return None
 
     def temperatures(
         self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables, updates_per_batch: int = 1
-    ) -> Tensor:
+    ) -> Tensor | None:
         """
-        The temperature at which each coordinate is sampled, once the noise of minibatch gradients is counted.
+        The temperature at which each coordinate is sampled, with the noise of minibatch gradients.
 
         :param noise_variance: variance of the minibatch gradient at one theta, per coordinate ``[size]``; 0 on full data.
-        :param updates_per_batch: M >= 1, how many updates in a row see one minibatch. Their noise has one direction, so that it adds M
-            times what as many minibatches would. That is exact for small steps, and an upper bound where M of them go far.
-        :return: ``[size]`` or ``[chains, size]``.
+        :param updates_per_batch: M >= 1, how many updates in a row see one minibatch. Their noise has one direction, and adds M times what
+            as many minibatches would. That is exact for small steps, and an upper bound where M of them go far.
+        :return: ``[size]`` or ``[chains, size]``; None if unknown.
         """
-        heating = updates_per_batch * self.heating(step_size, variables)
-        return self.injected_temperature(noise_variance, step_size, temperature, variables) + heating * noise_variance
+        heating = self.heating(step_size, variables)
+        injected = self.injected_temperature(noise_variance, step_size, temperature, variables)
+        return None if heating is None or injected is None else injected + updates_per_batch * heating * noise_variance
 
     def largest_step(self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables) -> float:
         """
-        The largest step size at which discretisation and minibatch noise each change the temperature by at most ``share``. A rule
-        without it runs with step sizes that are given.
+        The largest step size at which discretisation and minibatch noise each change the temperature by at most ``share``. Without it,
+        ``step_size="auto"`` is refused.
 
-        :param curvature: largest eigenvalue of the Hessian of U, after :meth:`metric`.
-        :param noise_variance: ``[sites]``, mean variance of the minibatch gradient per site, after :meth:`metric`; 0 where noise does
+        :param curvature: largest eigenvalue of the Hessian of U, in the coordinates of :meth:`metric`.
+        :param noise_variance: ``[sites]``, mean variance of the minibatch gradient per site, in the same coordinates; 0 where noise does
             not count.
-        :raises ValueError: if the rule has no such bound.
         """
-        raise ValueError(f'step_size="auto": {type(self).__name__} has no largest_step. Give a step size')
+        raise NotImplementedError
 
     def leapfrog_step(self, step_size: float) -> float:
-        """The step of Hamiltonian dynamics, in the coordinates of :meth:`metric`, whose discretisation an update shares."""
+        """The step of Hamiltonian dynamics with the discretisation error of one update, in the coordinates of :meth:`metric`."""
         return (2.0 * step_size) ** 0.5
 
     def metric(self, variables: Variables) -> Tensor | None:
@@ -107,17 +113,18 @@ class Rule(ABC):
 
     def settle(self, variables: Variables, second_moment: Tensor, evaluations: int) -> None:
         """
-        Called once the preconditioner is frozen, with a first estimate of what ``"moment"`` is to be; without a warm-up, at the start.
+        Called once the preconditioner is frozen, with a first estimate of ``"moment"``; without a warm-up, at the start.
 
-        :param second_moment: the mean square of the minibatch gradient where the chains are, ``[size]``.
-        :param evaluations: of how many gradients it is the mean.
+        :param second_moment: mean square of the minibatch gradient where the chains are, ``[size]``.
+        :param evaluations: number of gradients in this mean.
         """
         return
 
     def check(self, step_size: float, temperature: float, variables: Variables, names: list[tuple[str, slice]]) -> float:
         """
-        Looks at the end of warm-up whether the rule is valid where it is going to sample.
+        Checks at the end of warm-up that the rule is valid where it is going to sample.
 
+        :param names: sites, and where they stand in a row of theta.
         :return: the share of coordinates where it had to be clamped.
         :raises ValueError: if it is not valid, and not allowed to clamp.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from pyro.infer.mcmc.util import select_samples
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.mcmc import summary
-from pyro_advbayes.infer.mcmc.assessment import Assessment, SamplingWarning, assess
+from pyro_advbayes.infer.mcmc.assessment import Assessment, Finished, SamplingWarning, assess
 from pyro_advbayes.infer.mcmc.fingerprint import (
     KERNEL_FIELDS,
     check_fingerprint,
@@ -40,8 +42,8 @@ _KIND = "checkpoint of SGMCMC"
 
 class SGMCMC(AbstractMCMC):
     """
-    Runs a stochastic-gradient kernel: like :class:`pyro.infer.MCMC`, with its chains as rows of one state instead of processes,
-    and samples that may go to a file.
+    Runs a stochastic-gradient kernel. Like :class:`pyro.infer.MCMC`, but chains are rows of one state instead of processes, and samples
+    may go to a file.
 
     Example::
 
@@ -50,7 +52,7 @@ class SGMCMC(AbstractMCMC):
         mcmc.summary(x_test)
         samples = mcmc.get_samples()
 
-    One thread of a process may run at a time, since Pyro's effect handlers are the process's; a second one is refused.
+    Only one thread of a process may run at a time, since threads share Pyro's effect handlers; a second one is refused.
 
     :param SGMCMCKernel kernel: the kernel.
     :param int num_samples: samples to keep per chain, >= 1; each takes the kernel's ``num_steps_per_sample`` updates.
@@ -59,15 +61,15 @@ class SGMCMC(AbstractMCMC):
     :param dict initial_params: where the chains start, ``[chains, *shape]`` by site, in unconstrained space.
     :param hook_fn: called as ``hook_fn(kernel, params, stage, i)`` after every sample, with ``stage`` ``"Warmup"`` or ``"Sample"`` and
         unconstrained, detached ``params`` ``[chains, *shape]``.
-    :param bool disable_progbar: no progress bar; there is none where the output is no terminal.
+    :param bool disable_progbar: no progress bar; there is none if the output is no terminal.
     :param draws: path of a file for the samples; None keeps them in memory, or beside the checkpoint if there is one.
     :param draws_dtype: keep samples as ``torch.float16`` or ``torch.bfloat16``; None keeps the sites' own dtypes.
     :param checkpoint: path of a file from which :meth:`resume` can go on.
     :param int checkpoint_every: samples between checkpoints, >= 1; those of warm-up count.
     :param bool overwrite: whether the files may replace existing ones.
     :raises ValueError: naming an argument out of range.
-    :raises FileExistsError: at ``run``, before any sampling, if a file exists. What else may be wrong with a path (no folder, a directory,
-        a dangling link, a file in use by another run) is refused there, too.
+    :raises FileExistsError: at ``run``, before any sampling, if a file exists. Other bad paths (no folder, a directory, a dangling link, a
+        file in use by another run) are refused there, too.
     """
 
     def __init__(
@@ -90,13 +92,13 @@ class SGMCMC(AbstractMCMC):
         counts = {"num_samples": (num_samples, 1), "warmup_steps": (warmup_steps, 0), "num_chains": (num_chains, 1)}
         counts["checkpoint_every"] = (checkpoint_every, 1)
         for name, (value, least) in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}: an int >= {least}")
+            check_int(value, name, least)
         if not isinstance(kernel, SGMCMCKernel):
             raise ValueError(f"kernel={type(kernel).__name__}: SGLD, SGAdaLD, SGHMC or BAL; for Pyro's own kernels use pyro.infer.MCMC")
         if draws_dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"draws_dtype={draws_dtype}: a floating-point dtype")
         self._left_out: list[int] = []
+        self.from_loader = False  # whether the last run's data came from a loader
         super().__init__(kernel, num_chains, transforms=None)
         self.num_samples, self.warmup_steps = num_samples, warmup_steps
         self.hook_fn, self.disable_progbar = hook_fn, disable_progbar
@@ -115,13 +117,14 @@ class SGMCMC(AbstractMCMC):
         self._kwargs: dict[str, Any] = {}
 
     def _refuse_one_file(self) -> None:
-        """Under two names, too: a link may lead from one to the other."""
-        if None not in (self.draws_path, self.checkpoint) and os.path.realpath(self.draws_path) == os.path.realpath(self.checkpoint):
+        """Follows links: two names may be one file."""
+        paths = self.draws_path, self.checkpoint
+        if paths[0] is not None and paths[1] is not None and os.path.realpath(paths[0]) == os.path.realpath(paths[1]):
             raise ValueError(f"draws={str(self.draws_path)!r} is the path of the checkpoint too: they are two files")
 
     @property
     def num_chains(self) -> int:
-        """How many chains run; after a run, how many are left: those that were lost are in no result."""
+        """Number of chains; after a run without the lost ones, which are in no result."""
         return self._asked_chains - len(self._left_out)
 
     @num_chains.setter
@@ -132,7 +135,7 @@ class SGMCMC(AbstractMCMC):
 
     def run(self, *args: Any, **kwargs: Any) -> None:
         """
-        Runs warm-up and sampling. Warns when it ends (:class:`SamplingWarning`) if the draws are not yet what they should be.
+        Runs warm-up and sampling. Warns at the end (:class:`SamplingWarning`) if the draws are not from the posterior, or not yet.
 
         :param args: the model's arguments, or one loader of them.
         :param kwargs: the model's keyword arguments.
@@ -149,7 +152,7 @@ class SGMCMC(AbstractMCMC):
                 pass  # before the model is looked at
         with files.Held(self.checkpoint) as self._held, one_thread(), poutine.block(), pyro.validation_enabled(False):
             self._setup(args, kwargs)
-            if self.checkpoint is not None:
+            if self.draws_path is not None and self.checkpoint is not None:
                 # an old checkpoint would be resumed with the draws of this run
                 with files.unused(self.draws_path):
                     self._held.remove()
@@ -167,16 +170,16 @@ class SGMCMC(AbstractMCMC):
         **kwargs: Any,
     ) -> SGMCMC:
         """
-        Goes on from a checkpoint to the end, and gives the same samples, bit for bit, as a run that was never interrupted.
+        Continues from a checkpoint to the end. The samples are those of an uninterrupted run, bit for bit.
 
         :param path: the checkpoint.
         :param kernel: a kernel with the same model and settings.
         :param args: the same data, as given to :meth:`run`.
         :return: the finished runner.
         :raises FileNotFoundError: if checkpoint or draws are missing.
-        :raises ValueError: if the file is truncated, spoilt, of another version or kind, or the model, kernel or data are others; says what
-            differs. Priors, likelihoods and functions are told by what they compute on fixed inputs, a loader by the first 16 batches
-            (or 16 MiB) that it gives from a fixed random state; one that then gives others every time is named when the run starts.
+        :raises ValueError: if the file is truncated, spoilt, of another version or kind, or if model, kernel or data differ; says what
+            differs. Priors, likelihoods and functions are compared by their values on fixed inputs, a loader by its first 16 batches (or
+            16 MiB) from a fixed random state; the start of a run warns of a loader whose batches then differ every time.
         :raises RuntimeError: if another run writes to the files, or another thread samples.
         """
         with files.Held(Path(path), existing=True) as held:
@@ -197,18 +200,17 @@ class SGMCMC(AbstractMCMC):
             )
             mcmc._held = held
             with one_thread(), poutine.block(), pyro.validation_enabled(False):
-                mcmc._resume_from(content, args, kwargs)
+                mcmc._resume_from(Path(path), draws, content, args, kwargs)
         mcmc._warn()
         return mcmc
 
-    def _resume_from(self, content: dict[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        kernel = self.kernel
+    def _resume_from(self, path: Path, draws: Path, content: dict[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._setup(args, kwargs, find_start=False)
-        check_fingerprint(self._fingerprint(), content["fingerprint"], self.checkpoint)
-        load_kernel(kernel, content, self.checkpoint)
-        done = kernel._samples
-        if not self.draws_path.exists():
-            raise FileNotFoundError(f"{self.draws_path}: the draws that belong to {self.checkpoint} are missing")
+        check_fingerprint(self._fingerprint(), content["fingerprint"], path)
+        load_kernel(self.kernel, content, path)
+        done = self.kernel.chains.counts.samples
+        if not draws.exists():
+            raise FileNotFoundError(f"{draws}: the draws that belong to {path} are missing")
         self._sample(done, resume=max(0, done - self.warmup_steps))
 
     def _setup(self, args: Sequence[Any], kwargs: Mapping[str, Any], find_start: bool = True) -> None:
@@ -217,13 +219,13 @@ class SGMCMC(AbstractMCMC):
         args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         self.kernel.setup_chains(self._asked_chains, self.warmup_steps, args, kwargs, find_start)
         if "step_size" in self._scheduled:
-            self.kernel.refuse_vanishing(min(self._scheduled["step_size"]))
+            self.kernel.refuse_vanishing(min(self._scheduled["step_size"]), self.kernel.potential.dtype)
         for site in self._sites:
             refuse_name(site.name)
-        # ArviZ runs the model on these: of a loader, its first batch
-        loader = is_loader(args, dict(kwargs))
-        self._args, self._kwargs = (self.kernel.potential.batches.example if loader else args), dict(kwargs)
-        self._data = None if self.checkpoint is None else data_digests(self.kernel, loader)
+        # ArviZ runs the model on these; a loader's first batch stands for it
+        self.from_loader = is_loader(args, dict(kwargs))
+        self._args, self._kwargs = (self.kernel.potential.batches.example if self.from_loader else args), dict(kwargs)
+        self._data = None if self.checkpoint is None else data_digests(self.kernel, self.from_loader)
 
     def _new_draws(self, resume: int | None = None) -> MemoryDraws | FileDraws:
         fields = {s.name: Field(s.shape, self.draws_dtype or s.dtype) for s in self.kernel.potential.sites}
@@ -238,14 +240,14 @@ class SGMCMC(AbstractMCMC):
 
     def _sample(self, done: int, resume: int | None = None) -> None:
         """
-        :param done: samples that there are already.
-        :param resume: draws that stay in their file; None makes a new one.
+        :param done: number of samples taken before, warm-up included.
+        :param resume: number of draws to keep in their file; None makes a new one.
         """
         kernel = self.kernel
         try:
-            self._draws = self._new_draws(resume)
-            self._loop(kernel.initial_params, done)
-        finally:  # what an interrupted run has is there to be looked at
+            self._draws = draws = self._new_draws(resume)
+            self._loop(draws, kernel.initial_params, done)
+        finally:  # an interrupted run can be inspected
             try:
                 if self._draws is not None:
                     self._draws.close()
@@ -255,7 +257,7 @@ class SGMCMC(AbstractMCMC):
                 self.transforms = kernel.transforms
                 kernel.cleanup()
 
-    def _loop(self, params: dict[str, Tensor], done: int) -> None:
+    def _loop(self, draws: MemoryDraws | FileDraws, params: dict[str, Tensor], done: int) -> None:
         total, kernel = self.warmup_steps + self.num_samples, self.kernel
         with tqdm(total=total, initial=done, disable=True if self.disable_progbar else None, mininterval=0.5) as bar:
             for i in range(done, total):
@@ -263,22 +265,34 @@ class SGMCMC(AbstractMCMC):
                 warmup = i < self.warmup_steps
                 stage, place = ("Warmup", i) if warmup else ("Sample", i - self.warmup_steps)
                 if not warmup:
-                    self._keep()
+                    draws.append(self._sample_values())
                 if self.hook_fn is not None:
                     self.hook_fn(kernel, params, stage, place)
-                if self.checkpoint is not None and (i + 1) % self.checkpoint_every == 0:
+                if (i + 1) % self.checkpoint_every == 0:
                     self._save_checkpoint()
                 if not bar.disable:
                     self._show(bar, stage)
                 bar.update()
-        if self.checkpoint is not None:
-            self._save_checkpoint()
+        self._save_checkpoint()
 
     def _warn(self) -> None:
-        """Looks at what came out, and says in one warning what is wrong with it."""
-        self._assessment = assess(self)
+        """Assesses the draws, and says in one warning what is wrong with them."""
+        self._assessment = assess(self.finished())
         if self._assessment.findings:
             warnings.warn(SamplingWarning(self._assessment.text()), stacklevel=3)
+
+    def finished(self) -> Finished:
+        """The finished run, to be assessed."""
+        return Finished(
+            self.kernel,
+            self.num_samples,
+            self.warmup_steps,
+            self._asked_chains,
+            self._left_out,
+            self._diagnostics,
+            self.sample_stats(),
+            partial(self.get_samples, group_by_chain=True),
+        )
 
     def _show(self, bar: tqdm, stage: str) -> None:
         bar.set_description(stage, refresh=False)
@@ -286,21 +300,24 @@ class SGMCMC(AbstractMCMC):
         speed = {} if rate is None else {"steps/s": f"{rate * self.kernel.updates_per_sample:.0f}"}
         bar.set_postfix({**self.kernel.logging(), **speed}, refresh=False)
 
-    def _keep(self) -> None:
+    def _sample_values(self) -> dict[str, Tensor]:
+        """The last sample in the model's own space, with its statistics and the kernel's extras."""
         kernel = self.kernel
         values = kernel.potential.constrain(kernel.theta)
         for name in STATISTICS:
             value = kernel.info[name]
             value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
             values[_PREFIX + name] = value.expand(self._asked_chains) if value.dim() == 0 else value
-        values |= {_EXTRA + name: value for name, value in kernel.extras().items()}
-        self._draws.append(values)
+        return values | {_EXTRA + name: value for name, value in kernel.extras().items()}
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def _save_checkpoint(self) -> None:
+        """Writes a checkpoint, if there is a path for it."""
+        if self.checkpoint is None or not isinstance(self._draws, FileDraws):
+            return
         self._draws.flush()
-        folder, draws = self.checkpoint.parent.resolve(), self.draws_path.resolve()
+        folder, draws = self.checkpoint.parent.resolve(), self._draws.path.resolve()
         content = {
             "runner": {
                 "num_samples": self.num_samples,
@@ -322,12 +339,12 @@ class SGMCMC(AbstractMCMC):
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False, *, lost_chains: bool = False) -> dict[str, Tensor]:
         """
-        Samples by site, in the model's own space and dtypes. Chains that were lost are left out, here and in all that is made of the
-        run; the others keep their order.
+        Samples by site, in the model's own space and dtypes. Lost chains are left out, here and in all other results; the others keep
+        their order.
 
         :param num_samples: as in Pyro, draw this many with replacement; None takes them all.
         :param group_by_chain: shape ``[chains, draws, *shape]`` instead of ``[chains * draws, *shape]``.
-        :param lost_chains: whether lost chains are there too; they stand where they were last finite.
+        :param lost_chains: whether to include lost chains, which stay at their last finite state.
         """
         samples = {name: value for name, value in self._kept(lost_chains).items() if not name.startswith((_PREFIX, _EXTRA))}
         if self.draws_dtype is not None:
@@ -343,7 +360,7 @@ class SGMCMC(AbstractMCMC):
 
     def get_extras(self, group_by_chain: bool = False) -> dict[str, Tensor]:
         """
-        What the kernel keeps with every sample beside the sites: of :class:`~pyro_advbayes.BAL`, the perturbed inputs of the rows in
+        What the kernel keeps with every sample beside the sites. For :class:`~pyro_advbayes.BAL`: the perturbed inputs of the rows in
         ``keep``, ``{perturb: [chains * draws, rows * copies, ...]}``.
 
         :param group_by_chain: shape ``[chains, draws, ...]``.
@@ -366,23 +383,23 @@ class SGMCMC(AbstractMCMC):
 
     def diagnostics(self, *args: Any, max_elements: int = 100, **kwargs: Any) -> dict[str, Any]:
         """
-        What can be said of the run and of its draws:
+        Diagnostics of the run and of its draws:
 
         - ``"sites"``: ``{site: {"n_eff", "r_hat"}}``, with rank-normalised split R-hat, NaN where nothing moved. ``diagnostics()[site]``
           is the same, as in Pyro.
-        - ``"predictions"``: the same of the model's return values at the given inputs, if there are any.
+        - ``"predictions"``: the same for the model's return values at the given inputs, if there are any.
         - ``"drift"``: whether the kept energies are stationary: ``"shift"``, how far the first of them lie above the last half, in
           standard deviations, ``"z"``, the same in standard errors, and the means ``"first"`` and ``"last"``; None for fewer than 20
           draws and for schedules.
-        - ``"divergences"``: ``{chain: numbers of the samples at which it was lost}``, of the chains that are left, as ArviZ reads it;
-          ``"lost"``: the same of the chains that are left out.
-        - what the kernel's ``diagnostics`` know: ``"T_eff"``, ``"T_eff direction"``, ``"T_eff epochs"``, ``"step size"``, ``"step fell"``,
-          ``"restarts"``, ``"clamped"``.
-        - ``"warnings"``: what the run warned of, a list of sentences.
+        - ``"divergences"``: ``{chain: numbers of the samples at which it was lost}`` for the chains that are kept, as ArviZ reads it;
+          ``"lost"``: the same for the chains that are left out.
+        - those of the kernel: ``"T_eff"``, ``"T_eff direction"``, ``"T_eff epochs"``, ``"step size"``, ``"step fell"``, ``"restarts"``,
+          ``"clamped"``.
+        - ``"warnings"``: the run's warnings, a list of sentences.
 
         :param args: inputs, as the model takes them.
         :param kwargs: inputs by name.
-        :param max_elements: of a larger site or output, this many evenly spaced elements are looked at.
+        :param max_elements: number of evenly spaced elements to use from a larger site or output.
         """
         samples = self.get_samples(group_by_chain=True)
         result: dict[str, Any] = Diagnostics(sites=summary.by_site(samples, max_elements))
@@ -401,11 +418,11 @@ class SGMCMC(AbstractMCMC):
         """
         Prints a table of mean, standard deviation, median, an interval, ``n_eff`` and ``r_hat``.
 
-        :param args: inputs, as the model takes them: the table is then of the model's return values at these inputs, where chains of a
-            network can be compared; without any it is of the sites' own elements.
+        :param args: inputs, as the model takes them. The table then shows the model's return values there, in which the chains of a
+            network can be compared; without inputs it shows the sites' elements.
         :param sites: which sites; by default all.
         :param prob: probability of the central interval.
-        :param max_elements: of a larger site or output, this many evenly spaced elements are shown.
+        :param max_elements: number of evenly spaced elements to show from a larger site or output.
         """
         samples = self.get_samples(group_by_chain=True)
         if args or kwargs:
@@ -425,7 +442,7 @@ class SGMCMC(AbstractMCMC):
 
 
 def _check_content(path: Path, settings: Any, kernel: Any) -> None:
-    """:raises ValueError: naming what in a checkpoint makes no sense, before chains are set up."""
+    """:raises ValueError: naming a senseless value in a checkpoint, before chains are set up."""
     counts = {"num_samples": int, "warmup_steps": int, "num_chains": int, "checkpoint_every": int}
     files.check_fields(path, settings, {**counts, "draws": str, "draws_dtype": (str, type(None))}, "settings")
     files.check_fields(path, kernel, {"theta": Tensor, "counts": list}, "kernel")
@@ -441,7 +458,7 @@ def _check_content(path: Path, settings: Any, kernel: Any) -> None:
 
 
 class Diagnostics(dict):
-    """A dict in which a site's name stands for ``["sites"][name]``, as in the diagnostics of Pyro's ``MCMC``."""
+    """A dict where a site's name is short for ``["sites"][name]``, as in the diagnostics of Pyro's ``MCMC``."""
 
     def __missing__(self, name: str) -> Any:
         return self["sites"][name]

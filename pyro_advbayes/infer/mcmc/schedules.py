@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 Schedule = Callable[[int], float]
@@ -23,11 +24,11 @@ class Constant:
 @dataclass(frozen=True)
 class Polynomial:
     r"""
-    :math:`a (1 + t/b)^{-\gamma}`, from Welling and Teh (2011); with :math:`\gamma \in (1/2, 1]` the steps sum to infinity and
-    their squares do not, under which SGLD's averages converge.
+    :math:`a (1 + t/b)^{-\gamma}`, from Welling and Teh (2011). With :math:`\gamma \in (1/2, 1]` the steps sum to infinity and their
+    squares do not; SGLD's averages then converge.
 
     :param float initial: a, the value at step 0, > 0.
-    :param float scale: b, how many steps it takes to come down to :math:`2^{-\gamma}` of it, > 0.
+    :param float scale: b, the number of steps after which :math:`2^{-\gamma}` of it is left, > 0.
     :param float power: :math:`\gamma` >= 0.
     """
 
@@ -42,11 +43,11 @@ class Polynomial:
 @dataclass(frozen=True)
 class Cyclical:
     r"""
-    A cosine from ``initial`` to 0, again and again, from Zhang et al. (2020), Eq. 1:
+    Cycles of a cosine from ``initial`` to 0, from Zhang et al. (2020), Eq. 1:
 
     .. math:: \frac{a}{2} \left[\cos\left(\pi \frac{t \bmod p}{p}\right) + 1\right].
 
-    The hot part of a cycle finds another mode; samples are taken in the cold part only.
+    The hot part of a cycle finds another mode; only the cold part gives samples.
 
     :param float initial: a, the value at the start of every cycle, > 0.
     :param int period: p, updates in a cycle, >= 2.
@@ -96,5 +97,14 @@ def check_value(value: Any, name: str, step: int) -> float:
 
 
 def keeps_sample(schedules: tuple[Schedule, ...], step: int) -> bool:
-    """Whether every schedule lets the state after update ``step`` be kept."""
+    """Whether all schedules allow the state after update ``step`` as a sample."""
     return all(schedule.keeps(step) for schedule in schedules if hasattr(schedule, "keeps"))
+
+
+def schedule_name(schedule: Schedule) -> str:
+    """How a checkpoint names a schedule, whose values it holds too: the ``repr`` of a function or a custom object may show its address."""
+    while isinstance(schedule, partial):
+        schedule = schedule.func
+    if isinstance(schedule, (Constant, Polynomial, Cyclical)):
+        return repr(schedule)
+    return getattr(schedule, "__qualname__", type(schedule).__qualname__)

@@ -17,14 +17,13 @@ from pyro_advbayes.infer.mcmc.sgld import SGLDRule
 
 def adapt_second_moment(variables: Variables, gradient: Tensor, window: float | None) -> None:
     r"""
-    Takes the n-th gradient since the start of the run into :math:`V`, the running mean of its square,
+    Updates :math:`V`, the running mean of the squared gradient, with the n-th gradient of the run,
 
     .. math:: n \leftarrow n + 1, \qquad V \leftarrow V + r\, (g^2 - V), \qquad r = \max(4 / (n + 4),\; 1 / w).
 
     Without a window :math:`w` the k-th gradient has a weight of about :math:`k^3`, so that the start, where gradients are large,
-    fades. Springenberg et al. (2016, section 3.3) adapt a window to each weight. That window closes to one step wherever gradients
-    are autocorrelated, :math:`V` then follows :math:`\theta`, and the chain samples :math:`p(\theta) \prod_i \sqrt{V_i(\theta)}`. (Left out
-    here for this reason.)
+    fades. (Springenberg et al., 2016, section 3.3, adapt a window to each weight. That window closes to one step wherever gradients are
+    autocorrelated. :math:`V` then depends on :math:`\theta`, and the chain samples :math:`p(\theta) \prod_i \sqrt{V_i(\theta)}`.)
 
     :param variables: ``"V"`` ``[chains, size]`` and ``"count"`` ``[chains, 1]``; updated in place.
     :param gradient: a stochastic gradient ``[chains, size]``.
@@ -97,7 +96,7 @@ class SGAdaLDRule(Rule):
         injected = self._noise_variance(rate, step_size, temperature, variables).clamp_min(0.0) / (2.0 * rate)
         if not self.noise_correction:
             return injected
-        # the signal in the mean square is what discretisation adds, which is taken off too
+        # the signal in the mean square equals what discretisation adds, which is taken off too
         return injected + 0.5 * rate * (variables["moment"] - noise_variance)
 
     def heating(self, step_size: float, variables: Variables) -> Tensor:
@@ -129,7 +128,7 @@ class SGAdaLDRule(Rule):
         left = self._noise_variance(rate, step_size, temperature, variables)
         share = float((left <= 0.0).float().mean())
         if share > 0.0 and not self.clamp and temperature > 0.0:
-            # M is an estimate: a coordinate that comes out a little hotter than T is clamped
+            # M is an estimate: a coordinate that is a little hotter than T is clamped
             outside = left < -0.1 * (left + rate * rate * variables["moment"])
             if not bool(outside.any()):
                 return share
@@ -145,22 +144,21 @@ class SGAdaLDRule(Rule):
 
 class SGAdaLD(SGMCMCKernel):
     r"""
-    Scale-adapted Langevin dynamics, the sampler of weights in Bayesian Adversarial Learning (Ye and Zhu, 2018, Eq. 10): scale-adapted
-    SGHMC (Springenberg et al., 2016) that forgets its momentum at every step. Elementwise, with :math:`h = e^2 V^{-1/2}`,
+    Scale-adapted Langevin dynamics, the sampler of weights in Bayesian Adversarial Learning (Ye and Zhu, 2018, Eq. 10). It is
+    scale-adapted SGHMC (Springenberg et al., 2016) that forgets its momentum at every step. Elementwise, with :math:`h = e^2 V^{-1/2}`,
 
     .. math:: \theta \leftarrow \theta - h\, g + \mathrm{Normal}(0,\; 2 T h - h^2 M),
 
     where :math:`e` = ``step_size``, :math:`T` = ``temperature``, :math:`g = \nabla \hat U(\theta)`; the second argument is a variance.
     :math:`V` is the mean of :math:`g^2` over the first half of warm-up, in which later gradients weigh more. It is frozen then, and the
-    chain comes to rest. :math:`M` is the mean of :math:`g^2` where the chain rests, so that :math:`h^2 M` is what the gradient itself
-    brings; it is 0 in the first half of warm-up, and measured in the second. (The paper takes :math:`V` for :math:`M`, which gives
-    :math:`e^4`. That is too much where :math:`V` remembers the large gradients of the start.) With it taken off, the variance of an
-    axis-aligned Gaussian is exact at any stable step, valid where :math:`h M < 2 T`; without (``noise_correction=False``) it is
-    :math:`(T/\lambda)/(1 - h \lambda / 2)`.
+    chain comes to rest. :math:`M` is the mean of :math:`g^2` at rest, so that :math:`h^2 M` is the variance that the gradient itself adds.
+    It is 0 in the first half of warm-up, and measured in the second. (The paper takes :math:`V` for :math:`M`, which gives :math:`e^4`: too
+    much where :math:`V` includes the large gradients of the start.) With this correction the variance of an axis-aligned Gaussian is exact
+    at any stable step, valid where :math:`h M < 2 T`; without (``noise_correction=False``) it is :math:`(T/\lambda)/(1 - h \lambda / 2)`.
 
-    Gradient noise that is correlated between weights, as a network's is, is taken off along the axes only: stiff directions stay too
-    hot and soft ones come out too cold. Minibatches of one epoch do not overlap, so that an epoch takes back a part of their noise, which
-    is taken off all the same: draws come out too cold by that part, at most down to ``diagnostics()["T_eff epochs"]``.
+    Gradient noise is taken off along the axes only. If it is correlated between weights, as in a network, stiff directions stay too hot and
+    soft ones too cold. Minibatches of one epoch do not overlap, so that an epoch takes back a part of their noise, which is taken off all
+    the same: draws are too cold by that part, at most down to ``diagnostics()["T_eff epochs"]``.
     ``step_size="auto"`` keeps the whole effect of the noise below ``auto_share`` (variances are 3 to 9 % too small in
     ``tests/benchmarks/results/temperature.md``, and 25 to 43 % at three times that step).
 
@@ -172,7 +170,7 @@ class SGAdaLD(SGMCMCKernel):
     :param clamp: outside the valid region, clamp the variance at 0, where the chain runs at :math:`T_\mathrm{eff} = h M / 2`,
         reported by ``diagnostics``, instead of raising an error at the end of warm-up.
 
-    Other arguments: :class:`~pyro_advbayes.infer.mcmc.kernel.SGMCMCKernel`.
+    For other arguments see :class:`~pyro_advbayes.infer.mcmc.kernel.SGMCMCKernel`.
     """
 
     rule_type = SGAdaLDRule

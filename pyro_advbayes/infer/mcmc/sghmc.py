@@ -110,11 +110,11 @@ class SGHMC(SGMCMCKernel):
     variance. The momentum :math:`v` has variance :math:`T` whatever the step, which may change at any update. (The usual form keeps
     :math:`\sqrt h\, v`, of variance :math:`T h`. A chain whose step falls then coasts on.)
 
-    :math:`\hat B` is an estimate of the variance of the minibatch gradient at one :math:`\theta`. The published :math:`e^4` in its place is
-    right only where momentum is forgotten at every step: with momentum it takes off the signal too. So :math:`\hat B = 0` unless
+    :math:`\hat B` is an estimate of the variance of the minibatch gradient at one :math:`\theta`. The published :math:`e^4` in its place
+    is right only if momentum is forgotten at every step: with momentum it takes off the signal too. So :math:`\hat B = 0` unless
     ``noise_correction=True``, which estimates it in the last 30 % of warm-up from half the squared difference of two minibatch
     gradients, at the cost of two more gradients a step. It is taken off along the axes only: where noise is correlated between weights,
-    stiff directions stay too hot and soft ones come out too cold, and ``T_eff`` does not show it; ``"T_eff direction"`` does.
+    stiff directions stay too hot and soft ones too cold. ``"T_eff direction"`` shows that; ``T_eff`` does not.
 
     On a Gaussian of precision :math:`\lambda` and full data the variance is :math:`(T/\lambda) / (1 - h\lambda / (2 (2 - a)))`; a minibatch
     gradient of variance :math:`\sigma^2` heats it to :math:`T_\mathrm{eff} = T + h \sigma^2 / (2 a)`.
@@ -124,7 +124,7 @@ class SGHMC(SGMCMCKernel):
     :param averaging_window: as in :class:`~pyro_advbayes.infer.mcmc.sgadald.SGAdaLD`.
     :param noise_correction: whether the estimated minibatch noise is taken off the injected noise.
 
-    Other arguments: :class:`~pyro_advbayes.infer.mcmc.kernel.SGMCMCKernel`.
+    For other arguments see :class:`~pyro_advbayes.infer.mcmc.kernel.SGMCMCKernel`.
     """
 
     rule_type = SGHMCRule

@@ -51,15 +51,15 @@ class SGLD(SGMCMCKernel):
     :math:`\epsilon / 2` for this :math:`\epsilon`; BAL's :math:`\eta_1` is this one.
 
     On a Gaussian of precision :math:`\lambda` the chain has variance :math:`(T / \lambda) / (1 - \epsilon\lambda/2)`. A minibatch
-    gradient of variance :math:`\sigma^2` heats it to :math:`T_\mathrm{eff} = T + \epsilon \sigma^2 / 2`, which ``diagnostics`` reports;
-    shuffled epochs make this an upper bound, because noise that one batch adds the rest of its epoch takes back.
+    gradient of variance :math:`\sigma^2` heats it to :math:`T_\mathrm{eff} = T + \epsilon \sigma^2 / 2`, which ``diagnostics`` reports.
+    With shuffled epochs this is an upper bound, because the rest of an epoch takes back the noise that one batch adds.
 
     Example::
 
         mcmc = SGMCMC(SGLD(model, batch_size=100), num_samples=200, warmup_steps=1000, num_chains=4)
         mcmc.run(x, y)
 
-    Arguments, the drivers it runs in, and what is raised: :class:`~pyro_advbayes.infer.mcmc.kernel.SGMCMCKernel`.
+    For arguments, drivers and errors see :class:`~pyro_advbayes.infer.mcmc.kernel.SGMCMCKernel`.
     """
 
     rule_type = SGLDRule

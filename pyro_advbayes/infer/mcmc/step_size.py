@@ -1,175 +1,144 @@
-"""Step sizes found from the model: curvature, energy error and minibatch noise."""
+"""Step sizes found from the model: bounded by curvature, energy error and minibatch noise."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pyro_advbayes.infer.mcmc import noise_estimate
+from pyro_advbayes.infer.mcmc.noise_estimate import GradientNoise
 from pyro_advbayes.infer.mcmc.rule import site_means
+from pyro_advbayes.infer.mcmc.state import AutoStepSize, Run
+from pyro_advbayes.infer.mcmc.temperatures import hottest
 from pyro_advbayes.infer.mcmc.trajectory import energy_rise
 
-if TYPE_CHECKING:
-    from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
-    from pyro_advbayes.infer.mcmc.noise_estimate import GradientNoise
-
-# At these shares of warm-up the step is found again: a chain starts where curvature and noise are much larger than where it ends, and
+# Shares of warm-up at which the step is found again: a chain starts where curvature and noise are much larger than where it ends, and
 # a preconditioner that is frozen at one half needs a step of its own.
 MEASURE_AT = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.6)
-# Until then minibatch noise may double the temperature, which is soon forgotten; after it, noise keeps to its share.
+# Until then minibatch noise may double the temperature, which the chain soon forgets; after it, noise keeps to its share.
 REST_FROM = 0.6
 EARLY_SHARE = 1.0
-# A step that is still held back by the bound on its growth is measured again after so much of warm-up, up to so far.
+# While the bound on its growth holds the step back, it is measured again after so much of warm-up, up to so far.
 GROWS_AFTER, GROWS_UNTIL = 0.01, 0.8
-GROWTH = 4.0  # by which the rate h may grow from one measurement to the next: where U is flat, curvature knows no bound
+GROWTH = 4.0  # by which the rate h may grow from one measurement to the next: where U is flat, curvature is no bound
 POWER_ITERATIONS = 12
-MORE_ITERATIONS = 4  # where the iteration goes on from the direction that the measurement before ended with
+MORE_ITERATIONS = 4  # where the iteration continues from the direction of the measurement before
 HALVINGS = 12
 
 
-class AutoStepSize:
+def adapt(run: Run, auto: AutoStepSize) -> None:
     """
-    The step size that ``step_size="auto"`` stands for: the largest at which discretisation and minibatch noise each change the
-    temperature by at most a share. It is bounded by curvature, by the energy error of short trajectories, by noise (in the mean over
-    each site, and along the direction in which it is largest; in the first 60 % of warm-up it may double the temperature), and by four
-    times the rate of the measurement before. A chain that is lost in
-    warm-up starts again from its last good state with half the step.
+    Called before every update: measures where it is time.
 
-    Curvature and energy error are those of points, and say nothing of a density of straight pieces (a Laplace likelihood): that
-    takes a step size of the user's.
+    The step is the largest at which discretisation and minibatch noise each change the temperature by at most ``auto.share``. Curvature
+    bounds it, the energy error of short trajectories, noise (its mean over each site, and along the direction in which it is largest),
+    and four times the rate of the measurement before. In the first 60 % of warm-up noise may double the temperature.
 
-    :param float share: of the temperature, in (0, 1).
+    Curvature and energy error are local, and say nothing about a density of straight pieces (a Laplace likelihood), which needs a step
+    size of the user's.
     """
+    updates = run.warmup_updates
+    if updates == 0:
+        if auto.value is None:
+            noise_estimate.finish(run)
+            _measure(run, auto, rest=True)
+        return
+    place = run.chains.counts.updates / updates
+    due = auto.measured < len(MEASURE_AT) and place >= MEASURE_AT[auto.measured]
+    while auto.measured < len(MEASURE_AT) and place >= MEASURE_AT[auto.measured]:
+        auto.measured += 1
+    if due or (auto.growing and auto.measured_at + GROWS_AFTER <= place <= GROWS_UNTIL):
+        auto.measured_at = place
+        _measure(run, auto, rest=place >= REST_FROM)
 
-    def __init__(self, share: float) -> None:
-        self.share = share
-        self.reset()
 
-    def reset(self) -> None:
-        """Forgets what was found."""
-        self.value: float | None = None
-        self.curvature: float | None = None
-        self.measured = 0
-        self.ceiling: float | None = None  # half of the step at which a chain was lost
-        self.warm_value: float | None = None  # the step before noise was held to its share
-        self.growing = False  # whether the bound on its growth held the step back
-        self.measured_at = 0.0
-        self.directions: dict[str, Tensor] = {}  # of the largest curvature, by chain and minibatch
+def finish(run: Run, auto: AutoStepSize) -> None:
+    """Called at the end of warm-up, after which the step is constant. The noise estimated since may make it smaller."""
+    if auto.value is None or auto.curvature is None:
+        adapt(run, auto)
+    else:
+        auto.value = min(auto.value, bound(run, auto.share, auto.curvature, noise_estimate.estimate(run), rest=True))
+    auto.directions = {}
 
-    def __call__(self, step: int) -> float:
-        return self.value
 
-    def __repr__(self) -> str:
-        return f"AutoStepSize(share={self.share})"
+def _measure(run: Run, auto: AutoStepSize, rest: bool) -> None:
+    rule, variables, T = run.rule, run.chains.variables, run.T
+    scaled = rule.metric(variables) is not None
+    if run.chains.counts.updates == 0 and scaled:
+        # g² in the stiffest direction: the first moves are then those of an unscaled rule
+        rule.start_metric(variables, 1.0)
+        rule.start_metric(variables, max(T, 1e-3) * largest_curvature(run, auto.directions))
+    auto.curvature = largest_curvature(run, auto.directions)
+    before = auto.value
+    noise = noise_estimate.estimate(run) if run.warmup_updates == 0 else noise_estimate.fresh(run)
+    value = bound(run, auto.share, auto.curvature, noise, rest)
+    half = 0.5**0.5 if scaled else 0.5
+    if before is not None:
+        most = before / half ** (GROWTH / 2.0)
+        auto.growing = most < value
+        value = min(value, most)
+    for _ in range(HALVINGS):
+        if not energy_rises(run, value):
+            break
+        value *= half
+        auto.growing = False
+    if auto.ceiling is not None:
+        value = min(value, auto.ceiling)
+    auto.value = value
+    if rest and auto.warm_value is None:
+        auto.warm_value = before
 
-    def state(self) -> list:
-        """What :meth:`load` needs, as tensors and plain values."""
-        found = [self.value, self.curvature, self.measured, self.ceiling, self.warm_value]
-        return [*found, self.growing, self.measured_at, self.directions]
 
-    def load(self, state: list) -> None:
-        """Goes on from a :meth:`state`."""
-        self.value, self.curvature, self.measured, self.ceiling, self.warm_value, self.growing, self.measured_at, directions = state
-        self.directions = dict(directions)
+def bound(run: Run, share: float, curvature: float, noise: GradientNoise, rest: bool) -> float:
+    """
+    The largest step that curvature and noise allow.
 
-    def adapt(self, kernel: SGMCMCKernel) -> None:
-        """Called before every update: measures where it is time."""
-        updates = kernel.warmup_updates
-        if updates == 0:
-            if self.value is None:
-                kernel.noise_estimate.finish(kernel)
-                self._measure(kernel, rest=True)
-            return
-        place = kernel.steps / updates
-        due = self.measured < len(MEASURE_AT) and place >= MEASURE_AT[self.measured]
-        while self.measured < len(MEASURE_AT) and place >= MEASURE_AT[self.measured]:
-            self.measured += 1
-        if due or (self.growing and self.measured_at + GROWS_AFTER <= place <= GROWS_UNTIL):
-            self.measured_at = place
-            self._measure(kernel, rest=place >= REST_FROM)
-
-    def finish(self, kernel: SGMCMCKernel) -> None:
-        """Called at the end of warm-up, after which the step stays as it is; what was estimated since may make it smaller."""
-        if self.value is None:
-            self.adapt(kernel)
-        else:
-            self.value = min(self.value, self._bound(kernel, kernel.noise_estimate.mean(), rest=True))
-        self.directions = {}
-
-    def lower(self) -> None:
-        """Halves the step, for good."""
-        self.value = self.ceiling = 0.5 * self.value
-
-    def _measure(self, kernel: SGMCMCKernel, rest: bool) -> None:
-        rule, T = kernel.update_rule, kernel.temperature(kernel.steps)
-        scaled = rule.metric(kernel.variables) is not None
-        if kernel.steps == 0 and scaled:
-            # what g² is in the stiffest direction: the first moves are then those of an unscaled rule
-            rule.start_metric(kernel.variables, 1.0)
-            rule.start_metric(kernel.variables, max(T, 1e-3) * largest_curvature(kernel, self.directions))
-        self.curvature = largest_curvature(kernel, self.directions)
-        before = self.value
-        noise = kernel.noise_estimate.mean() if kernel.warmup_updates == 0 else kernel.noise_estimate.fresh(kernel)
-        self.value = self._bound(kernel, noise, rest)
-        half = 0.5**0.5 if scaled else 0.5
-        if before is not None:
-            most = before / half ** (GROWTH / 2.0)
-            self.growing = most < self.value
-            self.value = min(self.value, most)
-        for _ in range(HALVINGS):
-            if not energy_rises(kernel, self.value):
-                break
-            self.value *= half
-            self.growing = False
-        if self.ceiling is not None:
-            self.value = min(self.value, self.ceiling)
-        if rest and self.warm_value is None:
-            self.warm_value = before
-
-    def _bound(self, kernel: SGMCMCKernel, noise: GradientNoise, rest: bool) -> float:
-        rule, T = kernel.update_rule, kernel.temperature(kernel.steps)
-        alive = {name: value[kernel.alive] for name, value in kernel.variables.items()}
-        metric = rule.metric(alive)
-        square = torch.ones_like(noise.variance) if metric is None else metric.square()
-        heat = site_means(square * noise.variance, kernel.names).reshape(-1, len(kernel.names)).amax(0)  # of the worst chain
-        if T == 0.0:  # a chain without a temperature has none that could be kept to
-            heat = torch.zeros_like(heat)
-        elif not rest:
-            # far from where it will rest, a chain has more energy to lose than noise brings: |g|² / (2 λ) at the least
-            excess = noise.slope / (2.0 * self.curvature)
-            heat = heat * (self.share * T / (EARLY_SHARE * T + excess))
-        value = rule.largest_step(self.curvature, heat, T, self.share, alive)
-        along = kernel.noise_estimate.hottest(kernel, value, T) if rest and T > 0.0 else None
-        allowed = hottest_allowed(self.share, kernel.potential.size) * T
-        if along is not None and along - T > allowed:
-            value *= (allowed / (along - T)) ** (1.0 if metric is None else 0.5)
-        return value
+    :param share: of the temperature, in (0, 1).
+    :param curvature: the largest eigenvalue of the Hessian of U, in the rule's metric.
+    :param rest: whether noise is held to its share.
+    """
+    rule, potential, T = run.rule, run.potential, run.T
+    alive = run.chains.alive_variables()
+    metric = rule.metric(alive)
+    square = torch.ones_like(noise.variance) if metric is None else metric.square()
+    heat = site_means(square * noise.variance, run.places).reshape(-1, len(run.places)).amax(0)  # of the worst chain
+    if T == 0.0:  # a chain without a temperature has none that could be kept to
+        heat = torch.zeros_like(heat)
+    elif not rest:
+        # far from where it will rest, a chain has more energy to lose than noise brings: |g|² / (2 λ) at the least
+        excess = noise.slope / (2.0 * curvature)
+        heat = heat * (share * T / (EARLY_SHARE * T + excess))
+    value = rule.largest_step(curvature, heat, T, share, alive)
+    along = hottest(run, value) if rest and T > 0.0 else None
+    allowed = hottest_allowed(share, potential.size) * T
+    if along is not None and along - T > allowed:
+        value *= (allowed / (along - T)) ** (1.0 if metric is None else 0.5)
+    return value
 
 
 def hottest_allowed(share: float, size: int) -> float:
     """
-    By what part of T noise may heat the direction in which it is largest, in a model of ``size`` weights. That direction's part in the
-    variance of a single weight is about ``1 / size``: among a few weights twice the share changes a standard deviation by as much as the
-    share, and in a network a hot direction hardly shows.
+    The share of T by which noise may heat the direction in which it is largest, in a model of ``size`` weights. That direction's part in
+    the variance of a single weight is about ``1 / size``: among a few weights twice the share changes a standard deviation by as much as
+    the share, and in a network a hot direction hardly shows.
     """
     return 2.0 * share * max(1.0, size / 10.0)
 
 
-def largest_curvature(kernel: SGMCMCKernel, directions: dict[str, Tensor] | None = None) -> float:
+def largest_curvature(run: Run, directions: dict[str, Tensor] | None = None) -> float:
     """
     The largest eigenvalue of the Hessian of U by power iteration, in the rule's metric, the largest over up to four chains and two
     minibatches.
 
-    :param directions: of an earlier call, from which the iteration goes on; those of this call are left in it.
+    :param directions: of an earlier call, from which the iteration continues; overwritten with those of this call.
     :raises ValueError: if there is none.
     """
-    potential, rule = kernel.potential, kernel.update_rule
-    metric = rule.metric(kernel.variables)
-    generator = torch.Generator().manual_seed(0)  # the start of the iteration matters little; the run's own numbers are left alone
+    potential, chains = run.potential, run.chains
+    metric = run.rule.metric(chains.variables)
+    generator = torch.Generator().manual_seed(0)  # the iteration's start hardly matters, and must not use the run's own numbers
     largest = 0.0
-    for chain in kernel.alive.nonzero().flatten().tolist()[:4]:
-        theta = kernel.theta[chain]
+    for chain in chains.alive.nonzero().flatten().tolist()[:4]:
+        theta = chains.theta[chain]
         scale: Tensor | float = 1.0 if metric is None else metric[chain]
         for number, batch in enumerate(potential.probes(chain)):
             key = f"{chain}, {number}"
@@ -179,7 +148,7 @@ def largest_curvature(kernel: SGMCMCKernel, directions: dict[str, Tensor] | None
                 direction = known + 0.01 * direction / potential.size**0.5  # a little of all directions, lest it miss a new one
             for _ in range(POWER_ITERATIONS if known is None else MORE_ITERATIONS):
                 direction = direction / torch.linalg.vector_norm(direction)
-                product = scale * potential.hessian_product(theta, scale * direction, batch, kernel.temperature(kernel.steps))
+                product = scale * potential.hessian_product(theta, scale * direction, batch, run.T)
                 value = abs(float(direction @ product))
                 direction = product
             if directions is not None and bool(direction.isfinite().all()) and bool((direction != 0.0).any()):
@@ -193,15 +162,15 @@ def largest_curvature(kernel: SGMCMCKernel, directions: dict[str, Tensor] | None
     return largest
 
 
-def energy_rises(kernel: SGMCMCKernel, step_size: float) -> bool:
+def energy_rises(run: Run, step_size: float) -> bool:
     r"""
     Whether a short trajectory gains more energy at this step size than a stable one would: :math:`\Delta H > T (1 + 0.3 \sqrt d)` in
-    any chain. Curvature where a chain is does not tell what it is a few steps on (an exponential link, a scale near 0).
+    any chain. The curvature at one point does not tell that a few steps on (an exponential link, a scale near 0).
 
     At the largest step that curvature allows, a Gaussian of :math:`d` equal precisions has a standard deviation of
     :math:`0.09\, T \sqrt d`. Losses of energy do not count: the start of a chain is far out, or off the mode of the minibatch.
     """
-    T = kernel.temperature(kernel.steps)
-    rise = energy_rise(kernel, kernel.theta, step_size, T, seed=kernel.steps)
-    allowed = T * (1.0 + 0.3 * kernel.potential.size**0.5)
-    return bool((rise > allowed)[kernel.alive.to(rise.device)].any())
+    chains = run.chains
+    rise = energy_rise(run, chains.theta, step_size, run.T, seed=chains.counts.updates)
+    allowed = run.T * (1.0 + 0.3 * run.potential.size**0.5)
+    return bool((rise > allowed)[chains.alive.to(rise.device)].any())

@@ -1,4 +1,4 @@
-"""Diagnostics of draws that stay fast however many weights there are: evenly spaced elements, or function space."""
+"""Diagnostics of draws in bounded time for any number of weights: of evenly spaced elements, or in function space."""
 
 from __future__ import annotations
 
@@ -13,23 +13,20 @@ from torch import Tensor
 
 
 def spaced(values: Tensor, max_elements: int) -> tuple[Tensor, list[tuple[int, ...]]]:
-    """Up to ``max_elements`` evenly spaced elements ``[chains, draws, k]`` of draws ``[chains, draws, *shape]``, and where they stand."""
+    """Up to ``max_elements`` evenly spaced elements ``[chains, draws, k]`` of draws ``[chains, draws, *shape]``, and their indices."""
     shape = values.shape[2:]
+    if not shape:
+        return values.unsqueeze(-1).double(), [()]
     total = shape.numel()
-    if total > max_elements:
-        places = torch.linspace(0, total - 1, max_elements).round().long()
-    else:
-        places = torch.arange(total)
-    index = torch.unravel_index(places, shape) if shape else ()
-    picked = values[(slice(None), slice(None), *index)] if shape else values.unsqueeze(-1)
-    where = list(zip(*(i.tolist() for i in index), strict=True)) if shape else [()]
-    return picked.double(), where
+    places = torch.linspace(0, total - 1, max_elements).round().long() if total > max_elements else torch.arange(total)
+    where = list(zip(*(i.tolist() for i in torch.unravel_index(places, shape)), strict=True))
+    return values.flatten(2)[..., places].double(), where
 
 
 def effective_size(values: Tensor) -> Tensor:
     """
-    Effective sample sizes ``[k]`` of ``[chains, draws, k]``, at most N log10 N of N draws, which is what an estimate below 0 stands for
-    (of draws that alternate); NaN for fewer than 4 draws.
+    Effective sample sizes ``[k]`` of ``[chains, draws, k]``, at most N log10 N of N draws. An estimate below 0, from draws that alternate,
+    becomes that bound. NaN for fewer than 4 draws.
     """
     if values.shape[1] < 4:
         return torch.full(values.shape[2:], math.nan)
@@ -42,8 +39,8 @@ def effective_size(values: Tensor) -> Tensor:
 def shrink_factor(values: Tensor) -> Tensor:
     r"""
     Rank-normalised split R-hat (Vehtari et al., 2021, section 4): the larger one of the draws and of their distances from the median,
-    after the r-th of S draws is replaced by :math:`\Phi^{-1}((r - 3/8) / (S + 1/4))`. Chains of different spread show in it, and
-    draws without a finite variance do not hide what they hold.
+    after the r-th of S draws is replaced by :math:`\Phi^{-1}((r - 3/8) / (S + 1/4))`. It detects chains of different spread, also for draws
+    without a finite variance.
 
     :param values: ``[chains, draws, k]``.
     :return: ``[k]``; NaN for fewer than 4 draws, and for values that never change.
@@ -69,7 +66,7 @@ def stands_still(values: Tensor) -> Tensor:
 
 
 def by_site(samples: Mapping[str, Tensor], max_elements: int) -> dict[str, dict[str, Tensor]]:
-    """``{site: {"n_eff", "r_hat"}}``, in the site's shape where it is small enough to be looked at whole."""
+    """``{site: {"n_eff", "r_hat"}}``, in the site's shape if it has at most ``max_elements``."""
     result = {}
     for name, values in samples.items():
         picked, where = spaced(values, max_elements)
@@ -92,7 +89,7 @@ def table(samples: Mapping[str, Tensor], prob: float, max_elements: int) -> str:
     """A table in words, a row per element."""
     low, high = 0.5 - prob / 2, 0.5 + prob / 2
     names = ("", "mean", "std", "median", f"{low:.1%}", f"{high:.1%}", "n_eff", "r_hat")
-    rows = [names]
+    rows: list[tuple[str, ...]] = [names]
     for name, values in samples.items():
         picked, where = spaced(values, max_elements)
         flat = picked.reshape(-1, picked.shape[-1])

@@ -1,4 +1,4 @@
-"""One thread of a process samples at a time: Pyro's effect handlers are the process's."""
+"""One thread of a process samples at a time, since threads share Pyro's effect handlers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _lock = threading.RLock()
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """
-    Within it no other thread may enter; the same one may.
+    No other thread may enter while one is inside; the same thread may.
 
-    :raises RuntimeError: if another thread is in it.
+    :raises RuntimeError: if another thread is inside.
     """
     lock = _lock
     if not lock.acquire(blocking=False):
         raise RuntimeError(
-            "another thread of this process samples, and Pyro's effect handlers are the process's: wait for it, or sample in processes "
-            "of their own; chains run side by side in one thread (num_chains=)"
+            "another thread of this process samples, and threads share Pyro's effect handlers: wait for it, or sample in separate "
+            "processes; chains run side by side in one thread (num_chains=)"
         )
     try:
         yield
@@ -30,7 +30,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _renew() -> None:
-    """A forked process has one thread, and nobody in it would release what another one held."""
+    """A forked process has one thread, and no thread in it would release a lock that another one held."""
     global _lock
     _lock = threading.RLock()
 

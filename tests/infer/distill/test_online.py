@@ -82,8 +82,8 @@ def test_memory_stays_flat_over_a_hundred_thousand_updates():
 
     class Watched(SGLD):
         def sample(self, params):
-            if self._samples in (200, 1000):
-                seen[self._samples] = resident()
+            if self.chains.counts.samples in (200, 1000):
+                seen[self.chains.counts.samples] = resident()
             return super().sample(params)
 
     guide = AutoImplicit(wide, MLPGenerator(noise=4, hidden=(4,)))
@@ -183,7 +183,7 @@ class Mortal(SGLD):
     last: int | None = None
 
     def sample(self, params):
-        if self._samples == self.last:
+        if self.chains.counts.samples == self.last:
             raise Stopped
         return super().sample(params)
 

@@ -73,7 +73,7 @@ def test_the_temperature_of_the_inputs_is_that_of_their_noise():
     x = torch.zeros(4000, 1, dtype=torch.float64)
     kernel = kernel_of(x, inputs=ab.SGLD.rule(step_size=0.02, num_steps=1), input_temperature=0.5, keep=range(4000))
     random = torch.Generator()
-    random.set_state(kernel._random.get_state())
+    random.set_state(kernel.chains.inputs.random.get_state())
     noise = torch.empty_like(x).normal_(generator=random)
     torch.testing.assert_close(kernel.extras()["x"][0], (2.0 * 0.02 * 0.5) ** 0.5 * noise)
 
@@ -113,9 +113,9 @@ def test_a_generator_s_parameters_have_a_standard_normal_prior():
     torch.testing.assert_close(generator.energy(z), 0.5 * (z * z).sum())
     kernel = kernel_of(inputs(), adversary=generator, inputs=ab.SGLD.rule(step_size=0.1, num_steps=5))
     kernel._next_batch()
-    torch.testing.assert_close(kernel._lasting, 0.9**5 * z)
+    torch.testing.assert_close(kernel.chains.inputs.lasting, 0.9**5 * z)
     kernel._next_batch()
-    torch.testing.assert_close(kernel._lasting, 0.9**10 * z)
+    torch.testing.assert_close(kernel.chains.inputs.lasting, 0.9**10 * z)
 
 
 def test_a_flow_s_energy_counts_every_pair_of_neighbours_once():

@@ -16,9 +16,9 @@ from pyro.ops.stats import effective_sample_size
 import pyro_advbayes as ab
 from models.mlp import mlp
 from pyro_advbayes.infer.mcmc.assessment import _drifting, _heat, _thrown, drift, fitted_values
-from pyro_advbayes.infer.mcmc.noise_estimate import NoiseEstimate
 from pyro_advbayes.infer.mcmc.summary import shrink_factor
-from pyro_advbayes.infer.mcmc.trajectory import energy_rise
+from pyro_advbayes.infer.mcmc.temperatures import hottest
+from pyro_advbayes.infer.mcmc.trajectory import energy_rise, unstable_share, watch_steepest
 
 
 def autoregressive(chains, draws, rho, random):
@@ -140,7 +140,7 @@ def test_chains_that_have_not_mixed_are_told_by_their_predictions():
     mcmc = ab.SGMCMC(ab.SGLD(line, 1e-7, num_steps_per_sample=5), 60, 60, 4, disable_progbar=True)
     text = warned(lambda: mcmc.run(x, y))
     assert "R-hat of the predicted means of the data is" in text and "take more samples" in text
-    values = fitted_values(mcmc)
+    values = fitted_values(mcmc.finished())
     kept = torch.linspace(0, 59, values.shape[1]).round().long()
     torch.testing.assert_close(values, mcmc.get_samples(group_by_chain=True)["w"][:, kept] @ x.T)
 
@@ -158,7 +158,7 @@ def test_a_coefficient_that_few_rows_know_of_is_looked_at_too():
 
     mcmc = ab.SGMCMC(ab.SGHMC(rare, step_size=2e-5, batch_size=200, num_steps_per_sample=10), 100, 100, 4, disable_progbar=True)
     text = warned(lambda: mcmc.run(x, y))
-    assert "R-hat of site 'b' is" in text and float(shrink_factor(fitted_values(mcmc)).max()) < 1.1
+    assert "R-hat of site 'b' is" in text and float(shrink_factor(fitted_values(mcmc.finished())).max()) < 1.1
 
 
 def test_weights_of_a_network_that_differ_between_modes_are_no_warning():
@@ -175,7 +175,7 @@ def test_weights_of_a_network_that_differ_between_modes_are_no_warning():
     mcmc = ab.SGMCMC(ab.SGHMC(mlp((1, 2, 2)), num_steps_per_sample=20), 100, 100, 4, initial_params=start, disable_progbar=True)
     assert warned(lambda: mcmc.run(x, y)) is None
     assert float(mcmc.diagnostics()["net.1.weight"]["r_hat"].max()) > 1.5
-    values = fitted_values(mcmc)
+    values = fitted_values(mcmc.finished())
     assert values.shape == (4, 100, 80)
     probs = ab.Predictive(mcmc.kernel.model, mcmc.get_samples(), return_sites=["_RETURN"])(x)["_RETURN"].softmax(-1)
     torch.testing.assert_close(values.reshape(400, 40, 2), probs)
@@ -221,9 +221,9 @@ def test_the_step_is_tried_where_a_chain_met_its_largest_gradient():
     kernel = ab.SGLD(lambda: pyro.sample("x", dist.Normal(torch.zeros(2), 2.0**0.5).to_event(1)), 0.1)
     mcmc = ab.SGMCMC(kernel, 50, 0, 3, disable_progbar=True)
     mcmc.run()
-    steepest = kernel.steepest
-    assert steepest.unstable(kernel, 3.6, 1.0) == 0.0 and steepest.unstable(kernel, 4.4, 1.0) > 0.5
-    steepest.watch(torch.tensor([[9.0, 9.0], [8.0, 8.0], [7.0, 7.0]]), torch.tensor([100.0, 0.0, torch.nan]))
+    steepest = kernel.chains.steepest
+    assert unstable_share(kernel.run, 3.6, 1.0) == 0.0 and unstable_share(kernel.run, 4.4, 1.0) > 0.5
+    watch_steepest(steepest, torch.tensor([[9.0, 9.0], [8.0, 8.0], [7.0, 7.0]]), torch.tensor([100.0, 0.0, torch.nan]))
     assert (steepest.theta[0] == 9.0).all() and (steepest.theta[1:] < 7.0).all() and float(steepest.norm[0]) == 100.0
 
 
@@ -240,7 +240,7 @@ def test_the_rise_of_energy_is_the_largest_along_the_way():
         phase = stage @ phase
     rise = max(energies) - energies[0]
     assert rise > 1.2 * (energies[-1] - energies[0]) and rise > 0.0
-    assert float(energy_rise(kernel, theta, 1.8, 1.0, seed)) == pytest.approx(rise, abs=1e-4)
+    assert float(energy_rise(kernel.run, theta, 1.8, 1.0, seed)) == pytest.approx(rise, abs=1e-4)
 
 
 def test_the_neck_of_a_funnel_is_told():
@@ -294,11 +294,11 @@ def test_a_chain_that_comes_back_from_far_out_is_told_of_the_full_data():
 def test_no_energy_is_a_rise_and_no_chain_is_no_share():
     kernel = ab.SGLD(lambda: pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1)), 0.1)
     kernel.setup(0)
-    assert float(energy_rise(kernel, torch.full((1, 2), torch.nan), 0.1, 1.0, 0)) > 1e30
-    kernel.steepest.watch(torch.zeros(1, 2), torch.ones(1))
-    assert kernel.steepest.unstable(kernel, 0.1, 1.0) == 0.0
+    assert float(energy_rise(kernel.run, torch.full((1, 2), torch.nan), 0.1, 1.0, 0)) > 1e30
+    watch_steepest(kernel.chains.steepest, torch.zeros(1, 2), torch.ones(1))
+    assert unstable_share(kernel.run, 0.1, 1.0) == 0.0
     kernel.alive[:] = False
-    assert kernel.steepest.unstable(kernel, 0.1, 1.0) is None
+    assert unstable_share(kernel.run, 0.1, 1.0) is None
 
 
 def test_data_in_their_own_units_are_named_where_a_run_is_not_right():
@@ -379,7 +379,7 @@ def test_the_temperature_that_is_reported_is_the_worst_chains():
     kernel.setup_chains(3, 0, (), {})
     kernel.variables["V"].fill_(1.0)
     kernel.variables["V"][1] = 1e-4  # a collapsed preconditioner: h is a hundred times larger
-    kernel._effective = kernel.update_rule.temperatures(torch.full((20,), 0.1), 0.1, 1.0, kernel.variables)
+    kernel.chains.effective = kernel.update_rule.temperatures(torch.full((20,), 0.1), 0.1, 1.0, kernel.variables)
     assert kernel.effective_temperatures() == {"x": pytest.approx(1.0 + 0.01 * 100.0 * 0.1 / (2 * 0.05))}
 
 
@@ -390,12 +390,12 @@ def test_heat_along_the_noisiest_direction_is_its_variance(make, heating):
     kernel.setup_chains(2, 0, (), {})
     direction = torch.randn(20)
     direction /= direction.norm()
-    estimate = NoiseEstimate(kernel, every_step=False)
+    estimate = kernel.chains.noise
     signs = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(8)
-    estimate._differences = [2.0 * sign * direction.expand(2, -1) for sign in signs]
-    estimate.mean().variance.copy_(4.0 * direction.square())
-    assert estimate.hottest(kernel, 0.02, 1.0) == pytest.approx(1.0 + heating * 4.0, rel=1e-5)
-    assert float(kernel.update_rule.temperatures(estimate.mean().variance, 0.02, 1.0, kernel.variables).mean()) < 1.0 + heating * 0.5
+    estimate.differences = [2.0 * sign * direction.expand(2, -1) for sign in signs]
+    estimate.variance.copy_(4.0 * direction.square())
+    assert hottest(kernel.run, 0.02) == pytest.approx(1.0 + heating * 4.0, rel=1e-5)
+    assert float(kernel.update_rule.temperatures(estimate.variance, 0.02, 1.0, kernel.variables).mean()) < 1.0 + heating * 0.5
 
 
 def test_noise_without_a_direction_is_not_made_hotter_by_looking_for_one():
@@ -403,9 +403,8 @@ def test_noise_without_a_direction_is_not_made_hotter_by_looking_for_one():
     kernel.setup_chains(1, 0, (), {})
     found = []
     for _ in range(200):
-        estimate = NoiseEstimate(kernel, every_step=False)
-        estimate._differences = list(torch.randn(32, 1, 20))
-        found.append(estimate.hottest(kernel, 0.02, 1.0))
+        kernel.chains.noise.differences = list(torch.randn(32, 1, 20))
+        found.append(hottest(kernel.run, 0.02))
     assert sum(found) / len(found) == pytest.approx(1.01, abs=1e-3)
 
 

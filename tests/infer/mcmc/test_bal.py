@@ -458,9 +458,9 @@ def test_looking_at_kept_rows_leaves_a_lasting_adversary_where_it_is():
     kernel = ab.BAL(network(), "x", 64, adversary=generator, inputs=ab.SGLD.rule(step_size=0.01, num_steps=5), keep=(0, 1))
     kernel.setup_chains(2, 0, (x, y), {})
     kernel._next_batch()
-    before = kernel._lasting.clone()
+    before = kernel.chains.inputs.lasting.clone()
     kernel.extras()
-    assert torch.equal(kernel._lasting, before)
+    assert torch.equal(kernel.chains.inputs.lasting, before)
 
 
 def test_an_adversary_may_have_no_energy_of_its_own():

@@ -43,21 +43,21 @@ def test_the_full_gradient_counts_every_row_once(data, loader):
     kernel = kernel_on(data, loader=loader)
     full = ab.Potential(model, data)
     anchor = full.unconstrain({name: value.unsqueeze(0) for name, value in ANCHOR.items()})
-    assert torch.allclose(kernel._anchor.full, full.gradient(anchor)[0], rtol=1e-10)
+    assert torch.allclose(kernel._updates.anchor.full, full.gradient(anchor)[0], rtol=1e-10)
 
 
 @pytest.mark.parametrize("backend", ["graph", "handlers"])
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_at_the_anchor_every_minibatch_gives_the_full_gradient(data, backend, chunk_size):
     kernel = kernel_on(data, backend=backend, chunk_size=chunk_size)
-    kernel.theta.copy_(kernel._anchor.anchor.expand_as(kernel.theta))
+    kernel.theta.copy_(kernel._updates.anchor.anchor.expand_as(kernel.theta))
     for _ in range(3):
-        assert torch.allclose(kernel.gradient(), kernel._anchor.full.expand(4, -1), rtol=1e-8, atol=1e-8)
+        assert torch.allclose(kernel.gradient(), kernel._updates.anchor.full.expand(4, -1), rtol=1e-8, atol=1e-8)
 
 
 def test_near_the_anchor_it_is_unbiased_and_has_less_noise(data):
     kernel = kernel_on(data, num_chains=2)
-    near = kernel._anchor.anchor + 0.05 * torch.randn(2, kernel.potential.size, dtype=torch.float64)
+    near = kernel._updates.anchor.anchor + 0.05 * torch.randn(2, kernel.potential.size, dtype=torch.float64)
     kernel.theta.copy_(near)
     draws = torch.stack([kernel.gradient() for _ in range(600)])
     plain = torch.stack([kernel.potential.gradient(near) for _ in range(600)])
@@ -71,7 +71,7 @@ def test_near_the_anchor_it_is_unbiased_and_has_less_noise(data):
 def test_at_the_anchor_an_update_follows_the_full_gradient_of_its_temperature(data, temperature):
     """Whatever the minibatch; the temperature weighs the Jacobian of a constrained site, in the minibatch and in the full gradient."""
     kernel = kernel_on(data, temperature=temperature)
-    kernel.theta.copy_(kernel._anchor.anchor.expand_as(kernel.theta))
+    kernel.theta.copy_(kernel._updates.anchor.anchor.expand_as(kernel.theta))
     start = kernel.theta.clone()
     exact = ab.Potential(model, data).gradient(start[:1], temperature=temperature)
     assert torch.allclose(kernel.gradient(), exact.expand(4, -1), rtol=1e-9)

@@ -51,7 +51,7 @@ def killed(kernel, arguments, checkpoint, at, **options):
     """Runs in a process of its own, which kills itself after so many samples."""
 
     def hook(kernel, params, stage, i):
-        if kernel._samples == at:
+        if kernel.chains.counts.samples == at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     pid = os.fork()
@@ -212,7 +212,7 @@ def test_a_run_killed_twice_goes_on_twice(tmp_path):
     killed(make(), (X, Y), checkpoint, IN_WARMUP)
 
     def stop(kernel, params, stage, i):
-        if kernel._samples == IN_SAMPLING:
+        if kernel.chains.counts.samples == IN_SAMPLING:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -245,7 +245,7 @@ import pyro_advbayes as ab
 from tests.small_models import data, logistic
 
 def hook(kernel, params, stage, i):
-    if kernel._samples == 7:
+    if kernel.chains.counts.samples == 7:
         os.kill(os.getpid(), signal.SIGKILL)
 
 pyro.set_rng_seed(3)
@@ -600,7 +600,7 @@ def test_a_checkpoint_beside_fewer_draws_than_it_was_written_after_is_refused(tm
     runner(sgld(), checkpoint=checkpoint).run(X, Y)
 
     def stop(kernel, params, stage, i):
-        if kernel._samples == IN_SAMPLING:
+        if kernel.chains.counts.samples == IN_SAMPLING:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -653,7 +653,7 @@ def test_a_run_on_the_files_of_another_is_refused_before_the_model_is_looked_at(
     seen = []
 
     def hook(kernel, params, stage, i):
-        if kernel._samples != IN_SAMPLING:
+        if kernel.chains.counts.samples != IN_SAMPLING:
             return
         random = files.random_state(X.device)
         with pytest.MonkeyPatch.context() as patch:

@@ -23,7 +23,7 @@ def run(checkpoint, kernel, arguments, stop=None, samples=6, **options):
     """Interrupted after so many samples, or finished."""
 
     def hook(kernel, params, stage, i):
-        if kernel._samples == stop:
+        if kernel.chains.counts.samples == stop:
             raise KeyboardInterrupt
 
     pyro.set_rng_seed(3)

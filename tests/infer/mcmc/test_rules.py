@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import pyro
 import pytest
 import torch
 
+from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
+from pyro_advbayes.infer.mcmc.rule import Rule
+from pyro_advbayes.infer.mcmc.runner import SGMCMC
 from pyro_advbayes.infer.mcmc.sgadald import SGAdaLDRule, adapt_second_moment, second_moment_variables
 from pyro_advbayes.infer.mcmc.sghmc import SGHMCRule
-from pyro_advbayes.infer.mcmc.sgld import SGLDRule
+from pyro_advbayes.infer.mcmc.sgld import SGLD, SGLDRule
+from tests.small_models import data, logistic
 
 CHAINS, SIZE = 3, 5
 T, STEP = 0.7, 0.2
@@ -228,3 +233,43 @@ def test_sgadald_refuses_where_the_noise_is_hotter_than_the_temperature():
         rule.check(0.1, 0.1, variables, names)
     assert SGAdaLDRule(clamp=True).check(0.1, 0.1, variables, names) == 0.25
     assert rule.check(0.01, 10.0, variables, names) == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------- a rule with a step alone
+
+
+class WalkRule(Rule):
+    """The update of SGLD, and nothing else."""
+
+    def step(self, theta, gradient, noise, step_size, temperature, variables, learning):
+        return noise.mul_((2.0 * step_size * temperature).sqrt()).sub_(gradient.mul_(step_size)).add_(theta)
+
+
+class Walk(SGMCMCKernel):
+    update_rule = WalkRule()
+
+
+@pytest.mark.filterwarnings("ignore::pyro_advbayes.infer.mcmc.assessment.SamplingWarning")
+@pytest.mark.parametrize("batch_size", [None, 10])
+def test_a_rule_with_a_step_alone_runs_at_a_given_step_size_and_reports_no_temperature(tmp_path, capsys, batch_size):
+    found = []
+    for kernel in (Walk, SGLD):
+        pyro.set_rng_seed(1)
+        mcmc = SGMCMC(kernel(logistic, 1e-3, batch_size=batch_size), 30, 20, 2, checkpoint=tmp_path / kernel.__name__, disable_progbar=True)
+        mcmc.run(*data())
+        mcmc.summary()
+        found.append(mcmc)
+    walk, sgld = found
+    assert torch.equal(walk.get_samples()["w"], sgld.get_samples()["w"])
+    temperatures = [walk.diagnostics()[name] for name in ("T_eff", "T_eff direction", "T_eff epochs")]
+    assert temperatures == [None] * 3 and sgld.diagnostics()["T_eff"].keys() == {"w", "b"}
+    told = [[text for text in mcmc.diagnostics()["warnings"] if "heats" not in text] for mcmc in found]
+    assert told[0] == told[1]
+    assert "r_hat" in capsys.readouterr().out
+    again = SGMCMC.resume(tmp_path / "Walk", Walk(logistic, 1e-3, batch_size=batch_size), *data(), disable_progbar=True)
+    assert torch.equal(again.get_samples()["w"], walk.get_samples()["w"])
+
+
+def test_auto_is_refused_for_a_rule_that_has_no_largest_step():
+    with pytest.raises(ValueError, match=r'step_size="auto": WalkRule has no largest_step\. Give a step size'):
+        Walk(logistic)

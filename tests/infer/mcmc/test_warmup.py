@@ -14,6 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_advbayes as ab
 from pyro_advbayes.infer.mcmc.noise_estimate import GradientNoise
+from pyro_advbayes.infer.mcmc.restart import watch
+from pyro_advbayes.infer.mcmc.step_size import adapt
+from pyro_advbayes.infer.mcmc.step_size import bound as step_bound
 from tests.infer.mcmc.harness import LIMIT
 
 KERNELS = {"SGLD": ab.SGLD, "SGAdaLD": ab.SGAdaLD, "SGHMC": ab.SGHMC, "SGHMC-adaptive": partial(ab.SGHMC, adaptive=True)}
@@ -219,9 +222,9 @@ def test_a_chain_starts_again_from_its_last_good_state():
 
     def look(steps, theta, speed):
         kernel.theta.copy_(torch.as_tensor(theta, dtype=torch.float32)), momentum.fill_(speed)
-        kernel.steps = steps
-        kernel.restarts.watch(kernel)
-        return kernel.theta.tolist(), momentum[:, 0].tolist(), kernel.restarts.counts
+        kernel.chains.counts.updates = steps
+        watch(kernel.run)
+        return kernel.theta.tolist(), momentum[:, 0].tolist(), kernel.chains.restarts.counts
 
     zeros = [[0.0] * 3] * 3
     look(0, torch.full((3, 3), 0.1), 1.0)
@@ -273,7 +276,7 @@ def test_energy_error_shortens_the_step_where_curvature_grows_along_the_way():
     kernel = ab.SGLD(steep)
     kernel.setup_chains(2, 100, (), {})
     kernel.theta.fill_(-0.3)
-    kernel.step_size.adapt(kernel)
+    adapt(kernel.run, kernel.step_size)
     curvature = float(20.0**2 * torch.tensor(-6.0).exp() + 0.01)
     assert kernel.step_size.curvature == pytest.approx(curvature, rel=1e-3)
     assert kernel.step_size.value < 0.3 * 2 * 0.1 / 1.1 / curvature
@@ -286,12 +289,11 @@ def bound(make, rest, variance=50.0, curvature=4.0, slope=0.0, V=16.0, moment=0.
     """The step that a kernel takes with this curvature and this noise, at a share of 0.1."""
     kernel = make(wide, temperature=T)
     kernel.setup_chains(2, 100, (), {})
-    kernel.step_size.curvature = curvature
     for name, value in (("V", V), ("moment", moment)):
         if name in kernel.variables:
             kernel.variables[name].fill_(value)
     noise = GradientNoise(torch.full((3,), variance), torch.full((3,), variance), slope)
-    return kernel.step_size._bound(kernel, noise, rest)
+    return step_bound(kernel.run, 0.1, curvature, noise, rest)
 
 
 def test_each_kernels_bound_is_its_equation():
