@@ -323,14 +323,11 @@ class FileError(ValueError):
 
 
 @contextlib.contextmanager
-def reading(path: Path, passing: type[Exception] = FileError) -> Iterator[None]:
-    """
-    :param passing: what is of the caller's arguments and not of the file.
-    :raises FileError: for whatever else a spoilt or hostile file raises where it is taken apart.
-    """
+def reading(path: Path) -> Iterator[None]:
+    """:raises FileError: instead of the errors that a spoilt or hostile file causes where it is taken apart."""
     try:
         yield
-    except passing:
+    except FileError:
         raise
     except (SafetensorError, LookupError, StopIteration, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         text = f"no {error}" if isinstance(error, KeyError) else str(error)

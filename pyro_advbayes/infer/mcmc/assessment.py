@@ -41,24 +41,16 @@ class SamplingWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Finished:
-    """
-    A finished run.
-
-    :param num_chains: number of chains, lost ones included.
-    :param lost: numbers of the lost chains.
-    :param diagnostics: the kernel's.
-    :param stats: statistics of the kept draws, ``[chains, draws]``, without lost chains.
-    :param samples: gives the draws by site, ``[chains, draws, *site]``, without lost chains.
-    """
+    """A finished run, and its kept draws without lost chains."""
 
     kernel: SGMCMCKernel
     num_samples: int
     warmup_steps: int
-    num_chains: int
-    lost: Sequence[int]
-    diagnostics: Mapping[str, Any]
-    stats: Mapping[str, Tensor]
-    samples: Callable[[], Mapping[str, Tensor]]
+    num_chains: int  # lost ones included
+    lost: Sequence[int]  # numbers of the lost chains
+    diagnostics: Mapping[str, Any]  # the kernel's
+    stats: Mapping[str, Tensor]  # [chains, draws]
+    samples: Callable[[], Mapping[str, Tensor]]  # gives [chains, draws, *site] by site
 
 
 @dataclass(frozen=True)

@@ -31,17 +31,11 @@ Loss = Callable[[Callable, Tensor, Sequence[Any], Mapping[str, Any]], Tensor]
 
 @dataclass
 class InputState:
-    """
-    The state of the input chains.
-
-    :param random: their own random generator: with the adversary at rest the weights move as they would without one.
-    :param lasting: what the adversary keeps from minibatch to minibatch.
-    :param sizes: mean distances by which the last minibatch was moved.
-    """
+    """The state of the input chains. With a generator of their own the weights move as they would without an adversary at rest."""
 
     random: torch.Generator
-    lasting: Tensor | None = None
-    sizes: dict[str, Tensor] = field(default_factory=dict)
+    lasting: Tensor | None = None  # what a lasting adversary keeps from minibatch to minibatch
+    sizes: dict[str, Tensor] = field(default_factory=dict)  # mean distances by which the last minibatch was moved
 
 
 @dataclass

@@ -468,9 +468,9 @@ class SGMCMCKernel(MCMCKernel):
 
     def load(self, state: Mapping[str, Any]) -> None:
         """
-        Goes on from a :meth:`state`, after :meth:`setup_chains` with the same settings and data.
+        Continues from a :meth:`state`, after :meth:`setup_chains` with the same settings and data.
 
-        :raises LookupError, TypeError: if it is not that of chains like these.
+        :raises LookupError, TypeError, ValueError: if it is not that of chains like these.
         """
         self.chains.load(state)
         anchor = self._updates.anchor

@@ -145,9 +145,9 @@ class ChainState:
 
     def load(self, content: Mapping[str, Any]) -> None:
         """
-        Goes on from a :meth:`content`.
+        Continues from a :meth:`content`.
 
-        :raises LookupError, TypeError: if it is not that of chains like these.
+        :raises LookupError, TypeError, ValueError: if it is not that of chains like these.
         """
         _load(self, {name: content[name] for name in _saved(self)})
         self.some_lost = not bool(self.alive.all())
@@ -175,17 +175,13 @@ def _load(value: Any, content: Mapping[str, Any]) -> None:
         elif isinstance(old, torch.Generator):
             old.set_state(new.cpu())
         elif is_dataclass(old):
-            names = _saved(old)
-            if len(new) != len(names):
-                raise TypeError(f"{name} holds {len(new)} values, not {len(names)}")
-            _load(old, dict(zip(names, new, strict=True)))
+            _load(old, dict(zip(_saved(old), new, strict=True)))
         elif isinstance(old, Tensor) and not (isinstance(new, Tensor) and new.shape == old.shape and new.dtype == old.dtype):
-            raise TypeError(f"{name} is {getattr(new, 'shape', new)}, not {old.dtype} of shape {list(old.shape)}")
+            raise ValueError(f"{name} is not of shape {list(old.shape)} and {old.dtype}")
         elif isinstance(old, list):
-            new = [] if new is None else list(new)
-            if old and len(new) != len(old):
-                raise TypeError(f"{name} is of {len(new)} chains, not {len(old)}")
-            setattr(value, name, new)
+            setattr(value, name, [] if new is None else list(new))
+            if old and len(getattr(value, name)) != len(old):
+                raise ValueError(f"{name} is of {len(getattr(value, name))} chains, not {len(old)}")
         else:
             setattr(value, name, dict(new) if isinstance(old, dict) else new)
 

@@ -60,7 +60,7 @@ def test_a_checkpoint_holds_every_field_of_the_state_and_sets_a_new_kernel_to_it
 )
 def test_a_field_of_other_chains_is_refused(place, value):
     kernel = after(KERNELS["SGLD"], 2)
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, ValueError)):
         kernel.load({**kernel.state(), place: value})
 
 
