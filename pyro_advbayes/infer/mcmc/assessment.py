@@ -18,7 +18,7 @@ from pyro_advbayes.infer.mcmc.summary import effective_size, function_values, sh
 from pyro_advbayes.infer.mcmc.trajectory import LEAPFROG_STEPS, TRAJECTORIES, unstable_share
 from pyro_advbayes.model.batches import Arguments
 
-LEAST_DRAWS = 20  # of a chain; fewer tell nothing
+LEAST_DRAWS = 20  # per chain; fewer are not assessed
 LARGEST_Z, LARGEST_SHIFT = 5.0, 0.5
 LEAST_ENERGIES = 5.0  # effective draws of a chain
 LARGEST_R_HAT = 1.1
@@ -26,9 +26,12 @@ LARGEST_COLD = 0.88  # share of T; "auto" keeps to 0.9
 LARGEST_HEAT = 1.12  # mean over a site; "auto" keeps to 1.1
 DIRECTION_SHARE = 0.125  # along the direction in which noise heats most; "auto" keeps to 0.1 of it
 LARGEST_FALL = 100.0
-MOST_NATS, MOST_SPREADS = 20.0, 4.0  # of a draw's energy above the chain's median; a spread is from there to the 95 % quantile
-LARGEST_WIDENING = 1.1  # of a standard deviation, by draws that were thrown out
-LARGEST_SCALE = 30.0  # of a column of the data, its mean or its standard deviation
+MOST_NATS, MOST_SPREADS = (
+    20.0,
+    4.0,
+)  # a draw's energy above the chain's median; a spread is the distance from the median to the 95 % quantile
+LARGEST_WIDENING = 1.1  # factor on a standard deviation by draws that were thrown out
+LARGEST_SCALE = 30.0  # mean or standard deviation of a column of the data
 LARGEST_UNSTABLE = 0.01  # share of short trajectories from the steepest states
 FIRST_PARTS = (0.1, 0.2, 0.33)
 # Predictions are compared on so many rows and draws, for at most this share of the run's own work.

@@ -31,10 +31,10 @@ Loss = Callable[[Callable, Tensor, Sequence[Any], Mapping[str, Any]], Tensor]
 
 @dataclass
 class InputState:
-    """The state of the input chains. With a generator of their own the weights move as they would without an adversary at rest."""
+    """The state of the input chains. Their own random generator leaves the weights' random numbers unchanged."""
 
     random: torch.Generator
-    lasting: Tensor | None = None  # what a lasting adversary keeps from minibatch to minibatch
+    lasting: Tensor | None = None  # z of a lasting adversary
     sizes: dict[str, Tensor] = field(default_factory=dict)  # mean distances by which the last minibatch was moved
 
 
@@ -321,7 +321,7 @@ class BAL(SGMCMCKernel):
         state = self.chains.inputs
         lasting = state.lasting
         perturbed = self._run_inputs(batch, clean.flatten(0, 1) if per_chain else clean).view_as(clean)
-        state.lasting = lasting  # what is reported must not move it
+        state.lasting = lasting  # reporting must not change the state
         return {self.perturb: perturbed if per_chain else perturbed.expand(self.num_chains, *clean.shape)}
 
     def diagnostics(self) -> dict[str, Any]:

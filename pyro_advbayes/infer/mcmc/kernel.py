@@ -1,4 +1,4 @@
-"""What all stochastic-gradient kernels share: a Pyro ``MCMCKernel`` whose state is one flat row per chain."""
+"""Base of the stochastic-gradient kernels: a Pyro ``MCMCKernel`` whose state is one flat row per chain."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class SGMCMCKernel(MCMCKernel):
 
         :param step_size: a number > 0, or a function of the update's number.
         :param num_steps: updates in a row, >= 1.
-        :param settings: what the kernel's own constructor takes for its rule.
+        :param settings: the rule's settings, as in the kernel's own constructor.
         """
         check_int(num_steps, "num_steps", 1)
         refuse_unknown(cls.rule_type, settings)
@@ -295,7 +295,7 @@ class SGMCMCKernel(MCMCKernel):
         self._save_params = sorted(names)
 
     def logging(self) -> dict[str, str]:
-        """What a progress bar shows beside its count."""
+        """Text for the progress bar."""
         info, alive = self.chains.info, self.alive
         energy = float(info["energy"][alive].mean()) if "energy" in info else math.nan
         lost = {} if bool(alive.all()) else {"divergences": str(int((~alive).sum()))}
@@ -374,11 +374,11 @@ class SGMCMCKernel(MCMCKernel):
         return {}
 
     def extras(self) -> dict[str, Tensor]:
-        """What is kept with a sample beside the sites, ``[chains, ...]``."""
+        """Further values to keep with a sample, ``[chains, ...]``."""
         return {}
 
     def _iterate(self, kind: str) -> None:
-        """What ``num_steps_per_sample`` counts."""
+        """One of the ``num_steps_per_sample`` steps of a sample."""
         self._update(kind, self._next_batch())
 
     def _next_batch(self) -> Batch:

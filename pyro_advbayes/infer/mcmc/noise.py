@@ -39,13 +39,13 @@ class NormalNoise:
             _fill_row(row, self._bits)
 
     def state(self) -> dict[str, Any] | None:
-        """What :meth:`load` needs to go on from here, as plain values."""
+        """The generator's state for :meth:`load`, as plain values; None for PyTorch's own."""
         if self._bits is None:
             return None
         return {"words": [hex(int(word)) for word in self._bits.state["state"]["state"]]}
 
     def load(self, state: dict[str, Any] | None) -> None:
-        """Goes on from a :meth:`state`."""
+        """Continues from a :meth:`state`."""
         if state is not None and self._bits is not None:
             words = np.array([int(word, 16) for word in state["words"]], dtype=np.uint64)
             self._bits.state = {**self._bits.state, "state": {"state": words}}

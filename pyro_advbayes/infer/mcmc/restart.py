@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_advbayes.infer.mcmc.state import ChainState, Run
 
-MOST_RESTARTS = 10  # of one chain: the step is then a thousandth
+MOST_RESTARTS = 10  # per chain; the step is then a thousandth
 LOOKS = 50  # in a warm-up
 
 
@@ -63,7 +63,7 @@ def find_lost(chains: ChainState, step_size: float, energy: Tensor | None, adapt
     """
     Finds out which chains are lost by an update, and sets them back in warm-up.
 
-    :param energy: of the state before it, ``[chains]``, where it is known.
+    :param energy: energy before the update, ``[chains]``, if known.
     :raises RuntimeError: if no chain is left.
     """
     finite = chains.buffer.isfinite().all(dim=-1)

@@ -1,4 +1,4 @@
-"""What an update rule is: one step of a stochastic differential equation, tensors in and tensors out."""
+"""Update rules: one step of a stochastic differential equation, tensors in and tensors out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Rule(ABC):
 
     @property
     def learns(self) -> frozenset[str]:
-        """What :meth:`step` learns from the gradients: ``"metric"``, a preconditioner, and ``"moment"``, their mean square at rest."""
+        """Quantities that :meth:`step` learns from gradients: ``"metric"``, a preconditioner; ``"moment"``, their mean square at rest."""
         return frozenset()
 
     def variables(self, theta: Tensor) -> Variables:

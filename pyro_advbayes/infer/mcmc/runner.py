@@ -283,16 +283,9 @@ class SGMCMC(AbstractMCMC):
 
     def finished(self) -> Finished:
         """The finished run, to be assessed."""
-        return Finished(
-            self.kernel,
-            self.num_samples,
-            self.warmup_steps,
-            self._asked_chains,
-            self._left_out,
-            self._diagnostics,
-            self.sample_stats(),
-            partial(self.get_samples, group_by_chain=True),
-        )
+        counts = self.num_samples, self.warmup_steps, self._asked_chains
+        samples = partial(self.get_samples, group_by_chain=True)
+        return Finished(self.kernel, *counts, self._left_out, self._diagnostics, self.sample_stats(), samples)
 
     def _show(self, bar: tqdm, stage: str) -> None:
         bar.set_description(stage, refresh=False)

@@ -102,7 +102,7 @@ def keeps_sample(schedules: tuple[Schedule, ...], step: int) -> bool:
 
 
 def schedule_name(schedule: Schedule) -> str:
-    """How a checkpoint names a schedule, whose values it holds too: the ``repr`` of a function or a custom object may show its address."""
+    """The name of a schedule in a checkpoint. Not the ``repr`` of a function or a custom object, which may show its address."""
     while isinstance(schedule, partial):
         schedule = schedule.func
     if isinstance(schedule, (Constant, Polynomial, Cyclical)):

@@ -1,4 +1,4 @@
-"""What chains carry from step to step, as one value; and what a run consists of beside it."""
+"""The state of the chains as one value, and the parts of one run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class AutoStepSize:
     warm_value: float | None = None  # the step before noise was held to its share
     growing: bool = False  # whether the bound on its growth held the step back
     measured_at: float = 0.0  # share of warm-up
-    directions: dict[str, Tensor] = field(default_factory=dict)  # of the largest curvature, by chain and minibatch
+    directions: dict[str, Tensor] = field(default_factory=dict)  # directions of largest curvature, by chain and minibatch
 
     def __repr__(self) -> str:
         return f"AutoStepSize(share={self.share})"
@@ -105,7 +105,7 @@ class ChainState:
     normal: NormalNoise
     noise: NoiseEstimate
     auto: AutoStepSize | None  # None for a given step size
-    divergences: list[list[int]]  # of each chain, numbers of the samples at which it was lost
+    divergences: list[list[int]]  # per chain, indices of the samples at which it was lost
     restarts: Restarts
     steepest: SteepestStates = field(default_factory=SteepestStates)
     counts: Counts = field(default_factory=Counts)
@@ -140,7 +140,7 @@ class ChainState:
         return {name: value[self.alive] for name, value in self.variables.items()}
 
     def content(self) -> dict[str, Any]:
-        """What :meth:`load` needs, as tensors and plain values."""
+        """The state for :meth:`load`, as tensors and plain values."""
         return {name: _content(getattr(self, name)) for name in _saved(self)}
 
     def load(self, content: Mapping[str, Any]) -> None:
@@ -188,7 +188,7 @@ def _load(value: Any, content: Mapping[str, Any]) -> None:
 
 @dataclass
 class Run:
-    """What a kernel has from ``setup`` on, for one run."""
+    """The parts of one run of a kernel, made by its ``setup``."""
 
     potential: Potential
     rule: Rule

@@ -37,7 +37,7 @@ def energy_rise(run: Run, theta: Tensor, step_size: float, temperature: float, s
         momentum = momentum - 0.5 * step * gradient
         rise = energy + 0.5 * momentum.square().sum(-1) - start
         largest = torch.maximum(largest, rise.nan_to_num(torch.inf))
-    return largest - 1e-5 * start.abs().nan_to_num(0.0, 0.0)  # what float32 does not resolve
+    return largest - 1e-5 * start.abs().nan_to_num(0.0, 0.0)  # float32 does not resolve less
 
 
 def watch_steepest(steepest: SteepestStates, theta: Tensor, norm: Tensor) -> None:

@@ -100,7 +100,7 @@ def chunk_update(kind: str, evaluate: Callable, correction: Callable | None, rul
     A function of ``(theta, noise, step_size, temperature, variables, *tensors)`` that writes the new theta over ``noise``. It returns
     one number, which is finite if all of theta is; for the kind ``"both"``, energy and norm of the gradient before it.
 
-    :param evaluate: what :meth:`Potential.function` gave for ``kind``.
+    :param evaluate: from :meth:`Potential.function`, for ``kind``.
     :param correction: a control variate's, or None.
     """
 
