@@ -1,5 +1,5 @@
 """
-Attacks on classifiers, a posterior's among them: one file each over one base, and :func:`evaluate`, which runs several and judges itself.
+Attacks on classifiers and posteriors, one file each over one base; :func:`evaluate` runs several and warns where they are unreliable.
 
 ::
 

@@ -25,18 +25,19 @@ class APGD(GradientAttack):
         z = \Pi(x_k + \eta\, s(\nabla \ell(x_k))), \qquad
         x_{k+1} = \Pi\big(x_k + 0.75\, (z - x_k) + 0.25\, (x_k - x_{k-1})\big),
 
-    from a random point with :math:`\eta = 2\epsilon`. At checkpoints that come ever closer, each input by itself halves its
-    :math:`\eta` and returns to its best point if fewer than 75 % of the steps since the last one raised the loss, or if neither the step
-    nor the best loss has changed since. The best input on the way is kept: a success before a failure, then the higher loss.
+    from a random point with :math:`\eta = 2\epsilon`. At checkpoints, whose distances shrink, each input separately halves its
+    :math:`\eta` and returns to its best point if fewer than 75 % of the steps since the last checkpoint raised the loss, or if neither the
+    step nor the best loss has changed since. The best input is kept: a success before a failure, then the higher loss.
 
-    With ``loss="dlr"`` it sees through confidence. Further settings: :class:`~pyro_advbayes.attacks.base.Attack`, ``norm`` and ``loss``.
+    ``loss="dlr"`` has a gradient where the classifier is overconfident. Further settings: :class:`~pyro_advbayes.attacks.base.Attack`,
+    ``norm`` and ``loss``.
 
     Source: F. Croce and M. Hein, Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks, ICML
     2020, Algorithm 1. An input that returns to its best point starts there without momentum; the authors' code keeps the old one.
 
     :param float eps: radius of the ball, > 0, in the units of the inputs.
     :param int steps: >= 1.
-    :param int restarts: how often, >= 1.
+    :param int restarts: number of starts, >= 1.
     """
 
     steps: int = 100
@@ -75,7 +76,7 @@ class APGD(GradientAttack):
 
 
 def checkpoints(steps: int) -> list[int]:
-    """The steps after which step sizes are looked at: at first after 22 % of all, then ever sooner, at last after every 6 %."""
+    """The steps after which step sizes may be halved: first after 22 % of all, then at shrinking distances, at last every 6 %."""
     last, now = 0.0, 0.22
     found = []
     while now < 1:
@@ -85,7 +86,7 @@ def checkpoints(steps: int) -> list[int]:
 
 
 class _Top:
-    """The point of the highest loss so far, input by input."""
+    """The point of the highest loss so far, for each input."""
 
     def __init__(self, x: Tensor, gradient: Tensor, loss: Tensor) -> None:
         self.x, self.gradient, self.loss = x, gradient, loss

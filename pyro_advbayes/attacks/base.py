@@ -1,4 +1,4 @@
-"""What all attacks share: :class:`Attack`, its settings, and what is done before and after it runs."""
+"""The base of all attacks: :class:`Attack`, its settings, and the checks before and after it runs."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ Allowed = TypeVar("Allowed", bound=Region)
 @dataclass(frozen=True, repr=False)
 class Attack(ABC, Generic[Allowed]):
     r"""
-    A way to find inputs near the clean ones that a classifier gets wrong. An attack is its settings; it is called with what it attacks::
+    Finds inputs near the clean ones that a classifier gets wrong. An attack holds its settings only, and is called with a classifier::
 
         x_adv = PGD(eps=0.3, objective="mean_loss")(classifier, x, y)
 
-    ``classifier`` is any function of inputs ``[N, ...]`` to logits or log-probabilities ``[N, K]``. If it has a method ``log_probs``, as
-    :class:`~pyro_advbayes.PosteriorClassifier` has, it stands for draws of a network, and ``objective`` says what is raised: the mean of
-    the draws' losses, or the loss of their mean prediction; :class:`~pyro_advbayes.attacks.problem.ClassifierProblem` has both in symbols.
-    For a plain network they are the same.
+    ``classifier`` is any function of inputs ``[N, ...]`` to logits or log-probabilities ``[N, K]``. If it has a method ``log_probs`` (as
+    :class:`~pyro_advbayes.PosteriorClassifier` has), it represents draws of a network, and ``objective`` chooses what is raised: the mean
+    of the draws' losses, or the loss of their mean prediction (:class:`~pyro_advbayes.attacks.problem.ClassifierProblem` states both). For
+    a plain network they are the same.
 
     Every attack takes these settings by keyword:
 
-    :param clip: the range (low, high) of the inputs, which attacked inputs stay within; None for inputs without a range.
-    :param bool targeted: whether ``y`` are classes to reach, in place of true classes to leave.
+    :param clip: the range (low, high) of the inputs, clean and attacked; None for inputs without a range.
+    :param bool targeted: whether ``y`` are target classes; by default they are the true classes.
     :param str objective: ``"loss_of_mean"`` (default) or ``"mean_loss"``.
-    :param int eot: expectation over transformation: how many calls of a random classifier make one gradient, >= 1. They count as draws; for
-        losses other than the cross-entropy of their mean prediction all of them are in memory together.
-    :param int batch_size: how many inputs are attacked together; by default all.
+    :param int eot: expectation over transformation: calls of a random classifier for one gradient, >= 1. They count as draws. For losses
+        other than the cross-entropy of their mean prediction all of them are in memory together.
+    :param int batch_size: number of inputs that are attacked together; by default all.
     :raises ValueError: for a setting out of its range.
     """
 
@@ -52,7 +52,7 @@ class Attack(ABC, Generic[Allowed]):
 
     loss: ClassVar[str] = "cross_entropy"
     uses_gradient: ClassVar[bool] = True
-    needs_classifier: ClassVar[bool] = False  # rather than any loss
+    needs_classifier: ClassVar[bool] = False  # whether a loss alone does not suffice
 
     def __post_init__(self) -> None:
         if self.clip is not None and not (len(self.clip) == 2 and self.clip[0] < self.clip[1]):
@@ -66,11 +66,11 @@ class Attack(ABC, Generic[Allowed]):
     @final
     def __call__(self, classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         """
-        :param classifier: inputs ``[N, ...]`` -> logits ``[N, K]``. Its mode, its parameters and their ``.grad`` stay as they are.
+        :param classifier: inputs ``[N, ...]`` -> logits ``[N, K]``. Its mode, its parameters and their ``.grad`` do not change.
         :param x: clean inputs ``[N, ...]``, of floating type and within ``clip``.
         :param y: labels ``[N]``, integers from 0 to K - 1.
         :return: attacked inputs, detached, of the shape of ``x``.
-        :raises ValueError: if inputs or labels are not such, or the classifier gives NaN or no logits ``[N, K]``.
+        :raises ValueError: if inputs or labels are anything else, or the classifier gives NaN or no logits ``[N, K]``.
         """
         x, y = self.check(classifier, x, y)
         size = self.batch_size or len(x)
@@ -84,45 +84,45 @@ class Attack(ABC, Generic[Allowed]):
     @final
     def on_loss(self, loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """
-        Raises a loss of the caller's, whatever it is of, in place of a classifier's.
+        Attacks the caller's own loss in place of a classifier's.
 
-        :param loss: differentiable function of inputs ``[N, ...]`` to losses ``[N]``, each of its own row only.
+        :param loss: differentiable function of inputs ``[N, ...]`` to losses ``[N]``; each loss depends on its row only.
         :param x: clean inputs ``[N, ...]``, of floating type and within ``clip``.
         :return: attacked inputs, detached, of the shape of ``x``.
-        :raises ValueError: if the inputs are not such, the loss is not ``[N]``, or the attack is one on logits.
+        :raises ValueError: if the inputs are anything else, the loss is not ``[N]``, or the attack needs logits.
         """
         self.check_for_loss()
         return self._perturb(LossProblem(loss), self._checked_inputs(x))
 
     def check(self, classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Looks at the arguments of a call, as far as that takes no prediction; gives the inputs detached and the labels as int64."""
+        """Checks the arguments of a call without a prediction; returns the inputs detached and the labels as int64."""
         _refuse_training_norms(classifier)
         x = self._checked_inputs(x)
         return x, _checked_labels(x, y)
 
     def check_for_loss(self) -> None:
-        """:raises ValueError: if the attack needs a classifier, or has a setting that means something for classifiers only."""
+        """:raises ValueError: if the attack needs a classifier, or has a setting that applies to classifiers only."""
         if self.needs_classifier:
             raise ValueError(f"{type(self).__name__} needs more than a loss: call it with a classifier")
         if self.targeted:
-            raise ValueError("targeted=True has no meaning without labels: give the negative loss")
+            raise ValueError("targeted=True has no meaning without labels: pass the negative loss")
         for setting in fields(self):
             value = getattr(self, setting.name)
             if setting.name in ("loss", "objective", "eot", "batch_size") and value != setting.default:
-                raise ValueError(f"{setting.name}={value!r} is for classifiers: here one loss, of all rows at once, is raised as it is")
+                raise ValueError(f"{setting.name}={value!r} is for classifiers: a custom loss is raised unchanged, of all rows together")
 
     @abstractmethod
     def run(self, problem: Problem, region: Allowed) -> Tensor:
         """
-        The attack itself.
+        Runs the attack.
 
-        :param problem: what is raised.
-        :param region: where it may go; its ``center`` are the clean inputs.
-        :return: attacked inputs; what lies outside the region is brought into it.
+        :param problem: the loss to be raised.
+        :param region: the allowed inputs; its ``center`` are the clean ones.
+        :return: attacked inputs; the caller projects them onto the region.
         """
 
     def region(self, x: Tensor) -> Allowed:
-        """Where the attack may go from ``x``."""
+        """The inputs that the attack may return for ``x``."""
         return Region(x, self.clip)  # type: ignore[return-value]  # an attack on another region overrides this
 
     def _perturb(self, problem: Problem, x: Tensor) -> Tensor:
@@ -185,11 +185,11 @@ class BallAttack(Attack[Ball]):
 @dataclass(frozen=True, repr=False)
 class GradientAttack(BallAttack):
     """
-    An attack within a ball that follows the gradient of a loss.
+    An attack within a ball that uses the gradient of a loss.
 
     :param str loss: ``"cross_entropy"`` (default), ``"dlr"`` (of three classes or more) or ``"margin"``
-        (:mod:`~pyro_advbayes.attacks.losses`). Where a classifier is so sure of itself that the gradient of the cross-entropy underflows,
-        that of the others does not.
+        (:mod:`~pyro_advbayes.attacks.losses`). The gradient of the cross-entropy underflows where a classifier is overconfident; those of
+        the others do not.
     """
 
     loss: str = field(default="cross_entropy", kw_only=True)  # type: ignore[misc]  # a setting here, a constant of other attacks
@@ -203,7 +203,7 @@ def ascend(problem: Slope, ball: Ball, x: Tensor, steps: int, step_size: float) 
 
 
 class Best:
-    """The best of several attacks on the same inputs, input by input: a success before a failure, then the higher loss."""
+    """The best of several attacked versions of each input: a success before a failure, then the higher loss."""
 
     def __init__(self) -> None:
         self._x: Tensor | None = None
@@ -233,7 +233,7 @@ def _checked_labels(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _refuse_training_norms(classifier: Any) -> None:
-    """Attacked inputs must not become part of a network's running statistics."""
+    """:raises ValueError: if attacked inputs would enter a network's running statistics."""
     for name, module in classifier.named_modules() if isinstance(classifier, nn.Module) else ():
         if isinstance(module, BATCH_NORMS + INSTANCE_NORMS) and module.training and module.track_running_stats:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Carlini and Wagner's attack with the smallest Euclidean perturbation, and the one step that BAL's authors report under its name."""
+"""Carlini and Wagner's attack of the smallest Euclidean perturbation, and the one-step form that BAL's authors report."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class CarliniWagner(Attack[Region]):
     .. math:: \min_{\tilde x}\ \|\tilde x - x\|_2^2 + c\, \max\big(\text{confidence} - m(\tilde x), 0\big), \qquad
               m = \max_{k \ne y} z_k - z_y
 
-    (for a target t, :math:`m = z_t - \max_{k \ne t} z_k`), by Adam, with every step clipped to the range; :math:`c` is found by bisection,
-    input by input: down from a success, up tenfold from a failure. Of all successes on the way the nearest is returned, and the clean
-    input where there is none. There is no ball: judge by the size of the perturbations.
+    (for a target t, :math:`m = z_t - \max_{k \ne t} z_k`), by Adam, with every step clipped to the range. Bisection finds :math:`c` for
+    each input: lower after a success, ten times as large after a failure; nine values are tried. The nearest of all successes is returned,
+    or the clean input if there is none. There is no ball: judge the attack by the size of its perturbations.
 
-    Logits of a posterior are logarithms of its mean probabilities; with ``objective="mean_loss"`` :math:`m` is the mean of the draws'.
+    The logits of a posterior are logarithms of its mean probabilities; with ``objective="mean_loss"`` :math:`m` is the mean over draws.
     Further settings: :class:`~pyro_advbayes.attacks.base.Attack`.
 
     Source: N. Carlini and D. Wagner, Towards evaluating the robustness of neural networks, IEEE S&P 2017, section VI. Of their three
-    ways to keep to the range it is projection, not the change of variables, which hardly moves from a pixel that is white or black.
+    ways to keep to the range this is projection; the change of variables hardly moves from a white or black pixel.
 
     :param int steps: of Adam, for each c, >= 1.
     :param float step_size: Adam's, > 0, in the units of the inputs.
@@ -75,7 +75,7 @@ class CarliniWagner(Attack[Region]):
         return best
 
     def _nearest(self, problem: Problem, region: Region, c: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest success for given c ``[N]``, and its squared distance, infinite where there is none."""
+        """The nearest success for given c ``[N]``, and its squared distance: infinite where there is none."""
         clean = x = region.center
         mean, square = torch.zeros_like(x, dtype=c.dtype), torch.zeros_like(x, dtype=c.dtype)
         best, smallest = clean, torch.full_like(c, torch.inf)
@@ -86,7 +86,7 @@ class CarliniWagner(Attack[Region]):
             size = flat(delta).square().sum(1)
             nearer = hit & (size < smallest)
             best, smallest = torch.where(rows(nearer, x), x, best), torch.where(nearer, size, smallest)
-            if t > self.steps:  # where the last step went
+            if t > self.steps:  # the last step has been judged
                 break
             slope = 2 * delta - rows(c * ~hit, gradient) * gradient
             mean = DECAYS[0] * mean + (1 - DECAYS[0]) * slope
@@ -99,16 +99,15 @@ class CarliniWagner(Attack[Region]):
 @dataclass(frozen=True, repr=False)
 class OneStepCarliniWagner(Attack[Region]):
     r"""
-    The attack of BAL's experiments that they call Carlini and Wagner's: one step down the gradient of a batch's
+    The attack that BAL's experiments call Carlini and Wagner's: one step down the gradient of the batch's
 
     .. math:: \max\Big(\sum_n \big(z_{n, y_n} - \sum_{k \ne y_n} z_{n k}\big), 0\Big), \qquad
               \tilde x = \mathrm{clip}\big(x - \nabla_x / \sqrt 2\big),
 
-    for each network by itself; the gradients of the draws are averaged. (Their second term, the distance from the clean input, has no
-    gradient there.) It is no strong attack, and is here so that published numbers can be compared. Two things are peculiar: a network that
-    is, summed over the batch, already below zero gives no gradient, so that inputs depend on their batch; and unlike any loss of this
-    package it changes when a constant is added to the logits, for which it needs a classifier's own logits, its ``logits`` method or its
-    outputs, not log-probabilities.
+    for each network separately; the gradients of the draws are averaged. (The published second term, the distance from the clean input,
+    has no gradient at the clean input.) It is a weak attack, for comparison with published numbers. It has two peculiarities. A network
+    whose sum over the batch is below zero gives no gradient, so that the result depends on the batch. And the loss changes when a constant
+    is added to the logits: it needs the classifier's own logits (its ``logits`` method or its outputs), not log-probabilities.
 
     Source: N. Ye and Z. Zhu, Bayesian Adversarial Learning, NeurIPS 2018, and the authors' code.
     Settings: ``clip`` and ``batch_size`` of :class:`~pyro_advbayes.attacks.base.Attack`; it has one objective and no targets.
@@ -119,12 +118,12 @@ class OneStepCarliniWagner(Attack[Region]):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.targeted or self.eot > 1 or self.objective != "loss_of_mean":
-            raise ValueError("OneStepCarliniWagner has one published form: leave targeted, eot and objective as they are")
+            raise ValueError("OneStepCarliniWagner has one published form: leave targeted, eot and objective at their defaults")
 
     def run(self, problem: Problem, region: Region) -> Tensor:
         assert isinstance(problem, ClassifierProblem)  # since needs_classifier
         refuse_inference_mode("the attack")
-        problem.examine(region.center)  # refuses what is no classifier
+        problem.examine(region.center)  # raises for anything but a classifier
         x, total, count = region.center.detach().requires_grad_(), torch.zeros_like(region.center), 0
         with torch.enable_grad():
             for logits in _logits(problem.classifier, x):
@@ -137,7 +136,7 @@ class OneStepCarliniWagner(Attack[Region]):
 
 
 def _logits(classifier: Callable, x: Tensor) -> Iterator[Tensor]:
-    """Of all networks, ``[chunk, N, K]`` at a time."""
+    """Logits of all networks, ``[chunk, N, K]`` at a time."""
     own = method(classifier, "logits")
     if own is not None:
         yield from own(x)

@@ -1,4 +1,4 @@
-"""How right a classifier stays under attacks, and whether the numbers can be believed: :func:`evaluate`."""
+"""The accuracy of a classifier under attacks, and whether the attacks are reliable: :func:`evaluate`."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from pyro_advbayes.attacks.geometry import flat, l2_size, linf_size
 from pyro_advbayes.attacks.problem import ClassifierProblem, check_labels, check_outputs
 from pyro_advbayes.given import check_int
 
-ZERO_SHARE = 0.01  # of inputs without a gradient, above which gradient attacks are in doubt
+ZERO_SHARE = 0.01  # a larger share of inputs without a gradient makes gradient attacks unreliable
 
 
 @dataclass(frozen=True)
 class AttackResult:
     """
-    What one attack did.
+    The result of one attack.
 
     :ivar attack: its settings, in words.
-    :ivar norm: of its ball, None where it has none; ``eps`` likewise.
-    :ivar accuracy: share of inputs that are predicted right after the attack.
-    :ivar std_error: of the accuracy, as of a binomial share.
-    :ivar success: share of the inputs that were right before, and are wrong after.
+    :ivar norm: norm of its ball; None without a ball, as is ``eps``.
+    :ivar accuracy: share of inputs that are right after the attack.
+    :ivar std_error: binomial standard error of the accuracy.
+    :ivar success: share of the inputs right before the attack that are wrong after it.
     :ivar linf: mean size of the perturbations in the maximum norm.
     :ivar l2: mean size of the perturbations in the Euclidean norm.
-    :ivar seconds: how long it took.
+    :ivar seconds: duration.
     """
 
     attack: str
@@ -49,7 +49,7 @@ class AttackResult:
 
 @dataclass(frozen=True)
 class WorstCase:
-    """Inputs that are right when clean and after every attack in one ball: ``attacks`` of them, with ``accuracy``."""
+    """The worst case of the attacks in one ball: an input counts as right if it is right when clean and after all ``attacks`` of them."""
 
     norm: str | None
     eps: float | None
@@ -61,16 +61,16 @@ class WorstCase:
 @dataclass(frozen=True)
 class Report:
     """
-    What :func:`evaluate` found. ``print(report)`` shows it as a table, :meth:`to_dict` gives plain values.
+    The result of :func:`evaluate`. ``print(report)`` shows it as a table, :meth:`to_dict` gives plain values.
 
     :ivar num_inputs: N.
-    :ivar already_wrong: how many inputs were wrong before any attack. An attack's accuracy counts them as they are after it; in a worst
-        case they are wrong.
-    :ivar accuracy: on clean inputs.
-    :ivar std_error: of that.
+    :ivar already_wrong: number of inputs that were wrong before any attack. The accuracy of an attack counts them as they are after it; the
+        worst case counts them as wrong.
+    :ivar accuracy: accuracy on clean inputs.
+    :ivar std_error: its standard error.
     :ivar results: one for each attack, in order.
-    :ivar worst: one for each ball (norm and eps); an attack without a ball is one of its own.
-    :ivar warnings: why the numbers may be too good.
+    :ivar worst: one for each ball (norm and eps), and one for each attack without a ball.
+    :ivar warnings: reasons why the accuracies may be too high.
     :ivar clean_right: ``[N]``, which inputs are right when clean.
     :ivar right: ``[attacks, N]``, which inputs are right after each attack.
     """
@@ -91,7 +91,7 @@ class Report:
         return self.clean_right & self.right.all(0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, without what is per input."""
+        """Plain values, without the tensors that have an entry for each input."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
         return plain | {"results": [asdict(r) for r in self.results], "worst": [asdict(w) for w in self.worst]}
 
@@ -117,18 +117,17 @@ def evaluate(
     classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, attacks: Sequence[Attack], batch_size: int | None = None
 ) -> Report:
     """
-    Attacks a classifier in several ways, and says what to make of the numbers.
+    Runs several attacks on a classifier, and checks whether they are reliable.
 
-    It looks whether the numbers can be believed, and warns in words (``UserWarning``, and in the report): of a classifier that is random,
-    that gives probabilities in place of logits, or whose gradient, for a loss that is attacked, is exactly 0 at more than 1 % of the
-    inputs that are right; and of a gradient-free attack that beats all gradient attacks in the same ball. A progress bar runs on a
-    terminal.
+    It warns (``UserWarning``, and in the report) of a classifier that is random, of one that gives probabilities in place of logits, of an
+    attacked loss whose gradient is exactly 0 at more than 1 % of the inputs that are right, and of a gradient-free attack that is stronger
+    than all gradient attacks in the same ball. A progress bar runs on a terminal.
 
     :param classifier: inputs ``[N, ...]`` -> logits ``[N, K]``, as for :class:`Attack`.
     :param x: clean inputs ``[N, ...]``.
     :param y: true labels ``[N]``.
-    :param attacks: untargeted ones.
-    :param int batch_size: how many inputs are attacked together; by default all.
+    :param attacks: untargeted attacks.
+    :param int batch_size: number of inputs that are attacked together; by default all.
     :raises ValueError: if there are no attacks, or targeted ones, or the classifier gives NaN for an input, clean or attacked.
     """
     attacks = list(attacks)
@@ -189,20 +188,20 @@ def _attack(attack: Attack, classifier: Callable, batches: Batches, clean: Tenso
 
 
 def _doubts(classifier: Callable, batches: Batches, attacks: Sequence[Attack]) -> list[str]:
-    """What makes attacks too weak, seen on clean inputs."""
+    """Reasons why attacks may be too weak, found on clean inputs."""
     found = []
     with torch.no_grad():
         once, again = (torch.cat([classifier(x) for x, _ in batches]) for _ in range(2))
     rounding = torch.finfo(once.dtype).eps ** 0.5
     if not torch.allclose(once, again, rtol=rounding, atol=rounding, equal_nan=True):
         found.append(
-            "the classifier is random: the same inputs gave different outputs. A gradient of one call leads astray, and accuracies change "
+            "the classifier is random: the same inputs gave different outputs. The gradient of one call is noise, and accuracies change "
             "from call to call: give attacks eot=10 or more, or attack a posterior of fixed draws"
         )
     total = once.sum(-1)
     if bool((once >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-3):
         found.append(
-            "the classifier's outputs look like probabilities, but are taken for logits: losses are then flat, and attacks weak. Give "
+            "the classifier's outputs look like probabilities, but are used as logits: losses are then flat, and attacks weak. Give "
             "logits, or the logarithm of the probabilities"
         )
     losses = {(a.loss, a.objective) for a in attacks if a.uses_gradient and "loss" in {f.name for f in fields(a)}}
@@ -215,15 +214,15 @@ def _doubts(classifier: Callable, batches: Batches, attacks: Sequence[Attack]) -
             count += int(right.sum())
         if zeros > ZERO_SHARE * count:
             found.append(
-                f"the gradient of the loss {loss!r} ({objective}) is exactly zero at {zeros} of {count} inputs that are right, where no "
-                "attack that follows it can start: predictions are too sure for the arithmetic. Try loss='margin'"
+                f"the gradient of the loss {loss!r} ({objective}) is exactly zero at {zeros} of {count} inputs that are right, so that no "
+                "gradient attack can start there: predictions are too confident for the arithmetic. Try loss='margin'"
                 f"{' or ' + repr('dlr') if once.shape[-1] > 2 else ''}, and a gradient-free attack"
             )
     return found
 
 
 def _masked(attacks: Sequence[Attack], results: Sequence[AttackResult]) -> list[str]:
-    """Balls in which an attack without gradients is the strongest."""
+    """Warnings of balls in which a gradient-free attack is the strongest."""
     found = []
     for ball in dict.fromkeys(_ball(attack) for attack in attacks if isinstance(attack, BallAttack)):
         inside = [(a, r) for a, r in zip(attacks, results, strict=True) if isinstance(a, BallAttack) and _ball(a) == ball]

@@ -1,4 +1,4 @@
-"""An attack on what a network sees inside, rather than on what it says."""
+"""An attack on the activations of a hidden layer."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from pyro_advbayes.model.structure import refuse_inference_mode
 @dataclass(frozen=True, repr=False)
 class FeatureAttack(BallAttack):
     r"""
-    Moves the activations :math:`a_s` of a layer away from where the clean input has them, or towards those of other inputs
-    :math:`x'`: PGD from a random point on
+    Moves the activations :math:`a_s` of a layer away from those of the clean input, or towards those of other inputs :math:`x'`: PGD from a
+    random point on
 
     .. math::
         \ell(\tilde x) = \frac1S \sum_s \|a_s(\tilde x) - a_s(x)\|_2^2
         \qquad\text{or}\qquad
         \ell(\tilde x) = -\frac1S \sum_s \|a_s(\tilde x) - a_s(x')\|_2^2.
 
-    It needs the model itself: a network, or a posterior with ``model`` and ``posterior_samples``, as
-    :class:`~pyro_advbayes.PosteriorClassifier` has them, whose draws then run one by one through Pyro, and whose activations at the
-    reference are all kept: memory grows with the draws here. Labels play no part.
+    It needs a network, or a posterior with ``model`` and ``posterior_samples``, such as :class:`~pyro_advbayes.PosteriorClassifier`. The
+    draws run one by one through Pyro, and the reference activations of all draws are kept, so that memory grows with the draws. Labels are
+    not used.
 
-    Further settings: :class:`~pyro_advbayes.attacks.base.Attack` and ``norm``; ``objective`` and ``eot`` have no meaning here.
+    Further settings: :class:`~pyro_advbayes.attacks.base.Attack` and ``norm``, without ``objective`` and ``eot``.
 
     Source: S. Sabour et al., Adversarial manipulation of deep representations, ICLR 2016 (towards).
 
@@ -40,7 +40,7 @@ class FeatureAttack(BallAttack):
     :param str layer: the name of a layer in the network's (or the model's) ``named_modules()``; its output must be a tensor ``[N, ...]``.
     :param int steps: >= 1.
     :param float step_size: > 0; by default 2.5 eps / steps.
-    :param Tensor towards: inputs of the shape of ``x`` whose activations are wanted; None to move away from the clean ones.
+    :param Tensor towards: inputs of the shape of ``x`` whose activations are the target; None moves away from the clean ones.
     """
 
     layer: str
@@ -56,13 +56,13 @@ class FeatureAttack(BallAttack):
         if self.step_size is not None:
             self.check_positive("step_size")
         if self.towards is not None and self.batch_size is not None:
-            raise ValueError("batch_size cannot be given with towards, whose rows belong to those of the inputs")
+            raise ValueError("batch_size cannot be combined with towards, whose rows match those of the inputs")
         if self.targeted or self.eot > 1 or self.objective != Attack.objective:
-            raise ValueError("FeatureAttack uses no labels and the model's own draws: leave targeted, eot and objective as they are")
+            raise ValueError("FeatureAttack uses no labels and the model's own draws: leave targeted, eot and objective at their defaults")
 
     def run(self, problem: Problem, region: Ball) -> Tensor:
         assert isinstance(problem, ClassifierProblem)  # since needs_classifier
-        problem.examine(region.center)  # refuses what is no classifier
+        problem.examine(region.center)  # raises for anything but a classifier
         reference = region.center if self.towards is None else self.towards.to(region.center)
         if reference.shape != region.center.shape:
             raise ValueError(f"towards must be {tuple(region.center.shape)}, like the inputs, not {tuple(reference.shape)}")
@@ -128,5 +128,5 @@ class _Layer:
 
 
 def _as_it_is(output: Any) -> Any:
-    """What a layer gave, for a layer after it may write into it."""
+    """A copy of a layer's output, since a later layer may write into it."""
     return output.clone() if isinstance(output, Tensor) else output

@@ -1,4 +1,4 @@
-"""Where an attack may go: sets around the clean inputs, with what moving in them takes."""
+"""The allowed inputs of an attack: regions and balls around the clean inputs, with projection and steepest steps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Clip = tuple[float, float] | None
 
 
 def rows(values: Tensor, like: Tensor) -> Tensor:
-    """``[N]`` as ``[N, 1, ...]``, to be multiplied with ``like`` ``[N, ...]``."""
+    """``[N]`` reshaped to ``[N, 1, ...]``, which broadcasts against ``like`` ``[N, ...]``."""
     return values.view(-1, *(1,) * (like.dim() - 1))
 
 
 def flat(x: Tensor) -> Tensor:
-    """``[N, ...]`` as ``[N, D]``; ``[N]``, too."""
+    """``[N, ...]``, or ``[N]``, reshaped to ``[N, D]``."""
     return x.reshape(len(x), -1)
 
 
@@ -31,7 +31,7 @@ def linf_size(delta: Tensor) -> Tensor:
 
 
 def of_largest_1(gradient: Tensor) -> Tensor:
-    """Scaled so that the largest absolute entry of every row is 1, however small it was; rows of zeros stay as they are."""
+    """The gradient scaled so that the largest absolute entry of every row is 1; rows of zeros do not change."""
     largest = linf_size(gradient)
     return gradient / rows(torch.where(largest > 0, largest, 1), gradient)
 
@@ -67,7 +67,7 @@ class Ball(Region, ABC):
 
     @abstractmethod
     def random(self) -> Tensor:
-        """A point drawn uniformly from the ball, then brought into the range."""
+        """A point drawn uniformly from the ball, then clipped to the range."""
 
     @staticmethod
     @abstractmethod
@@ -80,7 +80,7 @@ class LinfBall(Ball):
 
     def __init__(self, center: Tensor, eps: float, clip: Clip) -> None:
         super().__init__(center, eps, clip)
-        # as bounds, so that bringing a point back twice is bringing it back once, to the last bit
+        # bounds, so that projecting twice gives the bits of projecting once
         self._low, self._high = (super(LinfBall, self).restrict(bound) for bound in (center - eps, center + eps))
 
     def restrict(self, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class L2Ball(Ball):
         delta = x - self.center
         size = l2_size(delta)
         inside = self.center + delta * rows(self.eps / size.clamp_min(self.eps), delta)
-        # clipping comes last: towards a centre within the range, it brings every entry nearer
+        # clipping comes last: since the centre is within the range, it moves no entry away from the centre
         return super().restrict(torch.where(rows(size > self.eps, x), inside, x))
 
     def random(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""A posterior that is drawn anew at every call: :class:`GuideClassifier`."""
+"""A classifier that draws its weights at every call: :class:`GuideClassifier`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from pyro_advbayes.model.refusals import told
 
 class GuideClassifier(nn.Module):
     r"""
-    A model whose weights a guide draws afresh at every call, as a random classifier:
+    A random classifier: a model whose weights a guide draws at every call,
 
     .. math:: x \mapsto \log \frac{1}{S} \sum_{s=1}^{S} \mathrm{softmax}\, f(x, \theta_s), \qquad \theta_s \sim q.
 
-    An attack on it has to average over many draws to see a direction at all, since the draws that it is judged by are others:
-    ``PGD(eps=0.1, eot=10)``. For draws that stay, and far less time, take :class:`~pyro_advbayes.PosteriorClassifier`, which reads the
-    probabilities off the model's likelihood in the same way.
+    An attack on it must average over many draws, since it is judged on new ones: ``PGD(eps=0.1, eot=10)``.
+    :class:`~pyro_advbayes.PosteriorClassifier` has fixed draws and is much faster; both read the probabilities from the model's likelihood.
 
     :param model: a Pyro model of ``x``.
     :param guide: its guide; called with ``x``.
     :param int num_samples: S, the draws of one call, >= 1.
     :param str return_site: as in :class:`~pyro_advbayes.PosteriorClassifier`.
-    :raises ValueError: if ``num_samples`` is below 1; at the first call, if the model's likelihood is no classifier's.
+    :raises ValueError: if ``num_samples`` is below 1; at the first call, if the model's likelihood is not that of a classifier.
     """
 
     def __init__(self, model: Callable, guide: Callable, num_samples: int = 1, return_site: str = "_RETURN") -> None:

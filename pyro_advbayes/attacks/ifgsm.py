@@ -24,7 +24,7 @@ class IFGSM(GradientAttack):
 
     :param float eps: radius of the ball, > 0, in the units of the inputs.
     :param int steps: >= 1.
-    :param float step_size: > 0; by default eps / steps, which reaches the ball's surface and no more.
+    :param float step_size: > 0; by default eps / steps, which just reaches the ball's surface.
     """
 
     steps: int = 10

@@ -1,8 +1,8 @@
 r"""
-Losses of a label's logits, which an untargeted attack raises.
+Losses of a label, which an untargeted attack raises.
 
-Each takes log-probabilities ``[..., N, K]`` and labels ``[N]`` and gives ``[..., N]``. Margin and ratio are the same for logits that
-differ by a constant, so that any logits serve as well.
+Each takes log-probabilities ``[..., N, K]`` and labels ``[N]`` and gives ``[..., N]``. Margin and ratio do not change when a constant is
+added to the logits, so that they take any logits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
     r"""
     The difference-of-logits ratio :math:`(\max_{k \ne y} z_k - z_y) / (z_{(1)} - z_{(3)})`, where :math:`z_{(i)}` is the i-th largest
-    logit: unlike cross-entropy it does not change when logits are multiplied by a constant, so that confidence hides no gradient.
+    logit. It does not change when logits are multiplied by a constant, so that overconfidence does not hide its gradient.
 
     Source: F. Croce and M. Hein, Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks, ICML
     2020, Eq. 6. A targeted attack lowers it for the target; the paper's targeted form needs the true label beside the target.
@@ -41,7 +41,7 @@ LOSSES: dict[str, LabelLoss] = {"cross_entropy": cross_entropy, "margin": margin
 
 
 def _of_label(values: Tensor, y: Tensor) -> Tensor:
-    # A label that is no class would stop the program, on a GPU for good, before it can be refused.
+    # On a GPU a label out of range would end the process before it can be refused.
     y = y.clamp(0, values.shape[-1] - 1)
     return values.gather(-1, y.expand(values.shape[:-1]).unsqueeze(-1)).squeeze(-1)
 

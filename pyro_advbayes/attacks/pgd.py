@@ -1,4 +1,4 @@
-"""Projected gradient descent (of the classifier's success; ascent of the loss)."""
+"""Projected gradient descent, which here ascends the loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PGD(GradientAttack):
     .. math:: \tilde x \leftarrow \Pi\big(\tilde x + \text{step\_size}\, s(\nabla_x \ell(\tilde x))\big),
 
     where :math:`s` is the sign (``norm="linf"``) or the normalised gradient (``"l2"``) and :math:`\Pi` the projection onto the ball and
-    the range. Without a random start it is foolbox's, to float rounding. Of several restarts the best is kept, input by input.
+    the range. Without a random start it equals foolbox's up to rounding. With several restarts, the best result of each input is kept.
 
     Further settings: :class:`~pyro_advbayes.attacks.base.Attack`, ``norm`` and ``loss``.
 
@@ -27,9 +27,9 @@ class PGD(GradientAttack):
 
     :param float eps: radius of the ball, > 0, in the units of the inputs.
     :param int steps: >= 1.
-    :param float step_size: > 0; by default 2.5 eps / steps, enough to cross the ball and come to rest.
+    :param float step_size: > 0; by default 2.5 eps / steps, enough to cross the ball.
     :param bool random_start: whether it starts at a random point, or at the clean input.
-    :param int restarts: how often, >= 1.
+    :param int restarts: number of starts, >= 1.
     """
 
     steps: int = 40
@@ -44,7 +44,7 @@ class PGD(GradientAttack):
         if self.step_size is not None:
             self.check_positive("step_size")
         if self.restarts > 1 and not self.random_start:
-            raise ValueError(f"restarts={self.restarts} would all be the same: give random_start=True")
+            raise ValueError(f"restarts={self.restarts} would all be the same: set random_start=True")
 
     def run(self, problem: Problem, region: Ball) -> Tensor:
         step_size, best = self.step_size or 2.5 * self.eps / self.steps, Best()

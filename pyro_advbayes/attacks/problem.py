@@ -1,4 +1,4 @@
-"""What an attack raises: a loss of every example and its gradient, of a network, of a posterior, or of whatever is differentiable."""
+"""The loss that an attack raises, with its gradient: of a network, of a posterior, or a custom one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ OBJECTIVES = ("loss_of_mean", "mean_loss")
 
 class Ascent(NamedTuple):
     """
-    A loss and where it rises.
+    A loss and its gradient.
 
     :ivar loss: ``[N]``.
     :ivar gradient: of each example's loss with respect to that example, ``[N, ...]``.
-    :ivar success: ``[N]``, whether the prediction is what the attack wants; None where it was not asked for.
+    :ivar success: ``[N]``, whether the attack has succeeded; None if it was not requested.
     """
 
     loss: Tensor
@@ -33,20 +33,20 @@ class Ascent(NamedTuple):
 
 
 class Slope(Protocol):
-    """What can be climbed."""
+    """A loss with a gradient."""
 
     def gradient(self, x: Tensor) -> Ascent:
         """:param x: inputs ``[N, ...]``."""
 
 
 class Problem(ABC):
-    """Losses of examples, one each, to be raised."""
+    """A loss of each example, to be raised."""
 
     @abstractmethod
     def gradient(self, x: Tensor, success: bool = False) -> Ascent:
         """
         :param x: inputs ``[N, ...]``.
-        :param success: whether success is to be told, too.
+        :param success: whether to return the success, too.
         """
 
     def climb(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,9 +62,9 @@ class Problem(ABC):
 
 class LossProblem(Problem):
     """
-    A loss that the caller wrote; nothing is ever a success, so that of several points the one of the highest loss is best.
+    A custom loss. No point counts as a success, so that the point of the highest loss is the best.
 
-    :param loss: differentiable function of inputs ``[N, ...]`` to losses ``[N]``, each of its own row only.
+    :param loss: differentiable function of inputs ``[N, ...]`` to losses ``[N]``; each loss depends on its row only.
     """
 
     def __init__(self, loss: Callable[[Tensor], Tensor]) -> None:
@@ -103,17 +103,17 @@ class ClassifierProblem(Problem):
         \text{mean\_loss:}\ \frac1S \sum_s \ell(\log p_s(\cdot \mid x), y), \qquad
         \text{loss\_of\_mean:}\ \ell\Big(\log \frac1S \sum_s p_s(\cdot \mid x), y\Big).
 
-    Either takes one pass over the draws, of which one chunk is in memory. For the cross-entropy of the mean that is because
+    Either takes one pass over the draws, with one chunk in memory. For the cross-entropy of the mean this is possible since
     :math:`\nabla \log \frac1S \sum_s p_s(y) = \sum_s w_s \nabla \log p_s(y)` with :math:`w = \mathrm{softmax}_s \log p_s(y)`: a running
-    log-sum-exp rescales what was summed before. Other losses of the mean prediction go through the classifier's own backward pass.
+    log-sum-exp rescales the earlier sum. Other losses of the mean prediction go through the classifier's own backward pass.
 
-    :param classifier: inputs ``[N, ...]`` -> logits or log-probabilities ``[N, K]``; its method ``log_probs``, if it has one, gives those
-        of its draws, ``[chunk, N, K]`` at a time, and its method ``gradients`` does faster what autograd would do with those.
+    :param classifier: inputs ``[N, ...]`` -> logits or log-probabilities ``[N, K]``. Its method ``log_probs``, if there is one, gives those
+        of its draws, ``[chunk, N, K]`` at a time, and its method ``gradients`` computes their gradients faster than autograd.
     :param y: ``[N]``; the targets, if ``targeted``.
     :param str loss: a name in :data:`~pyro_advbayes.attacks.losses.LOSSES`.
     :param str objective: a name in :data:`OBJECTIVES`.
-    :param bool targeted: whether the loss is lowered; what is given is its negative.
-    :param int eot: how many times the classifier is called for one gradient, >= 1.
+    :param bool targeted: whether the negative loss is raised.
+    :param int eot: calls of the classifier for one gradient, >= 1.
     """
 
     def __init__(self, classifier: Callable, y: Tensor, loss: str, objective: str, targeted: bool, eot: int) -> None:
@@ -147,7 +147,7 @@ class ClassifierProblem(Problem):
                 for _ in range(self._eot):
                     for log_probs, part, gradient in self._gradients(x, self.y, self._reduce):
                         yield self._checked(log_probs, "[chunk, N, K]"), part, gradient
-            except (RuntimeError, IndexError):  # the loss may have failed at labels or classes that nobody has looked at yet
+            except (RuntimeError, IndexError):  # perhaps of labels or classes that are unchecked so far: the draws are checked here
                 with torch.no_grad():
                     for _ in self.draws(x):
                         pass
@@ -187,9 +187,9 @@ class ClassifierProblem(Problem):
 
     def succeeds(self, log_probs: Tensor) -> Tensor:
         """
-        Whether predictions ``[N, K]`` are what the attack wants.
+        Whether the attack has succeeded at predictions ``[N, K]``.
 
-        :raises ValueError: if there is NaN among them, which is no class and would pass for a success.
+        :raises ValueError: if there is NaN among them, which would count as a success.
         """
         check_outputs(log_probs, len(self.y))
         right = log_probs.argmax(-1) == self.y
@@ -206,7 +206,7 @@ class ClassifierProblem(Problem):
         self._seen = True
 
     def _checked(self, outputs: Tensor, shape: str) -> Tensor:
-        """Looks at the first outputs of all draws: what is wrong later shows in the result of the attack."""
+        """Checks the outputs of all draws at the first call; later errors show in the result of the attack."""
         if not self._seen:
             check_outputs(outputs, len(self.y), shape)
             check_labels(self.y, outputs.shape[-1])
@@ -216,7 +216,7 @@ class ClassifierProblem(Problem):
 
 
 def method(classifier: Callable, name: str) -> Callable | None:
-    """A classifier's method; a layer that happens to have the name is none."""
+    """A classifier's method; a layer of that name is ignored."""
     return getattr(classifier, name) if callable(getattr(type(classifier), name, None)) else None
 
 
@@ -246,7 +246,7 @@ def check_labels(y: Tensor, num_classes: int) -> None:
 
 
 def differentiate(loss: Tensor, x: Tensor) -> Tensor:
-    """The gradient of ``loss`` ``[N]``, each of its own row, with respect to ``x``."""
+    """The gradient with respect to ``x`` of ``loss`` ``[N]``, each of which depends on its row."""
     gradient = torch.autograd.grad(loss.sum(), x, allow_unused=True)[0] if loss.requires_grad else None
     if gradient is None:
         raise ValueError("the loss does not depend on the inputs in a way that can be differentiated: attack it without gradients (Square)")
@@ -255,7 +255,7 @@ def differentiate(loss: Tensor, x: Tensor) -> Tensor:
 
 def check_gradient(gradient: Tensor) -> Tensor:
     """
-    The gradient as it is; its sign would make 0 of NaN, and an input without an attack of an attack gone wrong.
+    The gradient itself, once it is known to be finite: the sign of NaN is 0, which would hide a failed attack.
 
     :raises ValueError: unless it is finite.
     """
@@ -265,7 +265,7 @@ def check_gradient(gradient: Tensor) -> Tensor:
     return gradient
 
 
-@functools.cache  # one function for one loss, since a posterior keeps recordings by function
+@functools.cache  # one function for each loss, since a posterior keeps its recordings by function
 def sum_of(loss: LabelLoss) -> Callable[[Tensor, Tensor], Tensor]:
     """The sum of a loss over draws ``[chunk, N, K]``."""
     return lambda log_probs, y: loss(log_probs, y).sum(0)

@@ -13,19 +13,19 @@ from pyro_advbayes.attacks.base import BallAttack, Best
 from pyro_advbayes.attacks.geometry import Ball
 from pyro_advbayes.attacks.problem import Problem
 
-# The queries, of ten thousand, after each of which the changed share halves.
+# Of ten thousand queries: those after which the share of changed pixels halves.
 HALVINGS = (10, 50, 200, 1000, 2000, 4000, 6000, 8000)
 
 
 @dataclass(frozen=True, repr=False)
 class Square(BallAttack):
     r"""
-    Random search on the surface of the :math:`L_\infty` ball. Each query sets a square window of every image, all of a channel's pixels in
-    it alike, to :math:`x \pm \epsilon`, and the change stays where it raises the margin. The share of pixels in the window starts at
-    ``share`` and is halved eight times on the way. Images ``[N, C, H, W]`` begin with vertical stripes; of inputs of any other shape each
-    query changes a random subset of the entries, each with a sign of its own.
+    Random search on the surface of the :math:`L_\infty` ball. Each query sets a square window of every image to :math:`x \pm \epsilon`,
+    with one sign for each channel, and keeps the change where it raises the margin. The share of pixels in the window starts at ``share``
+    and is halved eight times. Images ``[N, C, H, W]`` begin with vertical stripes. For inputs of any other shape each query changes a
+    random subset of the entries, each with its own sign.
 
-    It needs no gradient: where it finds what gradient attacks don't, theirs are masked.
+    It needs no gradient: where it is stronger than gradient attacks, gradients are masked.
 
     Further settings: :class:`~pyro_advbayes.attacks.base.Attack`.
 
@@ -33,8 +33,8 @@ class Square(BallAttack):
     Algorithms 1 and 2.
 
     :param float eps: radius of the ball, > 0, in the units of the inputs.
-    :param int queries: how many predictions it may see, >= 1.
-    :param float share: of the pixels that the first windows have, in (0, 1].
+    :param int queries: number of predictions, >= 1.
+    :param float share: share of the pixels in the first windows, in (0, 1].
     """
 
     queries: int = 1000
@@ -72,7 +72,7 @@ def _signs(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _windows(images: Tensor, share: float) -> Tensor:
-    """A mask ``[N, 1, H, W]`` with one square window in every image, at random places."""
+    """A mask ``[N, 1, H, W]`` with one square window at a random place of every image."""
     count, _, height, width = images.shape
     side = min(max(1, round((share * height * width) ** 0.5)), height, width)
     inside = []
@@ -84,7 +84,7 @@ def _windows(images: Tensor, share: float) -> Tensor:
 
 
 def _entries(x: Tensor, share: float) -> Tensor:
-    """A mask like ``x`` with as many random entries in every row."""
+    """A mask like ``x`` with the same number of random entries in every row."""
     scores = torch.rand(len(x), x[0].numel(), device=x.device)
     chosen = scores.topk(max(1, round(share * scores.shape[1])), dim=1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True).view_as(x)

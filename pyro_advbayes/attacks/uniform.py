@@ -1,4 +1,4 @@
-"""Random inputs: what any attack has to beat."""
+"""Random inputs, the baseline of any attack."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pyro_advbayes.attacks.problem import Problem
 @dataclass(frozen=True, repr=False)
 class Uniform(BallAttack):
     r"""
-    :math:`\tilde x` uniform in the ball of radius ``eps`` around :math:`x`; of ``tries`` draws, the best for each input.
+    :math:`\tilde x` uniform in the ball of radius ``eps`` around :math:`x`; the best of ``tries`` draws for each input.
 
     Further settings: :class:`~pyro_advbayes.attacks.base.Attack` and ``norm``.
 
     :param float eps: radius of the ball, > 0, in the units of the inputs.
-    :param int tries: how many points are drawn, >= 1.
+    :param int tries: number of draws, >= 1.
     """
 
     tries: int = 1

@@ -15,21 +15,21 @@ from pyro_advbayes.attacks.problem import Problem
 @dataclass(frozen=True, repr=False)
 class WRM(Attack[Region]):
     r"""
-    Ascends a loss against the price of the distance: :math:`\text{strength}\; \ell(\tilde x) - \frac12 \|\tilde x - x\|_2^2`. The first
-    step is a whole one, :math:`\tilde x = x + \text{strength}\, \nabla \ell(x)`; then, for t = 0, ..., ``steps`` - 1,
+    Ascends a loss minus a penalty on the distance: :math:`\text{strength}\; \ell(\tilde x) - \frac12 \|\tilde x - x\|_2^2`. The first
+    step is :math:`\tilde x = x + \text{strength}\, \nabla \ell(x)`; then, for t = 0, ..., ``steps`` - 1,
 
     .. math:: \tilde x \leftarrow \tilde x + \frac{1}{\sqrt{t + 2}} \big(\text{strength}\, \nabla\ell(\tilde x) - (\tilde x - x)\big).
 
-    There is no ball: how far an input goes is what its loss is worth. ``strength`` is :math:`1 / (2\gamma)` of the paper's penalty
-    :math:`\gamma \|\tilde x - x\|_2^2`. The maximum is one only where 1 / strength exceeds the curvature of the loss.
+    There is no ball: the penalty bounds the perturbation. ``strength`` is :math:`1 / (2\gamma)` of the paper's penalty
+    :math:`\gamma \|\tilde x - x\|_2^2`. There is a maximum only where 1 / strength exceeds the curvature of the loss.
 
     Source: A. Sinha, H. Namkoong and J. Duchi, Certifying some distributional robustness with principled adversarial training, ICLR
-    2018, with the step sizes of the authors' code. They do not clip; ``clip=None`` is theirs, another range holds after every step.
+    2018, with the step sizes of the authors' code. The authors do not clip, which is ``clip=None``; another range holds after every step.
 
     Further settings: :class:`~pyro_advbayes.attacks.base.Attack`.
 
     :param float strength: > 0; 1.3 is the authors' for MNIST in [0, 1].
-    :param int steps: after the first, >= 1.
+    :param int steps: steps after the first, >= 1.
     :param str loss: as for :class:`~pyro_advbayes.attacks.base.GradientAttack`.
     """
 

@@ -1,4 +1,4 @@
-"""Real scanned digits that come with scikit-learn: no download."""
+"""The digits that come with scikit-learn."""
 
 from __future__ import annotations
 

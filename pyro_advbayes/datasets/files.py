@@ -1,4 +1,4 @@
-"""Reading data files that others wrote: where they are looked for, and what is said when one is missing or broken."""
+"""Data files: where they are searched for, and errors for missing or broken ones."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read_idx(path: Path, num_dims: int) -> Tensor:
     mnist = need_extra("torchvision.datasets.mnist", "images")
     try:
         return mnist.read_image_file(path) if num_dims == 3 else mnist.read_label_file(path)
-    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what torchvision lets through
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:  # torchvision raises any of these
         raise ValueError(
             f"{path} is not a whole, unpacked idx file of {num_dims}-dimensional uint8 data ({error or 'bad header'}): "
             "delete it and fetch it again"
@@ -85,11 +85,11 @@ def _check_member(file: zipfile.ZipFile, name: str, num_dims: int) -> None:
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         version = np.lib.format.read_magic(array)
         if version not in readers:
-            raise ValueError(f"{name} is of version {version} of the format, which no integers need")
+            raise ValueError(f"{name} is of version {version} of the format; integers are of version 1.0 or 2.0")
         shape, _, dtype = readers[version](array)
         start = array.tell()
     if dtype.hasobject:
-        return  # which NumPy refuses to unpickle
+        return  # NumPy refuses to unpickle it
     if dtype.kind not in "iu" or len(shape) != num_dims:
         raise ValueError(f"{name} must be {num_dims}-dimensional integers, not {dtype}{list(shape)}")
     size, info = start + math.prod(shape) * dtype.itemsize, file.getinfo(member)
@@ -106,7 +106,7 @@ def read_table(path: Path) -> np.ndarray:
     :raises ValueError: if the file is empty, ragged, or holds something else, NaN and infinity included.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of an empty file, which is refused below
+        warnings.simplefilter("ignore", UserWarning)  # an empty file is refused below
         try:
             table = np.loadtxt(path, ndmin=2)
         except ValueError as error:

@@ -1,8 +1,8 @@
-"""What predictions are worth, as functions of tensors.
+"""Measures of predictions, as functions of tensors.
 
 Probabilities of ``K`` classes for ``N`` inputs are ``[N, K]`` for one prediction, ``[draws, N, K]`` for one per posterior
-draw; where only their mean matters, either will do. Entropies are in nats. A score of uncertainty is ``[N]``, higher for
-inputs that look less like the data; :func:`auroc`, :func:`aupr_out`, :func:`aupr_in` and :func:`fpr95` say how well it tells them apart.
+draw; functions of the mean alone take either. Entropies are in nats. A score of uncertainty is ``[N]``, higher for
+out-of-distribution inputs; :func:`auroc`, :func:`aupr_out`, :func:`aupr_in` and :func:`fpr95` measure how well it detects them.
 Predictions of real numbers are described in :mod:`~pyro_advbayes.diagnostics.regression`.
 """
 

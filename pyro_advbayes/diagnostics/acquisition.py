@@ -1,4 +1,4 @@
-"""Which inputs of a pool to ask the labels of, from what draws predict for them."""
+"""The inputs of a pool to label next, from the predictions of draws."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyro_advbayes.given import check_int
 
 SCORES = {"entropy": predictive_entropy, "bald": mutual_information, "variation_ratio": variation_ratio}
 ACQUISITIONS = (*SCORES, "batch_bald", "random")
-DECIMALS = 12  # that count: sums in another order differ in the last bits, and must tie
+DECIMALS = 12  # further ones are rounding: sums in another order must tie
 REGRESSION_ACQUISITIONS = ("variance", "mean_variance", "random")
 LABELS_AT_ONCE = 64  # joint labels whose probabilities with every label of the pool are held in memory together
 
@@ -24,10 +24,10 @@ def acquire(probs: Tensor, count: int, acquisition: str = "bald") -> Tensor:
     The inputs to label next.
 
     :param probs: of the pool, ``[draws, N, K]``.
-    :param int count: how many, 1 to N.
-    :param str acquisition: ``"entropy"``, ``"bald"`` (mutual information) or ``"variation_ratio"`` take the highest scores, of which the
-        first comes first in a tie; ``"batch_bald"``: see :func:`batch_bald`; ``"random"``.
-    :return: their numbers, ``[count]``, the most wanted first.
+    :param int count: number of inputs, 1 to N.
+    :param str acquisition: ``"entropy"``, ``"bald"`` (mutual information) or ``"variation_ratio"`` choose the highest scores, the first
+        input in a tie; ``"batch_bald"``: see :func:`batch_bald`; ``"random"``.
+    :return: their indices, ``[count]``, the highest score first.
     :raises ValueError: naming the argument out of range.
     """
     num_inputs = check_probs(probs, ranks=(3,)).shape[1]
@@ -43,16 +43,16 @@ def acquire(probs: Tensor, count: int, acquisition: str = "bald") -> Tensor:
 
 def acquire_regression(mean: Tensor, scale: Tensor | float, count: int, acquisition: str = "variance") -> Tensor:
     r"""
-    The inputs whose target to ask for next, from the Normals that draws predict.
+    The inputs of a regression to label next, from the Normals that draws predict.
 
     :param mean: of the pool, ``[draws, N]``.
     :param scale: standard deviations, > 0, of a shape that broadcasts to that of ``mean``.
-    :param int count: how many, 1 to N.
-    :param str acquisition: ``"variance"`` takes the highest predictive variances,
-        :math:`\frac1S \sum_s \sigma_s^2 + \frac1S \sum_s (\mu_s - \bar\mu)^2`; ``"mean_variance"`` the highest of its second part, on
-        which the draws disagree: where the noise differs from input to input, the first part asks where it is loud, which a label does
-        not change. Both rank alike where it does not differ. ``"random"``. The first comes first in a tie.
-    :return: their numbers, ``[count]``, the most wanted first.
+    :param int count: number of inputs, 1 to N.
+    :param str acquisition: ``"variance"`` chooses the highest predictive variances,
+        :math:`\frac1S \sum_s \sigma_s^2 + \frac1S \sum_s (\mu_s - \bar\mu)^2`; ``"mean_variance"`` the highest second terms,
+        the disagreement of draws. With heteroscedastic noise the first term prefers noisy inputs, which labels do not improve; with
+        homoscedastic noise both rank alike. ``"random"``. In a tie the first input comes first.
+    :return: their indices, ``[count]``, the highest score first.
     :raises ValueError: naming the argument out of range.
     """
     mean, scale = check_normals(mean, scale, ranks=(2,))
@@ -69,19 +69,19 @@ def acquire_regression(mean: Tensor, scale: Tensor | float, count: int, acquisit
 
 def batch_bald(probs: Tensor, count: int, num_labels: int = 1000) -> Tensor:
     r"""
-    Inputs whose labels together tell most about which draw is right: one after the other, each raises
+    Inputs whose labels together are most informative about the draws: one after the other, each raises
 
     .. math:: I(y_1, \ldots, y_b; t) = H(y_1, \ldots, y_b) - \frac1T \sum_t \sum_{i=1}^b H(p_t(y_i))
 
-    the most, so that no two of them ask the same. Ties go to the first.
+    the most, so that no two of them are redundant. Ties go to the first.
 
     Source: A. Kirsch, J. van Amersfoort and Y. Gal, BatchBALD: efficient and diverse batch acquisition for deep Bayesian active
     learning, NeurIPS 2019, Eq. 8 to 14.
 
     :param probs: of the pool, ``[draws, N, K]``.
-    :param int count: how many, 1 to N.
-    :param int num_labels: >= 1; up to so many joint labels of the inputs chosen are all counted; beyond, so many are drawn.
-    :return: their numbers, ``[count]``, in the order in which they were chosen.
+    :param int count: number of inputs, 1 to N.
+    :param int num_labels: >= 1; the expectation is exact up to this number of joint labels, and a sample of as many beyond it.
+    :return: their indices, ``[count]``, in the order in which they were chosen.
     :raises ValueError: if ``count`` or ``num_labels`` is out of range.
     """
     p = check_probs(probs, ranks=(3,))
@@ -109,11 +109,11 @@ def batch_bald(probs: Tensor, count: int, num_labels: int = 1000) -> Tensor:
 
 class _Labels(NamedTuple):
     """
-    Joint labels of the inputs chosen so far. Their probabilities underflow where they are many: what is kept of them does not.
+    Joint labels of the inputs chosen so far, by quantities that do not underflow as their probabilities do.
 
     :ivar ratios: P_t(labels) / P(labels), ``[draws, labels]``.
     :ivar log_probs: log P(labels), ``[labels]``.
-    :ivar weights: the share of all joint labels' probability that each stands for, ``[labels]``.
+    :ivar weights: the share of the total probability that each represents, ``[labels]``.
     """
 
     ratios: Tensor
@@ -122,7 +122,7 @@ class _Labels(NamedTuple):
 
 
 def _with(labels: _Labels, p: Tensor, num_labels: int) -> _Labels:
-    """The joint labels with those of one more input; drawn, where there are too many."""
+    """The joint labels with those of one more input; a sample of them if there are too many."""
     ratios = (labels.ratios[:, :, None] * p[:, None, :]).flatten(1)
     given = ratios.mean(0)  # P(label | labels)
     possible = given > 0
@@ -132,7 +132,7 @@ def _with(labels: _Labels, p: Tensor, num_labels: int) -> _Labels:
     found = _Labels(ratios / given, log_probs, weights)
     if len(given) <= num_labels:
         return found
-    # a sum over all labels is the mean over drawn ones, where they are drawn by what they stand for
+    # the sum over all labels is the mean over a sample of them that is drawn by weight
     drawn = torch.multinomial(weights, num_labels, replacement=True)
     return _Labels(found.ratios[:, drawn], log_probs[drawn], weights.sum().expand(num_labels) / num_labels)
 
@@ -155,7 +155,7 @@ class LearningCurve(NamedTuple):
 
     @property
     def error(self) -> Tensor:
-        """The standard error of the mean, ``[rounds]``; 0 with one repetition, which tells nothing of it."""
+        """The standard error of the mean, ``[rounds]``; 0 with one repetition, from which it cannot be estimated."""
         return over_repetitions(self.accuracy)[1]
 
 
@@ -176,6 +176,6 @@ class RegressionCurve(NamedTuple):
 def over_repetitions(scores: Tensor) -> tuple[Tensor, Tensor]:
     """
     :param scores: ``[repetitions, rounds]``.
-    :return: their mean and its standard error, ``[rounds]``; the error is 0 with one repetition, which tells nothing of it.
+    :return: their mean and its standard error, ``[rounds]``; the error is 0 with one repetition, from which it cannot be estimated.
     """
     return scores.mean(0), scores.var(0, correction=min(1, len(scores) - 1)).div(len(scores)).sqrt()

@@ -1,4 +1,4 @@
-"""Plain arrays as what ArviZ reads: an ``InferenceData`` under ArviZ 0.x, a ``DataTree`` under 1.x."""
+"""Arrays as ArviZ's container: an ``InferenceData`` under ArviZ 0.x, a ``DataTree`` under 1.x."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def to_inference_data(
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:
-    """ArviZ's container of samples and data, in whichever form the installed ArviZ has.
+    """ArviZ's container of samples and data, of the installed version.
 
     :param groups: from a group to its variables. Those of ``posterior``, ``posterior_predictive``, ``sample_stats``,
         ``log_likelihood``, ``prior`` and ``prior_predictive`` are ``[chains, draws, ...]``; those of ``observed_data`` and
-        ``constant_data`` have no such dimensions. Arrays or tensors, on any device; types of less than 32 bits are
-        widened to float32, since NetCDF has none. Groups without variables are left out.
+        ``constant_data`` have no such dimensions. Arrays or tensors, on any device; types of less than 32 bits become
+        float32, since NetCDF lacks them. Groups without variables are left out.
     :param coords: from a dimension's name to the labels along it.
     :param dims: from a variable's name to the names of its dimensions after ``[chains, draws]``, in every group that has
         it. A log-likelihood may lack the last of them, those of a single event.

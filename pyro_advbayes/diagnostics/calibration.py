@@ -1,6 +1,6 @@
-r"""Whether predictions are right, and as often as they claim.
+r"""Accuracy and calibration of classifiers.
 
-All functions take probabilities ``[N, K]``, or ``[draws, N, K]``, of which the mean over draws is judged, and labels
+All functions take probabilities ``[N, K]``, or ``[draws, N, K]``, whose mean over draws is judged, and labels
 ``[N]``, integers from 0 to K - 1; they raise ``ValueError`` on anything else.
 """
 
@@ -24,7 +24,7 @@ def accuracy(probs: Tensor, labels: Tensor) -> float:
 def nll(probs: Tensor, labels: Tensor) -> float:
     r"""Negative log-likelihood, :math:`-\frac1N\sum_i \log \bar p_{i,y_i}`, in nats per input.
 
-    A label that was given probability 0 makes it infinite, as it should: scikit-learn's ``log_loss`` clips instead.
+    A label of probability 0 makes it infinite; scikit-learn's ``log_loss`` clips instead.
     """
     mean = predictive_mean(probs)
     return torch.nn.functional.nll_loss(mean.log(), check_labels(labels, mean)).item()
@@ -38,7 +38,7 @@ def brier(probs: Tensor, labels: Tensor) -> float:
 
 
 class Reliability(NamedTuple):
-    """How often predictions of like confidence are right: the numbers of a reliability diagram.
+    """Accuracy as a function of confidence: the numbers of a reliability diagram.
 
     :ivar edges: ``[num_bins + 1]``, bin ``b`` holding confidences in ``(edges[b], edges[b + 1]]``.
     :ivar count: ``[num_bins]``, inputs in each bin.
@@ -70,7 +70,7 @@ def reliability(probs: Tensor, labels: Tensor, num_bins: int = 15) -> Reliabilit
     confidence, prediction = mean.max(-1)
     right = (prediction == check_labels(labels, mean)).double()
     edges = torch.arange(num_bins + 1, dtype=torch.float64, device=mean.device) / num_bins
-    # Compared in float32: a float32 0.2 lies on the edge 3/15, and the rounding of a mean over draws is not seen.
+    # Compared in float32: a float32 0.2 lies on the edge 3/15, and the rounding of a mean over draws does not matter.
     bins = torch.bucketize(confidence.float(), edges[1:-1].float())
     count = torch.bincount(bins, minlength=num_bins)
     sums = (torch.bincount(bins, weights=values, minlength=num_bins) for values in (confidence, right))

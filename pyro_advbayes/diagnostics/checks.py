@@ -1,4 +1,4 @@
-"""What every diagnostic asks of its arguments."""
+"""Checks of the arguments of diagnostics."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ ROUNDING = 1e-4  # how far from 1 the probabilities of one prediction may sum
 
 
 def check_probs(probs: Tensor, ranks: tuple[int, ...] = (2, 3)) -> Tensor:
-    """``probs`` in float64, once they are known to be probabilities; every row is made to sum to 1.
+    """``probs`` in float64, checked; every row is normalised to sum 1.
 
-    Differences of entropies and of squares cancel: in float32 what is left for two draws that agree is rounding. A largest probability
-    near 1 is rounded by as much as all others together may have: what makes the sum 1 is what it was.
+    Differences of entropies and of squares cancel: in float32 only rounding would remain for two draws that agree. The rounding error of a
+    largest probability near 1 may exceed the sum of all others: normalising removes it.
 
     :param probs: ``[N, K]`` or ``[draws, N, K]``, of any floating type.
     :param ranks: the numbers of dimensions that the caller takes.
@@ -32,7 +32,7 @@ def check_probs(probs: Tensor, ranks: tuple[int, ...] = (2, 3)) -> Tensor:
         raise ValueError(f"probs must have at least one draw, input and class, not {list(probs.shape)}")
     low, total = probs.min(), probs.sum(-1)
     off = (total - 1).abs().max()
-    # Written so that NaN fails: it is smaller than nothing.
+    # Written so that NaN fails, since every comparison with it is false.
     if not (low >= 0 and off <= max(ROUNDING, 2 * torch.finfo(probs.dtype).eps)):
         if not probs.isfinite().all():
             raise ValueError("probs has entries that are NaN or infinite")

@@ -1,8 +1,8 @@
-r"""What single draws of a posterior are worth as classifiers, and what their mean is worth where it is sure: the measures of Zhang et
+r"""Accuracy of single draws of a posterior, and of their mean on the inputs it is most certain of: the measures of Zhang et
 al., "Improving Bayesian neural networks by adversarial sampling", AAAI 2022.
 
-A network that was trained on average may still be bad at some draws: :func:`draw_quality` looks at the lowest and the highest of
-them, beside the mean prediction. ::
+Some draws may be bad where the mean prediction is good: :func:`draw_quality` gives the lowest and the highest accuracy of a draw beside
+that of the mean prediction. ::
 
     network = ab.PosteriorClassifier(model, guide=guide, num_samples=100)
     quality = draw_quality(network.log_probs(x), y)
@@ -30,8 +30,8 @@ class DrawQuality(NamedTuple):
     r"""
     Accuracies of S draws and of their mean, on N inputs.
 
-    :ivar accuracy: ``[S]``, of each draw by itself, in [0, 1].
-    :ivar ensembled: of the mean prediction :math:`\bar p`, with its standard error over inputs.
+    :ivar accuracy: ``[S]``, of each draw, in [0, 1].
+    :ivar ensembled: accuracy of the mean prediction :math:`\bar p`, with its standard error over inputs.
     :ivar probs: ``[N, K]``, the mean prediction.
     """
 
@@ -41,7 +41,7 @@ class DrawQuality(NamedTuple):
 
     @property
     def lowest(self) -> float:
-        """The accuracy of the worst draw; it falls as there are more draws, so compare equal numbers of them."""
+        """The accuracy of the worst draw. It falls with the number of draws: compare equal numbers."""
         return self.accuracy.min().item()
 
     @property
@@ -56,7 +56,7 @@ class DrawQuality(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """From the worst to the best."""
+        """The difference of the highest and the lowest."""
         return self.highest - self.lowest
 
     def __str__(self) -> str:
@@ -68,13 +68,12 @@ class DrawQuality(NamedTuple):
 
 
 def draw_quality(log_probs: Tensor | Iterable[Tensor], labels: Tensor) -> DrawQuality:
-    """How good the draws of a posterior are, one by one and together.
+    """Accuracies of the draws of a posterior and of their mean.
 
-    :param log_probs: logarithms of each draw's probabilities, ``[draws, N, K]``, or chunks of draws of this form, one after the other,
-        of which one is in memory at a time: what ``PosteriorClassifier.log_probs(x)`` gives, or ``Predictive``'s logits after
-        ``log_softmax(-1)``.
+    :param log_probs: logarithms of each draw's probabilities, ``[draws, N, K]``, or an iterable of such chunks, of which one is in memory
+        at a time: ``PosteriorClassifier.log_probs(x)``, or ``Predictive``'s logits after ``log_softmax(-1)``.
     :param labels: ``[N]``, integers from 0 to K - 1.
-    :raises ValueError: if these are no logarithms of probabilities, there is no draw, or the labels do not fit.
+    :raises ValueError: if these are not logarithms of probabilities, there is no draw, or the labels do not fit.
     """
     right, total, count = [], torch.zeros((), dtype=torch.float64), 0
     for chunk in in_chunks(log_probs, "log_probs"):
@@ -92,8 +91,8 @@ def draw_quality(log_probs: Tensor | Iterable[Tensor], labels: Tensor) -> DrawQu
 
 
 def _normalised(log_probs: Tensor) -> Tensor:
-    """In float64, rows that sum to 1 but for the rounding of their type made to do so; the others as they are."""
-    # a logarithm l is rounded by up to |l| eps / 2, so that the sum is off by the entropy times that, and no entropy is above log K
+    """In float64; rows that sum to 1 up to the rounding of their type are normalised, the others do not change."""
+    # a logarithm l is rounded by up to |l| eps / 2, so that the sum is off by the entropy times eps / 2, and the entropy is at most log K
     rounding = max(ROUNDING, math.log(max(1, log_probs.shape[-1])) * torch.finfo(log_probs.dtype).eps)
     log_probs = log_probs.double()
     total = log_probs.logsumexp(-1, keepdim=True)
@@ -103,8 +102,8 @@ def _normalised(log_probs: Tensor) -> Tensor:
 class RetainedAccuracy(NamedTuple):
     """Accuracy on the inputs that a posterior is most certain of.
 
-    :ivar share: ``[R]``, the share of the inputs that are kept, growing.
-    :ivar accuracy: ``[R]``, on these.
+    :ivar share: ``[R]``, the share of inputs that are kept, increasing.
+    :ivar accuracy: ``[R]``, the accuracy on them.
     """
 
     share: Tensor
@@ -116,7 +115,7 @@ def retained_accuracy(
 ) -> RetainedAccuracy:
     r"""Uncertainty-retained accuracy: of the mean prediction, on the share of inputs with the lowest uncertainty.
 
-    Inputs of equal uncertainty at the edge count with the share of them that fits, so that the order of the inputs is of no matter.
+    Of inputs with equal uncertainty at the threshold the fraction that fits counts, so that the order of the inputs does not matter.
 
     :param probs: ``[draws, N, K]`` or ``[N, K]``.
     :param labels: ``[N]``, integers from 0 to K - 1.

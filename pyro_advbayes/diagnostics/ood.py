@@ -27,7 +27,7 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Detection(NamedTuple):
-    """What one score is worth: :func:`auroc`, :func:`aupr_out`, :func:`aupr_in`, :func:`fpr95`, each in [0, 1]."""
+    """Measures of one score: :func:`auroc`, :func:`aupr_out`, :func:`aupr_in`, :func:`fpr95`, each in [0, 1]."""
 
     auroc: float
     aupr_out: float
@@ -42,16 +42,16 @@ def detection(in_scores: Tensor, out_scores: Tensor) -> Detection:
 
 def ood_detection(in_probs: Tensor, out_probs: Mapping[str, Tensor]) -> dict[str, dict[str, Detection]]:
     """
-    The table of an out-of-distribution experiment, from predictions that were made once for each set. ::
+    All measures of all scores for several out-of-distribution sets. ::
 
         table = ood_detection(probs(x_test), {"notMNIST": probs(letters), "uniform": probs(noise)})
         table["notMNIST"]["entropy"].auroc
 
-    :param in_probs: of the data's own inputs, ``[draws, N, K]``; ``[N, K]`` of a single network, which leaves out the scores that need
-        draws to disagree.
+    :param in_probs: probabilities of in-distribution inputs, ``[draws, N, K]``; ``[N, K]`` of a single network, without the scores of
+        disagreement.
     :param out_probs: set -> ``[draws, M, K]`` (or ``[M, K]``).
     :return: set -> score (``"entropy"``, ``"variation ratio"``, ``"mutual information"``, ``"model variance"``) -> :class:`Detection`.
-    :raises ValueError: if these are no probabilities, or not of the same classes and kind.
+    :raises ValueError: if these are not probabilities, or differ in their number of classes or dimensions.
     """
     own = _scores(in_probs)
     if not isinstance(out_probs, Mapping):
@@ -67,12 +67,12 @@ def ood_detection(in_probs: Tensor, out_probs: Mapping[str, Tensor]) -> dict[str
 
 class AdversarialDetection(NamedTuple):
     """
-    Clean inputs told from attacked ones, by score.
+    Detection of attacked inputs, by score.
 
-    :ivar all: -> :class:`Detection` of all attacked inputs.
-    :ivar hit: of those at which the attack changed the source's prediction to a wrong one; None where there are none.
-    :ivar missed: of the others; None where there are none.
-    :ivar hit_share: how many were hit, in [0, 1].
+    :ivar all: score -> :class:`Detection` of all attacked inputs.
+    :ivar hit: the same for inputs at which the attack succeeded against the source; None if there are none.
+    :ivar missed: the same for the others; None if there are none.
+    :ivar hit_share: share of successful attacks, in [0, 1].
     """
 
     all: dict[str, Detection]
@@ -83,13 +83,13 @@ class AdversarialDetection(NamedTuple):
 
 def adversarial_detection(clean_probs: Tensor, attacked_probs: Tensor, hit: Tensor) -> AdversarialDetection:
     """
-    How well a detector's uncertainty tells attacked inputs from clean ones. The attack may have been made on another model, the source;
-    whether it hit is the source's matter.
+    How well the uncertainty of a model, the detector, separates attacked from clean inputs. The attack may target another model, the
+    source, which decides whether it succeeded.
 
-    :param clean_probs: the detector's, of clean inputs, ``[draws, N, K]`` or ``[N, K]``.
-    :param attacked_probs: the detector's, of attacked ones, ``[draws, M, K]`` or ``[M, K]``.
-    :param hit: whether the source is wrong about each, bool ``[M]``.
-    :raises ValueError: if these are no probabilities, no input was attacked, or ``hit`` does not fit.
+    :param clean_probs: the detector's probabilities of clean inputs, ``[draws, N, K]`` or ``[N, K]``.
+    :param attacked_probs: the detector's probabilities of attacked inputs, ``[draws, M, K]`` or ``[M, K]``.
+    :param hit: whether the source is wrong at each attacked input, bool ``[M]``.
+    :raises ValueError: if these are not probabilities, no input was attacked, or ``hit`` does not fit.
     """
     for name, value in (("attacked_probs", attacked_probs), ("hit", hit)):
         if not need_tensor(value, name).numel():
@@ -138,7 +138,7 @@ def fpr95(in_scores: Tensor, out_scores: Tensor) -> float:
 
 
 def _labelled(negative: Tensor, positive: Tensor) -> tuple:
-    """Labels and scores of both kinds, as scikit-learn takes them."""
+    """Labels and scores of both kinds, in scikit-learn's form."""
     for name, scores in (("in_scores", negative), ("out_scores", positive)):
         if need_tensor(scores, name).dim() != 1 or len(scores) == 0:
             raise ValueError(f"scores must be vectors with one score per input, not {scores.shape}")

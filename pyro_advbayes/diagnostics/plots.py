@@ -1,4 +1,4 @@
-"""Pictures of the diagnostics. Each draws on the axes it is given, or on a new figure, and writes the numbers in its
+"""Plots of the diagnostics. Each draws on the given axes, or on a new figure, and writes the numbers in its
 legend; matplotlib, the extra ``plots``, is imported on the first call."""
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 def plot_reliability(bins: Reliability, label: str = "", *, ax: Axes | None = None) -> Axes:
     """A reliability diagram: accuracy against confidence, one marker per bin that is not empty, its area growing with the
-    number of inputs. Perfectly calibrated predictions lie on the dashed diagonal. Call it again with the same axes to
-    compare.
+    number of inputs. Perfectly calibrated predictions lie on the dashed diagonal. Call it again with the same axes to compare
+    predictions.
 
     :param bins: from :func:`~pyro_advbayes.diagnostics.reliability`.
-    :param label: what the predictions are called in the legend, which adds their ECE.
+    :param label: name of the predictions in the legend, which adds their ECE.
     """
     ax = ax if ax is not None else _axes()
     if not ax.lines:
@@ -42,7 +42,7 @@ def plot_reliability(bins: Reliability, label: str = "", *, ax: Axes | None = No
 
 def plot_interval_calibration(calibrations: dict[str, IntervalCalibration], *, ax: Axes | None = None) -> Axes:
     """Coverage of central intervals against their nominal level, with one standard error over rows as a band. A calibrated law lies on
-    the dashed diagonal, one that is too sure of itself below it.
+    the dashed diagonal, an overconfident one below it.
 
     :param calibrations: from the name of a predictive law to what :func:`~pyro_advbayes.diagnostics.interval_calibration` gave; the
         legend adds its expected coverage error (ECPE), its CWCE and the mean width of its intervals (EPIW).
@@ -136,8 +136,8 @@ def plot_learning_curves(
 
 
 def plot_gradient_norms(norms: dict[str, GradientNorms], *, ax: Axes | None = None) -> Axes:
-    """The l2 norm of the expected loss gradient against the number of draws, on logarithmic axes: mean over inputs as a line, and
-    dashed what as many independent gradients of expectation zero would leave.
+    """The l2 norm of the expected loss gradient against the number of draws, on logarithmic axes, as a mean over inputs. The dashed line is
+    the norm of as many independent gradients of expectation zero.
 
     :param norms: from the name of a posterior to what :func:`~pyro_advbayes.diagnostics.gradient_norms` gave; the legend adds the
         mean norm at the first and at the last number of draws.
@@ -193,7 +193,7 @@ def plot_draw_quality(qualities: dict[str, DrawQuality], *, ax: Axes | None = No
     for place, (name, quality) in enumerate(qualities.items()):
         ensembled = quality.ensembled.value
         label = f"{name} ({quality.lowest:.3f} to {quality.highest:.3f}, together {ensembled:.3f})"
-        # beside each other, in the order of the draws: where many agree, dots on one spot would hide how many
+        # side by side in the order of the draws: equal accuracies would hide each other
         across = place + torch.linspace(-0.3, 0.3, len(quality.accuracy))
         dots = ax.scatter(across, quality.accuracy.cpu(), s=8, alpha=0.7, label=label)
         ax.hlines(ensembled, place - 0.35, place + 0.35, color=dots.get_facecolor()[0], alpha=1.0)
@@ -204,7 +204,7 @@ def plot_draw_quality(qualities: dict[str, DrawQuality], *, ax: Axes | None = No
 
 
 def plot_draw_curves(curves: dict[str, Sequence[DrawQuality]], *, xlabel: str = "epoch", ax: Axes | None = None) -> Axes:
-    """How draws fare in the course of training: the mean prediction's accuracy as a line, the worst to the best draw as a band.
+    """Accuracy of draws during training: the mean prediction as a line, the worst to the best draw as a band.
 
     :param curves: from the name of a run to what :func:`~pyro_advbayes.diagnostics.draw_quality` gave after each epoch; the legend adds
         the ensembled and the lowest accuracy at the end.
@@ -252,7 +252,7 @@ def plot_uncertainty_map(
     limits: tuple[float, float] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Uncertainty over a plane of inputs, as colours; the title adds the mean over the map. ::
+    """Uncertainty over a plane of inputs, as colours; the title gives its mean. ::
 
         axis = torch.linspace(-5, 5, 101)
         inputs = torch.cartesian_prod(axis, axis)
@@ -263,7 +263,7 @@ def plot_uncertainty_map(
     :param x2: values of the second, upwards, increasing.
     :param examples: inputs ``[N, 2]`` and their classes ``[N]``, to be shown as points.
     :param label: what the scores are, for the colour bar.
-    :param limits: scores at both ends of the colours, so that maps can be compared; by default the smallest and the largest.
+    :param limits: scores at both ends of the colour scale, to compare maps; by default the smallest and the largest.
     :raises ValueError: if the scores do not fit the coordinates, or one is not finite.
     """
     for name, values in (("scores", scores), ("x1", x1), ("x2", x2)):

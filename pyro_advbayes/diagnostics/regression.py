@@ -1,8 +1,8 @@
-r"""What predictions of a real number are worth: scores, central intervals and their calibration.
+r"""Scores of regressions, central intervals and their calibration.
 
 A prediction for ``N`` rows is one of these:
 
-- draws of the target, ``[draws, N]``, from a model of any likelihood (``Predictive(...)["obs"]``);
+- draws of the target, ``[draws, N]``, of any likelihood (``Predictive(...)["obs"]``);
 - ``mean`` and ``scale`` of a Normal for each row, ``[N]``;
 - ``mean`` and ``scale`` of each posterior draw's Normal, ``[draws, N]``: the law is their equal mixture
   :math:`\frac1S \sum_s \mathrm{Normal}(\mu_s, \sigma_s)`. ``scale`` may be anything that broadcasts to the shape of ``mean``.
@@ -26,14 +26,14 @@ from pyro_advbayes.given import check_int, need_tensor
 
 LEVELS = tuple(j / 20 for j in range(1, 20))  # 0.05, 0.10, ..., 0.95
 LAWS = ("mixture", "moments")
-EXACT = 1e-10  # how far from its level the probability below a quantile of a mixture may be
+EXACT = 1e-10  # tolerance of the probability below a quantile of a mixture
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
 def rmse(mean: Tensor, y: Tensor) -> float:
     """Root mean squared error, in the units of ``y``.
 
-    :param mean: predicted means ``[N]``, or ``[draws, N]``, of which the mean over draws is judged.
+    :param mean: predicted means ``[N]``, or ``[draws, N]``, whose mean over draws is judged.
     :param y: targets ``[N]``.
     """
     mean, y = _checked("mean", mean, y, ranks=(1, 2))
@@ -45,7 +45,7 @@ def r2(mean: Tensor, y: Tensor) -> float:
 
     :param mean: as for :func:`rmse`.
     :param y: targets ``[N]``.
-    :raises ValueError: if all targets are equal, which leaves it undefined.
+    :raises ValueError: if all targets are equal, where it is undefined.
     """
     mean, y = _checked("mean", mean, y, ranks=(1, 2))
     return (1 - _over_draws(mean).sub(y).square().mean() / _variance(y)).item()
@@ -57,7 +57,7 @@ def gaussian_nll(mean: Tensor, scale: Tensor | float, y: Tensor, law: str = "mix
     :param mean: ``[N]`` or ``[draws, N]``.
     :param scale: standard deviations, > 0.
     :param y: targets ``[N]``.
-    :param law: what the Normals of several draws make together. ``"mixture"`` is the posterior predictive law,
+    :param law: how the Normals of several draws are combined. ``"mixture"`` is the posterior predictive law,
         :math:`-\log \frac1S \sum_s \mathrm{Normal}(y; \mu_s, \sigma_s)`. ``"moments"`` is the Normal of the same mean and variance,
         :math:`\bar\mu` and :math:`\frac1S \sum_s \sigma_s^2 + \frac1S \sum_s (\mu_s - \bar\mu)^2`, as in Lakshminarayanan et al.
         (2017). They agree for one draw.
@@ -144,9 +144,9 @@ def gaussian_crps(mean: Tensor, scale: Tensor | float, y: Tensor) -> Tensor:
 
 
 class Intervals(NamedTuple):
-    """Central prediction intervals; those of a quantile regression can be put in it by hand.
+    """Central prediction intervals. Intervals of a quantile regression can be put in by hand.
 
-    :ivar levels: ``[levels]``, the probability that each is to hold, in (0, 1).
+    :ivar levels: ``[levels]``, the nominal probability of each interval, in (0, 1).
     :ivar lower: ``[levels, N]``, the quantile at (1 - level) / 2.
     :ivar upper: ``[levels, N]``, the quantile at (1 + level) / 2.
     """
@@ -159,13 +159,12 @@ class Intervals(NamedTuple):
 def central_intervals(draws: Tensor, levels: Sequence[float] = LEVELS) -> Intervals:
     r"""The central intervals of draws, between their quantiles at plotting positions :math:`k / (S + 1)`.
 
-    A target that is exchangeable with the draws is below the k-th of them with just this probability: unlike those of
-    ``torch.quantile``, such intervals of a calibrated law hold what they claim for any number of draws.
+    A target that is exchangeable with the draws is below the k-th of them with exactly this probability. So the intervals of a calibrated
+    law have their nominal coverage for any number of draws, unlike those of ``torch.quantile``.
 
     :param draws: of the target, ``[draws, N]``.
     :param levels: in (0, 1).
-    :raises ValueError: if a level is out of range, or there are fewer than (1 + level) / (1 - level) draws (39 for 0.95), which do
-        not reach that far.
+    :raises ValueError: if a level is out of range, or there are fewer than (1 + level) / (1 - level) draws (39 for 0.95).
     """
     _check_tensor("draws", draws, floating=True)
     if draws.dim() != 2 or 0 in draws.shape:
@@ -188,8 +187,7 @@ def central_intervals(draws: Tensor, levels: Sequence[float] = LEVELS) -> Interv
 
 
 def gaussian_intervals(mean: Tensor, scale: Tensor | float, levels: Sequence[float] = LEVELS) -> Intervals:
-    """The central intervals of Normals, or of the mixture of a draw's Normals: exact ones, whose ends are found in the mixture's
-    distribution function; those of a Normal of its moments would be another law's.
+    """The exact central intervals of Normals, or of the mixture of the draws' Normals, by inverting the mixture's distribution function.
 
     :param mean: ``[N]`` or ``[draws, N]``.
     :param scale: standard deviations, > 0.
@@ -223,7 +221,7 @@ def interval_width(intervals: Intervals) -> Tensor:
 
 
 class IntervalCalibration(NamedTuple):
-    r"""Whether central intervals hold as many targets as they claim: the numbers of a calibration plot.
+    r"""Coverage of central intervals beside their nominal level: the numbers of a calibration plot.
 
     With nominal levels :math:`P_j`, :math:`j = 1, \ldots, J`, and coverages :math:`\hat P_j`:
 
@@ -256,12 +254,12 @@ class IntervalCalibration(NamedTuple):
 
     @property
     def epiw(self) -> float:
-        """Expected prediction interval width: the mean over levels and rows, in the units of the target. A narrow law is a better one
-        only if it is calibrated alike."""
+        """Expected prediction interval width: the mean over levels and rows, in the units of the target. Compare the
+        widths of equally calibrated laws only."""
         return self.width.mean().item()
 
     def r_cwce(self, r2: float) -> float:
-        """(1 - R2) CWCE, in per cent: a calibration error that a law cannot make small by being vague.
+        """(1 - R2) CWCE, in per cent: a calibration error that does not reward uninformative laws.
 
         :param r2: of the law's means, from :func:`~pyro_advbayes.diagnostics.r2`.
         """
@@ -283,7 +281,7 @@ def interval_calibration(intervals: Intervals, y: Tensor) -> IntervalCalibration
 
 class RegressionScores(NamedTuple):
     """
-    What a predictive law is worth, each with its standard error over rows, by bootstrap.
+    All scores of a predictive law, each with its bootstrap standard error over rows.
 
     :ivar rmse: :func:`rmse`, in the units of the target.
     :ivar r2: :func:`r2`.
@@ -350,7 +348,7 @@ def regression_scores(
         drawn = torch.randint(len(y), (len(y),), generator=generator).to(y.device)
         resampled.append(columns[drawn].mean(0))
     again = scores(torch.stack(resampled))
-    errors = again[again.isfinite().all(-1)].std(0)  # of a handful of rows a resample may hold one alone, which has no R2
+    errors = again[again.isfinite().all(-1)].std(0)  # a resample of few rows may hold one row only, where R2 is undefined
     return RegressionScores(*(Estimate(*pair) for pair in zip(scores(columns.mean(0)).tolist(), errors.tolist(), strict=True)))
 
 

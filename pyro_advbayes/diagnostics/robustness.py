@@ -1,8 +1,7 @@
-r"""How predictions hold up when their inputs are moved, as in Carbone et al., "Robustness of Bayesian neural networks to
+r"""Robustness of predictions to perturbed inputs, as in Carbone et al., "Robustness of Bayesian neural networks to
 gradient-based attacks", NeurIPS 2020.
 
-Probabilities are ``[N, K]``, or ``[draws, N, K]``, of which the mean over draws is judged. Means over inputs come with one standard
-error.
+Probabilities are ``[N, K]``, or ``[draws, N, K]``, whose mean over draws is judged. Means over inputs come with their standard error.
 """
 
 from __future__ import annotations
@@ -109,7 +108,7 @@ def accuracy_curve(eps: Sequence[float], attacked: Iterable[Tensor], labels: Ten
 class GradientNorms(NamedTuple):
     r"""Norms of the gradient of the expected loss at N inputs, for C growing numbers of draws.
 
-    :ivar draws: ``[C]``, how many of the draws were averaged.
+    :ivar draws: ``[C]``, the number of draws that were averaged.
     :ivar linf: ``[C, N]``, the largest absolute component of each input's mean gradient.
     :ivar l2: ``[C, N]``, its Euclidean norm.
     :ivar l2_by_chance: ``[C, N]``, the l2 norm (root mean square) that as many independent gradients of these lengths would average to
@@ -130,17 +129,17 @@ class GradientNorms(NamedTuple):
 
 
 def gradient_norms(gradients: Tensor | Iterable[Tensor], draws: Sequence[int] | None = None) -> GradientNorms:
-    r"""How large the gradient of the expected loss with respect to the inputs is, as the expectation takes in more draws,
+    r"""The size of the gradient of the expected loss with respect to the inputs, for growing numbers of draws,
 
     .. math:: \Bigl| \frac1n \sum_{s=1}^n \nabla_x L(x_i, \theta_s) \Bigr|.
 
-    Carbone et al. prove that it vanishes on the data manifold in the limit of infinite data and width. A norm that falls with n is no
-    sign of that: the mean of n independent gradients falls as :math:`n^{-1/2}` towards its expectation, whatever that is. It has
-    vanished where ``l2`` follows ``l2_by_chance`` down. Draws of a chain should be shuffled, so that the first n are a sample of all.
+    Carbone et al. prove that it vanishes on the data manifold in the limit of infinite data and width. A norm that falls with n does
+    not show this, since the error of a mean of n independent gradients falls as :math:`n^{-1/2}`. The gradient has vanished where ``l2``
+    stays at ``l2_by_chance``. Shuffle the draws of a chain, so that the first n are a sample of all.
 
     :param gradients: each draw's gradient of the loss, ``[draws, N, *input]``, or chunks of draws of this form, one after the other.
-    :param draws: the numbers n, growing, each >= 1; by default those of 1, 10, 50, 100, 500, 1000, ... that are there, and all.
-    :raises ValueError: if a number of draws is not there, or a gradient is not finite.
+    :param draws: the numbers n, increasing, each >= 1; by default 1, 10, 50, 100, 500, 1000, ... up to the number of draws, and all draws.
+    :raises ValueError: if there are fewer draws than a number n, or a gradient is not finite.
     """
     wanted = None if draws is None else list(draws)
     if wanted is not None and (not wanted or wanted[0] < 1 or sorted(set(wanted)) != wanted):

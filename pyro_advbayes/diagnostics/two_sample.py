@@ -1,7 +1,7 @@
-r"""Whether two sets of points come from one distribution: ``x`` ``[n, d]`` and ``y`` ``[m, d]``, in the same units.
+r"""Two-sample distances and tests of points ``x`` ``[n, d]`` and ``y`` ``[m, d]``, in the same units.
 
-A distance is never 0 between finite sets: compare it with that between two halves of one of them. Coordinates count by their
-size, so standardise those of different units. Every function raises ``ValueError`` where the points are not finite matrices of as
+A distance is never 0 between finite sets: compare it with that between two halves of one set. Standardise coordinates of different units,
+since larger ones dominate. Every function raises ``ValueError`` where the points are not finite matrices of as
 many columns, or a number of repetitions is not an int >= 1.
 """
 
@@ -24,7 +24,7 @@ class MMDTest(NamedTuple):
 
 def sliced_wasserstein(x: Tensor, y: Tensor, num_projections: int = 128, generator: torch.Generator | None = None) -> float:
     r"""
-    Mean over random directions :math:`u` of the distance that mass has to be moved in that direction,
+    Mean over random directions :math:`u` of the one-dimensional Wasserstein distance,
     :math:`\mathrm E_u\, W_1(u \cdot x, u \cdot y) \sqrt d`, with :math:`\sqrt d` so that a shift of Euclidean length one counts about
     :math:`\sqrt{2/\pi}` whatever the dimension is. (Rabin et al., 2012.)
 
@@ -53,8 +53,8 @@ def sliced_wasserstein(x: Tensor, y: Tensor, num_projections: int = 128, generat
 def mmd_test(x: Tensor, y: Tensor, num_permutations: int = 500, generator: torch.Generator | None = None) -> MMDTest:
     r"""
     Maximum mean discrepancy with a Gaussian kernel :math:`k(a, b) = e^{-|a - b|^2 / 2 s^2}`, s the median distance of all points, and the
-    share of random relabellings that make it as large (Gretton et al., JMLR 2012). The points of each set must be independent: draws of a
-    chain that has not mixed differ from anything.
+    share of random relabellings that make it as large (Gretton et al., JMLR 2012). The points of each set must be independent: the draws
+    of a chain that has not mixed are rejected against any set.
 
     :param x: ``[n, d]``, n >= 2.
     :param y: ``[m, d]``, m >= 2.
@@ -65,7 +65,7 @@ def mmd_test(x: Tensor, y: Tensor, num_permutations: int = 500, generator: torch
     check_int(num_permutations, "num_permutations", 1)
     if min(len(x), len(y)) < 2:
         raise ValueError(f"mmd_test needs two points or more of each set, not {len(x)} and {len(y)}")
-    # in float64: labellings that are as far apart must tie; and not by products of the points, of which nothing is left far from 0
+    # in float64, since equal labellings must tie; not by products of the points, which cancel far from 0
     points, n = torch.cat([x, y]).double(), len(x)
     distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").square()
     off = ~torch.eye(len(points), dtype=torch.bool, device=x.device)
@@ -75,7 +75,7 @@ def mmd_test(x: Tensor, y: Tensor, num_permutations: int = 500, generator: torch
     for row in labels[1:]:
         row[torch.randperm(len(points), generator=generator)[:n].to(x.device)] = 1.0
     values = _mmd2(kernel, labels, n)
-    # the labelling as it is belongs to those that could have been, so that p is never 0
+    # the given labelling counts as one of the relabellings, so that p is never 0
     p_value = float((values >= values[0] - 1e-9).double().mean())
     return MMDTest(float(values[0]), p_value)
 

@@ -1,4 +1,4 @@
-r"""How unsure a prediction is: scores ``[N]`` of an ensemble of predictions :math:`p_t`, ``[draws, N, K]``.
+r"""Scores of uncertainty ``[N]`` of an ensemble of predictions :math:`p_t`, ``[draws, N, K]``.
 
 With the mean :math:`\bar p = \frac1T\sum_t p_t` and the entropy :math:`H(p) = -\sum_k p_k \log p_k` in nats,
 :math:`0 \log 0 = 0`. The scores that depend on the mean alone take ``[N, K]``, too. The first four are those of
@@ -30,12 +30,12 @@ def variation_ratio(probs: Tensor) -> Tensor:
     :return: ``[N]``, in [0, 1 - 1/K].
     """
     mean = predictive_mean(probs)
-    # the other classes' share, exact where the largest is 1 to rounding
+    # the sum of the other classes, which is exact where the largest rounds to 1
     return like(mean.scatter(-1, mean.argmax(-1, keepdim=True), 0.0).sum(-1), probs)
 
 
 def mutual_information(probs: Tensor) -> Tensor:
-    r"""What draws disagree on, :math:`H(\bar p) - \frac1T\sum_t H(p_t)`; "BALD" in active learning.
+    r"""Disagreement of the draws, :math:`H(\bar p) - \frac1T\sum_t H(p_t)`; "BALD" in active learning.
 
     :param probs: ``[draws, N, K]``.
     :return: ``[N]``, in [0, log K]; 0 where all draws agree.
@@ -56,7 +56,7 @@ def model_variance(probs: Tensor) -> Tensor:
 
 
 def expected_entropy(probs: Tensor) -> Tensor:
-    r"""What every draw is unsure of, :math:`\frac1T\sum_t H(p_t)`; with the mutual information it makes up the total.
+    r"""Mean uncertainty of a draw, :math:`\frac1T\sum_t H(p_t)`: the predictive entropy minus the mutual information.
 
     :param probs: ``[draws, N, K]``.
     :return: ``[N]``, in [0, log K].

@@ -53,7 +53,7 @@ def test_a_radius_that_is_no_positive_number_is_refused(kind, eps):
         (lambda: CarliniWagner(first_c=0.0), r"first_c=0.0"),
         (lambda: OneStepCarliniWagner(targeted=True), r"one published form"),
         (lambda: FeatureAttack(0.1, "0", targeted=True), r"FeatureAttack uses no labels"),
-        (lambda: FeatureAttack(0.1, "0", towards=torch.zeros(2, 3), batch_size=1), r"batch_size cannot be given with towards"),
+        (lambda: FeatureAttack(0.1, "0", towards=torch.zeros(2, 3), batch_size=1), r"batch_size cannot be combined with towards"),
         (lambda: GuideClassifier(lambda x: x, lambda x: None, num_samples=0), r"num_samples=0"),
     ],
 )
