@@ -1,4 +1,4 @@
-"""A posterior's draws distilled into a generator, which takes their place: Adversarial Posterior Distillation and what judges it."""
+"""Adversarial Posterior Distillation of a posterior's draws into a generator, and its comparison with the draws."""
 
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import MLPGenerator

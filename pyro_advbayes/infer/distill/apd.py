@@ -1,4 +1,4 @@
-"""Adversarial Posterior Distillation: draws of a posterior into a generator."""
+"""Adversarial Posterior Distillation of draws into a generator: :class:`APD`."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ PRESETS = {
 
 class Fit(NamedTuple):
     """
-    How a fit ended. ``steps``: of the generator; ``distance``: the two-sample distance of what is kept, in standardised units; ``floor``:
-    what it is between two halves of the draws; ``converged``: whether the one came down to the other. None where nothing was looked at.
+    The end of a fit. ``steps``: of the generator; ``distance``: two-sample distance of the kept generator from the draws, in standardised
+    units; ``floor``: the same between two halves of the draws; ``converged``: whether the distance came down to the floor. None where no
+    distance was measured.
     """
 
     steps: int
@@ -60,23 +61,23 @@ class Fit(NamedTuple):
 
 class APD:
     """
-    Adversarial Posterior Distillation (Wang et al., ICML 2018): a generator learns from draws of a posterior, and is kept in their place;
-    the paper's is that of a WGAN with gradient penalty, see :mod:`pyro_advbayes.infer.distill.wgan`. ::
+    Adversarial Posterior Distillation (Wang et al., ICML 2018): a generator learns from draws of a posterior and replaces them. The paper
+    trains a WGAN with gradient penalty, see :mod:`pyro_advbayes.infer.distill.wgan`. ::
 
         guide = AutoImplicit(model, generator=distill.MLPGenerator(noise=100, hidden=(100, 100, 100)))
         distill.APD(guide).fit(mcmc.get_samples())
 
-    Draws are standardised, each weight by itself, in unconstrained space.
+    Draws are standardised, weight by weight, in unconstrained space.
 
-    :param AutoImplicit guide: what is trained.
-    :param str preset: ``"fast"``, which lowers the energy distance in place of a critic's, and stops when the two-sample distance has
-        come down to that between two halves of the draws; or ``"paper"``, the published method: 100 000 generator steps with 5 critic
-        steps each, batches of 100, Adam at 1e-4.
+    :param AutoImplicit guide: the guide to train.
+    :param str preset: ``"fast"`` minimises the energy distance, without a critic, and stops when the two-sample distance has come down to
+        that between two halves of the draws. ``"paper"`` is the published method: 100 000 generator steps with 5 critic steps each,
+        batches of 100, Adam at 1e-4.
     :param checkpoint: path of a file from which :meth:`resume` can go on.
     :param int checkpoint_every: steps between checkpoints, >= 1.
     :param bool overwrite: whether the checkpoint may replace an existing file.
     :param bool disable_progbar: no progress bar; there is none where the output is no terminal.
-    :param changes: settings that differ from the preset's, see :class:`~pyro_advbayes.infer.distill.training.Settings`.
+    :param changes: changes of the preset's settings, see :class:`~pyro_advbayes.infer.distill.training.Settings`.
     :raises ValueError: naming an argument out of range.
     """
 
@@ -104,14 +105,14 @@ class APD:
         Trains the guide on draws.
 
         :param samples: site -> ``[draws, *shape]`` in the model's own space, ``mcmc.get_samples()``; or the path of a file of draws.
-        :param args: the model's arguments, observations included, of all data or a few hundred rows: needed where a site is constrained,
-            which draws do not tell, unless the model declares its prior (a ``PyroSample`` of a distribution), and for the noise of a
-            :class:`FactoredGenerator`.
+        :param args: the model's arguments, observations included, of all data or a few hundred rows. They are needed for a constrained site
+            whose prior the model does not declare (as a ``PyroSample`` of a distribution), since draws do not tell the support, and for
+            the noise of a :class:`FactoredGenerator`.
         :param kwargs: its keyword arguments.
-        :raises ValueError: naming the site, if draws are missing, fewer than a batch, not finite, or the same in an element; or if the
+        :raises ValueError: naming the site, if draws are missing, fewer than a batch, not finite, or constant in an element; or if the
             generator does not fit.
         :raises FileExistsError: if there is a checkpoint already.
-        :raises RuntimeError: if another run writes to it.
+        :raises RuntimeError: if another run writes to the checkpoint.
         """
         if self.checkpoint is not None:
             files.refuse_existing(self.checkpoint, self.overwrite)
@@ -120,7 +121,7 @@ class APD:
 
     def _fit(self, samples: Mapping[str, Tensor] | str | Path, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Fit:
         rows, potential = self._prepare(samples, args, kwargs)
-        if not self.guide.network.trainable:  # all of it came from the draws
+        if not self.guide.network.trainable:  # the draws determine all of it
             return Fit(0, None, None, None, self._finish(rows, len(rows), potential))
         fingerprint = None if self.checkpoint is None else _fingerprint(self.guide, rows, potential)
         codes = Codes(self.guide.network, rows)
@@ -137,14 +138,14 @@ class APD:
         **kwargs: Any,
     ) -> Fit:
         """
-        Goes on from a checkpoint to the end, with the same result, bit for bit, as a fit that was never interrupted.
+        Resumes from a checkpoint and runs to the end, with the bits of an uninterrupted fit.
 
         :param path: the checkpoint.
         :param guide: a new guide with the same model and a generator of the same kind.
         :param samples: the same draws as given to :meth:`fit`.
         :param args: the same arguments.
         :raises FileNotFoundError: if there is no such file.
-        :raises ValueError: if it is truncated, or of other draws, other data or another generator.
+        :raises ValueError: if it is truncated, or belongs to other draws, other data or another generator.
         """
         with files.Held(Path(path), existing=True) as held:
             content = files.load(Path(path), "checkpoint of APD")
@@ -163,7 +164,7 @@ class APD:
                 if content["fingerprint"].get(what) != here:
                     raise ValueError(f"{path} is of another fit: its {what} is {content['fingerprint'].get(what)}, here it is {here}")
             with files.reading(Path(path)):
-                guide.network.restore(content["training"]["generator"])  # which says what codes are
+                guide.network.restore(content["training"]["generator"])  # which determines the codes
             reference.check(guide.network.reference(), content["reference"], Path(path))
             with files.reading(Path(path)):
                 codes = Codes(guide.network, rows)
@@ -175,7 +176,7 @@ class APD:
             return apd._train_offline(rows, training, stopping, potential, fingerprint)
 
     def _prepare(self, samples: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Rows, Potential | None]:
-        """The draws as rows that the guide's generator has looked at."""
+        """The draws as rows, for which the guide's generator is prepared."""
         guide, settings = self.guide, self.settings
         values, source = read_samples(samples)
         potential = Potential(guide.model, args, kwargs) if args or kwargs else None
@@ -197,16 +198,16 @@ class APD:
         return rows, potential
 
     def training(self, codes: Codes) -> Training:
-        """What trains the guide's generator, prepared for the draws, on their codes."""
+        """The training of the guide's generator, which is prepared for the draws, on their codes."""
         kind = WGAN if self.settings.objective == "wgan-gp" else Energy
         return kind(self.guide.network, codes.size, self.settings, codes.random)
 
     def loaded(self, codes: Codes, state: dict[str, Any], last: int) -> Training:
         """
-        :meth:`training` in a state of it.
+        :meth:`training` in a saved state.
 
         :param last: the number of its last step.
-        :raises ValueError: if the state makes no sense, before there is memory for it.
+        :raises ValueError: if the state is inconsistent, before memory is allocated for it.
         """
         if self.settings.objective == "wgan-gp":
             held = sum(value.numel() for value in state["critic"].values())
@@ -219,7 +220,7 @@ class APD:
         return training
 
     def stopping(self, codes: Codes) -> Stopping | None:
-        """What ends the training on these codes, if anything does."""
+        """The stopping rule of the training on these codes, if there is one."""
         return None if self.settings.check_every is None else Stopping(codes, len(codes), codes.size)
 
     def _train_offline(
@@ -244,11 +245,11 @@ class APD:
         save: Callable[[], None],
     ) -> Fit:
         """
-        Trains on rows that do not change until something stops it, and finishes the guide.
+        Trains on fixed rows to the end, and finishes the guide.
 
-        :param last: the number of the step that is the last in any case.
-        :param num_draws: that the rows stand for.
-        :param save: called every ``checkpoint_every`` steps, where there is to be a checkpoint.
+        :param last: the number of the last step, unless the stopping rule ends the training earlier.
+        :param num_draws: the number of draws that the rows represent.
+        :param save: called every ``checkpoint_every`` steps, if there is a checkpoint.
         """
         # a checkpoint may be of the very step at which training stopped
         settings, over = self.settings, stopping is not None and stopping.over
@@ -272,15 +273,15 @@ class APD:
                 distance = self._keep_best(training, stopping)
         elif stopping is not None:
             warnings.warn(
-                f"APD has not looked at what it makes by step {training.steps}: its distance from the draws is not known. Judge it with "
-                f"distill.compare, or take more num_steps or a check_every below {settings.check_every}",
+                f"APD has not measured its distance from the draws by step {training.steps}: judge the guide with distill.compare, or take "
+                f"more num_steps or a check_every below {settings.check_every}",
                 stacklevel=4,
             )
         scale = self._finish(rows, num_draws, potential)
         return Fit(training.steps, distance, floor, converged, scale)
 
     def _finish(self, rows: Rows, num_draws: int, potential: Potential | None) -> float | None:
-        """Makes the guide one that may be drawn from; returns the scale of its noise."""
+        """Makes the guide ready to be drawn from; returns the scale of its noise."""
         network, scale = self.guide.network, None
         network.finish()
         if isinstance(network, FactoredGenerator) and potential is not None:
@@ -290,7 +291,7 @@ class APD:
         return scale
 
     def _keep_best(self, training: Training, stopping: Stopping) -> float:
-        """Goes back to the best that was looked at, and says that it is not good enough; returns its distance."""
+        """Restores the best parameters, warns that they have not converged, and returns their distance."""
         distance = stopping.distance
         if stopping.best is not None:
             distance, parameters = stopping.best
@@ -335,19 +336,19 @@ def settings_of(preset: str, changes: Mapping[str, Any]) -> Settings:
 
 
 def refuse_constant(rows: Rows, mean: Tensor, sd: Tensor) -> None:
-    """:raises ValueError: naming a site of which an element is the same in all draws."""
+    """:raises ValueError: naming a site with an element that is constant over draws."""
     same = (sd <= 1e-12 * mean.abs()).nonzero().flatten()
     if len(same):
         site = site_at(rows.sites, int(same[0]))
         raise ValueError(
             f"{rows.source}: element {int(same[0]) - site.start} of site {site.name!r} is the same in all {len(rows)} draws (as are "
-            f"{len(same) - 1} more): nothing can be learned of it. Did the chain move? If it is to be fixed, condition the model on it"
+            f"{len(same) - 1} more): nothing can be learned of it. Did the chain move? To fix the site, condition the model on it"
         )
 
 
 class Codes:
     """
-    Codes of draws by their number, computed beforehand where they fit into memory and the draws do not change.
+    Codes of draws by index, computed in advance if they fit into memory and the draws do not change.
 
     :param generator: prepared for the rows.
     """
@@ -369,7 +370,7 @@ class Codes:
         return self._ready[index.to(self._ready.device)]
 
     def random(self, count: int) -> Tensor:
-        """Those of draws taken at random, ``[count, code]``."""
+        """Codes of random draws, ``[count, code]``."""
         return self(torch.randint(len(self), (count,)))
 
 
@@ -382,7 +383,7 @@ def measure_average(training: Training, stopping: Stopping) -> bool:
 
 
 def _fingerprint(guide: AutoImplicit, rows: Rows, potential: Potential | None) -> dict[str, Any]:
-    """What a fit depends on, as plain values. It reads all draws, so it is made once for all checkpoints."""
+    """What a fit depends on, as plain values. Computed once for all checkpoints, since it reads all draws."""
     return {
         "sites": [[site.name, list(site.shape)] for site in rows.sites],
         "generator": [type(guide.network).__name__, guide.network.settings()],

@@ -1,4 +1,4 @@
-"""Whether a guide is the posterior that it was distilled from: :func:`compare`."""
+"""The comparison of a distilled guide with its draws: :func:`compare`."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Moments(NamedTuple):
 class FunctionSpace(NamedTuple):
     """
     Of the predicted probabilities, mean over inputs. ``kl``: KL divergence, in nats, of the guide's mean prediction from that of the
-    draws; ``total_variation``: half the sum of the absolute differences of the two; ``mutual_information``: the absolute difference, in
-    nats, of what draws disagree on; ``mutual_information_correlation``: the correlation of the two over inputs, 1 where they agree,
-    nan of a single input.
+    draws; ``total_variation``: half the sum of the absolute differences of the two; ``mutual_information``: the absolute difference of the
+    mutual information, in nats; ``mutual_information_correlation``: the correlation of the two mutual informations over inputs, nan for a
+    single input.
     """
 
     kl: Against
@@ -54,7 +54,7 @@ class FunctionSpace(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What :func:`compare` found; ``str(...)`` makes a table of it."""
+    """The result of :func:`compare`; ``str(...)`` makes a table of it."""
 
     num_samples: int
     sliced_wasserstein: Against
@@ -86,26 +86,26 @@ def compare(
     **kwargs: Any,
 ) -> Comparison:
     """
-    Compares a guide with the draws that it stands for: their laws in standardised, unconstrained space, their marginal moments, and
-    what they predict. No number is 0 between finite sets of draws. The floor is what the first half of the draws and the second are
-    apart; where chains have not mixed it is large, and then a guide cannot be told to be wrong. ::
+    Compares a guide with the draws that it was fitted to: their laws in standardised, unconstrained space, their marginal moments and
+    their predictions. No distance between finite sets of draws is 0: the floor is that between the first and the second half of the draws.
+    If chains have not mixed, the floor is large, and an error of the guide does not show. ::
 
         print(distill.compare(mcmc.get_samples(), guide, x_test))
 
-    A p-value takes the draws to be independent: thin chains, or read it beside that of the halves.
+    A p-value assumes independent draws: thin the chains, or compare it with that of the halves.
 
     :param samples: as for :meth:`APD.fit <pyro_advbayes.infer.distill.APD>`.
     :param guide: a fitted guide.
-    :param args: the model's arguments without observations: inputs at which predictions are compared, the probabilities of a classifier's
-        likelihood as in :class:`~pyro_advbayes.PosteriorClassifier`. None compares none.
+    :param args: the model's arguments without observations: inputs at which predictions are compared. The predictions are the
+        probabilities of a classifier's likelihood, as in :class:`~pyro_advbayes.PosteriorClassifier`. Without inputs none are compared.
     :param num_samples: draws of each half and of the guide, from 2 to half the draws; evenly spaced. By default at most 1000.
     :param num_projections: directions of the sliced Wasserstein distance, >= 1.
     :param num_permutations: relabellings of the MMD test, >= 1.
     :param str return_site: as in :class:`~pyro_advbayes.PosteriorClassifier`.
-    :raises ValueError: if the draws are not of the guide's sites, too few, or not finite, if these are not those of the model at its
-        arguments, if the model is no classifier, or naming a number out of range.
+    :raises ValueError: if the draws are not those of the guide's sites, are too few or not finite; if the guide's sites are not those of
+        the model; if the model is not a classifier; or naming a number out of range.
     """
-    guide.sample(1)  # of a guide that has not been fitted, the error
+    guide.sample(1)  # raises if the guide has not been fitted
     guide.check(*args, **kwargs)
     values, source = read_samples(samples)
     rows = SampleRows(values, guide.sites, guide.dtype, guide.device, source)
@@ -151,7 +151,7 @@ def _moments(one: Tensor, two: Tensor, made: Tensor) -> Moments:
 
 
 class _Probabilities:
-    """A model with the probabilities ``[N, K]`` of its classes in place of its return value."""
+    """A model that returns the probabilities ``[N, K]`` of its classes."""
 
     def __init__(self, model: Callable, given: Collection[str], return_site: str) -> None:
         self._model, self._given, self._return_site = model, given, return_site

@@ -23,16 +23,16 @@ from pyro_advbayes.infer.autoguide.generators import linears, mlp
 
 class Critic(nn.Module):
     """
-    Linear layers with ReLU between them, to one number; He initialisation.
+    Linear layers with ReLU between them and one output; He initialisation.
 
-    :param size: numbers in an input.
-    :param hidden: widths of the hidden layers, one at least.
+    :param size: dimension of the inputs.
+    :param hidden: widths of the hidden layers, at least one.
     """
 
     def __init__(self, size: int, hidden: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         if not hidden:
-            raise ValueError("critic_hidden=(): a critic needs a hidden layer, or all it sees are means")
+            raise ValueError("critic_hidden=(): a critic needs a hidden layer, since a linear one compares means only")
         self.layers = mlp((size, *hidden, 1), dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Critic(nn.Module):
         """
         *hidden, last = linears(self.layers)
         n, inputs, masks = len(real), [], []
-        # the first layer is linear, so that it need not see the points in between; what it sees is large, and is not copied
+        # the first layer is linear, so that the points in between are interpolated after it; its large inputs are not copied
         first = hidden[0](fake), hidden[0](real)
         x = torch.cat([*first, torch.lerp(*first, share.unsqueeze(-1))])
         for layer in (*hidden[1:], None):

@@ -1,10 +1,10 @@
 r"""
-A generator trained on the energy distance between what it makes and what it is to make (Székely and Rizzo, 2013),
+A generator trained on the energy distance between its samples and the draws (Székely and Rizzo, 2013),
 
 .. math:: 2\, \mathrm E |\tilde c - c| - \mathrm E |\tilde c - \tilde c'| - \mathrm E |c - c'|,
 
-which is 0 for two equal laws only. Its estimate from batches has an unbiased gradient, so that there is no critic to be trained: on
-codes of few numbers a fit takes a tenth of the time of a Wasserstein GAN's.
+which is 0 for equal laws only. Its estimate from batches has an unbiased gradient, so that no critic is needed: for codes of few dimensions
+a fit takes a tenth of the time of a Wasserstein GAN.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from pyro_advbayes.infer.distill.training import Training
 
-# Longer rows are compared by matrix products, which lose digits where points are much nearer to each other than to 0: codes are not.
+# Longer rows are compared by matrix products. These lose digits for points that are much nearer to each other than to 0, as codes are not.
 SHORT = 64
 
 
 def energy_loss(made: Tensor, real: Tensor) -> Tensor:
     """
-    The part of the energy distance that depends on what is made, without bias.
+    An unbiased estimate of the part of the energy distance that depends on the generator.
 
     :param made: ``[n, d]``, n >= 2.
     :param real: ``[m, d]``.
@@ -34,7 +34,7 @@ def energy_loss(made: Tensor, real: Tensor) -> Tensor:
     else:
         here, there = (points.square().sum(-1) for points in (made, real))
         squares = here[:, None] + here - 2.0 * made @ made.mT
-        # the root has no slope at 0, where points coincide: on the diagonal, say
+        # the root has no derivative at 0, where points coincide, as on the diagonal
         apart = (squares > 0.0) & ~torch.eye(n, dtype=torch.bool, device=made.device)
         within = squares.where(apart, squares.new_zeros(())).sqrt().sum()
         between = (here[:, None] + there - 2.0 * made @ real.mT).clamp_min(1e-12).sqrt()
@@ -42,7 +42,7 @@ def energy_loss(made: Tensor, real: Tensor) -> Tensor:
 
 
 class Energy(Training):
-    """A generator, and the energy distance that it lowers; see :class:`~pyro_advbayes.infer.distill.training.Training`."""
+    """Training that minimises the energy distance; see :class:`~pyro_advbayes.infer.distill.training.Training`."""
 
     betas: ClassVar[tuple[float, float]] = (0.9, 0.99)
     half_life: ClassVar[float | None] = 500.0

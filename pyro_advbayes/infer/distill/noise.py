@@ -1,9 +1,9 @@
 r"""
-How much independent noise a factored generator may add.
+The scale of the independent noise of a factored generator.
 
-What principal components leave of the draws' variance is not independent from weight to weight: the data hold some combinations fast, and
-noise in them ruins predictions. So the noise is scaled by the largest :math:`\kappa \le 1` with which what is made fits the data as well as
-the draws do,
+The variance that principal components leave is not independent across weights: the data determine some combinations of weights, and noise
+along these ruins predictions. So the noise is scaled by the largest :math:`\kappa \le 1` with which the generator's samples fit the data as
+well as the draws,
 
 .. math:: \mathrm E\,[-\log p(D \mid \mu + B g(z) + \kappa\, \sigma \odot \epsilon)] \le \mathrm E\,[-\log p(D \mid \theta)].
 """
@@ -25,13 +25,13 @@ DRAWS, HALVINGS = 64, 7
 @torch.no_grad()
 def fit_noise(generator: FactoredGenerator, rows: Rows, potential: Potential) -> float | None:
     r"""
-    Scales the generator's noise by :math:`\kappa`, found by halving an interval on one set of random numbers. Warns where what is made
-    without any fits worse than the draws do, by more than chance: then no :math:`\kappa` will do.
+    Scales the generator's noise by :math:`\kappa`, by bisection on one set of random numbers. Warns if samples without noise fit
+    significantly worse than the draws, so that no :math:`\kappa` suffices.
 
     :param generator: trained.
     :param rows: the draws.
     :param potential: of the model on data, a few hundred rows of which will do.
-    :return: :math:`\kappa`, in [0, 1]; None, and the noise stays, if there are no data, or the model takes its own rows of them.
+    :return: :math:`\kappa`, in [0, 1]; None, with the noise unchanged, if there are no data, or the model subsamples them itself.
     """
     if not potential.arguments.tensors or potential.structure.scaling == "indices":
         return None
@@ -55,13 +55,13 @@ def fit_noise(generator: FactoredGenerator, rows: Rows, potential: Potential) ->
 
 
 def _warn_of_misfit(made: Tensor, drawn: Tensor) -> None:
-    """Warns if misfits ``[n]`` of what is made without noise are above those of the draws by more than three standard errors."""
+    """Warns if the misfits ``[n]`` of samples without noise exceed those of the draws by more than three standard errors."""
     excess = made.mean() - drawn.mean()
     if excess > 3.0 * (made.var() / len(made) + drawn.var() / len(drawn)).sqrt():
         warnings.warn(
-            f"FactoredGenerator misfits the data by {excess:.3g} nats more than the draws do even without its noise, all of which is taken "
-            "away: its directions or its network lose what the data hold fast. Judge its predictions with distill.compare; take a larger "
-            "rank, or hidden=None, which keeps the draws' codes",
+            f"FactoredGenerator misfits the data by {excess:.3g} nats more than the draws do, although all of its noise was removed: its "
+            "directions or its network do not represent combinations of weights that the data determine. Judge its predictions with "
+            "distill.compare; take a larger rank, or hidden=None, which keeps the draws' codes",
             stacklevel=2,
         )
 

@@ -40,20 +40,20 @@ from pyro_advbayes.storage import files, reference
 
 class OnlineAPD:
     """
-    Sampling and distilling in turn: chains give draws to a buffer, a uniform sample of all so far, and the generator learns from it
-    between two samples of theirs. No draw is kept beside the buffer's, so that memory does not grow with the chains. ::
+    Samples and distils in turn: chains feed a buffer, which is a uniform sample of all draws so far, and the generator takes a training
+    step after each of their samples. Only the buffer is kept, so that memory does not grow with the length of the chains. ::
 
         guide = AutoImplicit(model, generator=distill.MLPGenerator(noise=100, hidden=(100, 100, 100)))
         distill.OnlineAPD(guide, SGLD(model, batch_size=100), buffer=1000).run(x, y)
 
-    The generator begins to learn when the buffer is full, and takes mean and scale (or the basis) of the draws anew whenever twice as
-    many have been seen; each time its training goes on from the averaged generator with a new optimiser and critic. When the chains have
-    ended, the preset ``"fast"`` goes on with what is in the buffer, until it is as near to it as two halves of it to each other;
-    ``"paper"`` ends with them, or ``num_steps`` later.
+    Training starts when the buffer is full. Whenever the number of draws has doubled, mean and scale (or the basis) are computed again, and
+    training continues from the averaged generator with a new optimiser and critic. After the chains have ended, the preset ``"fast"``
+    continues on the buffer until its distance has come down to that between two halves of the buffer; ``"paper"`` ends with the chains, or
+    ``num_steps`` later.
 
-    :param AutoImplicit guide: what is trained.
-    :param SGMCMCKernel kernel: what samples, with the same model.
-    :param int buffer: draws that are kept, >= the batch size.
+    :param AutoImplicit guide: the guide to train.
+    :param SGMCMCKernel kernel: the sampler, with the same model.
+    :param int buffer: number of draws that are kept, >= the batch size.
     :param int num_samples: samples of each chain, >= 1, each of the kernel's ``num_steps_per_sample`` updates.
     :param int warmup_steps: samples to throw away first; by default ``num_samples``, as in Pyro.
     :param int num_chains: number of chains, >= 1.
@@ -63,7 +63,7 @@ class OnlineAPD:
         have ended.
     :param bool overwrite: whether the checkpoint may replace an existing file.
     :param bool disable_progbar: no progress bar; there is none where the output is no terminal.
-    :param changes: settings that differ from the preset's; ``num_steps`` counts those after the chains have ended.
+    :param changes: changes of the preset's settings; ``num_steps`` counts the steps after the chains have ended.
     :raises ValueError: naming an argument out of range.
     """
 
@@ -112,7 +112,7 @@ class OnlineAPD:
         self.guide, self.kernel, self.buffer = guide, kernel, buffer
         self.num_samples, self.warmup_steps, self.num_chains = num_samples, warmup_steps, num_chains
         self.disable_progbar = disable_progbar
-        # a preset that never looks has its number of steps for draws that are all there
+        # without a stopping rule, the preset's num_steps are for draws that are complete
         self._goes_on = self._fitter.settings.check_every is not None or "num_steps" in changes
 
     def run(self, *args: Any, **kwargs: Any) -> Fit:
@@ -136,7 +136,7 @@ class OnlineAPD:
         cls, path: str | Path, guide: AutoImplicit, kernel: SGMCMCKernel, *args: Any, disable_progbar: bool = False, **kwargs: Any
     ) -> Fit:
         """
-        Goes on from a checkpoint to the end, with the same result, bit for bit, as a run that was never interrupted.
+        Resumes from a checkpoint and runs to the end, with the bits of an uninterrupted run.
 
         :param path: the checkpoint.
         :param guide: a new guide with the same model and a generator of the same kind.
@@ -169,7 +169,7 @@ class OnlineAPD:
             self._reservoir.load(content["reservoir"])
             at = _Progress(**content["progress"])
             self._check(at, content)
-            self.guide.network.restore((content["training"] or content)["generator"])  # which says what codes are
+            self.guide.network.restore((content["training"] or content)["generator"])  # which determines the codes
         reference.check(self.guide.network.reference(), content["generator reference"], path)
         with files.reading(path):
             if content["training"] is not None:
@@ -183,7 +183,7 @@ class OnlineAPD:
         return self._go_on(at, training, stopping)
 
     def _check(self, at: _Progress, content: Mapping[str, Any]) -> None:
-        """:raises ValueError: if a run cannot be so far."""
+        """:raises ValueError: if the saved progress is impossible."""
         counts = [at.next_look, at.samples, at.steps, *([] if at.last is None else [at.last])]
         if not all(type(count) is int and count >= 0 for count in counts):
             raise ValueError(f"its progress is {str(counts)[:100]}")
@@ -289,8 +289,8 @@ class OnlineAPD:
 @dataclass
 class _Progress:
     """
-    How far a run is: draws seen before the next look at them, samples of each chain, generator steps before the last look, and the last
-    step after it, once the chains have ended.
+    The progress of a run: number of draws at which mean and scale are next computed, samples of each chain, generator steps before mean and
+    scale were last computed, and the number of the last step, once the chains have ended.
     """
 
     next_look: int

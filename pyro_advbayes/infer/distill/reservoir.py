@@ -1,4 +1,4 @@
-"""A bounded sample of an endless stream of draws."""
+"""A bounded uniform sample of a stream of draws: :class:`Reservoir`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pyro_advbayes.model.structure import Site
 
 class Reservoir(Rows):
     """
-    A uniform sample, without replacement, of all rows added so far (Vitter's algorithm R, 1985): as long as there is room every row
-    stays; the t-th comes in with probability capacity/t, in the place of one chosen at random.
+    A uniform sample, without replacement, of all rows added so far (Vitter's algorithm R, 1985): the first rows fill it; later the t-th
+    row replaces a random one with probability capacity/t.
 
-    :param capacity: rows at most, >= 1.
+    :param capacity: maximal number of rows, >= 1.
     """
 
     changing = True
@@ -42,16 +42,16 @@ class Reservoir(Rows):
         return self._rows[index.to(self.device)]
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`load` needs to go on from here."""
+        """What :meth:`load` restores."""
         return {"rows": self._rows[: len(self)], "seen": self.seen}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """
-        Goes on from a :meth:`state` of as large a reservoir.
+        Restores a :meth:`state` of a reservoir of the same capacity.
 
-        :raises ValueError: if it is none.
+        :raises ValueError: if it is anything else.
         """
         rows, seen = state["rows"], state["seen"]
         if not isinstance(seen, int) or seen < 0 or rows.shape != (min(seen, len(self._rows)), self.size):
-            raise ValueError(f"{list(rows.shape)} draws are kept of {seen} that were seen, where {len(self._rows)} find room")
+            raise ValueError(f"{list(rows.shape)} draws are kept of {seen}, where the capacity is {len(self._rows)}")
         self._rows[: len(rows)], self.seen = rows, seen

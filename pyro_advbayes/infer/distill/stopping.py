@@ -1,4 +1,4 @@
-"""When a generator is as near to the draws as they are to each other."""
+"""The stopping rule of a generator's training: :class:`Stopping`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPLITS, RECENT, PATIENCE = 20, 3, 15
 
 
 def refuse_few(count: int) -> None:
-    """:raises ValueError: if so many draws cannot be split into two sets that have a spread."""
+    """:raises ValueError: if there are too few draws to split them into two sets."""
     if count < 4:
         raise ValueError(
             f"{count} draws cannot be split into two sets whose distance is the bound: at least 4 are needed, or check_every=None, which "
@@ -26,13 +26,13 @@ def refuse_few(count: int) -> None:
 
 class Stopping:
     """
-    Stops when the sliced Wasserstein distance between codes drawn and codes made, mean of the last looks, is no more than is usual
-    between two sets of drawn ones: their mean over random splits plus one standard deviation. Gives up when it has not fallen for
-    ``PATIENCE`` looks.
+    Stops when the sliced Wasserstein distance between generated codes and those of the draws, a mean over the last measurements, is at most
+    that between two sets of draws: their mean over random splits plus one standard deviation. Gives up when it has not fallen for
+    ``PATIENCE`` measurements.
 
     :param draw: function of an index ``[n]`` to codes ``[n, code]`` of these draws.
     :param count: number of draws.
-    :param code_size: numbers in a code.
+    :param code_size: dimension of a code.
     :raises ValueError: if there are too few draws to be split.
     """
 
@@ -52,15 +52,15 @@ class Stopping:
 
     @property
     def distance(self) -> float:
-        """Mean of the last looks; nan before the first."""
+        """Mean of the last measurements; nan before the first."""
         recent = self.distances[-RECENT:]
         return sum(recent) / len(recent) if recent else math.nan
 
     def measure(self, make: Callable[[int], Tensor], parameters: list[Tensor]) -> bool:
         """
-        :param make: function of a number n to n made codes.
-        :param parameters: what made them; the best are remembered.
-        :return: whether it is time to stop.
+        :param make: function of a number n to n generated codes.
+        :param parameters: those of the generator; the best are remembered.
+        :return: whether to stop.
         """
         real = self._draw(torch.randperm(self._count)[: self._rows])
         with torch.no_grad():
@@ -74,16 +74,16 @@ class Stopping:
 
     @property
     def over(self) -> bool:
-        """Whether it is time to stop, of a state that was loaded too."""
+        """Whether to stop, also in a restored state."""
         return self.arrived or self.since_best >= PATIENCE
 
     @property
     def arrived(self) -> bool:
-        """Whether the last looks found no more than is usual between draws."""
+        """Whether the distance has come down to that between draws."""
         return len(self.distances) >= RECENT and self.distance <= self.threshold
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`load` needs to go on from here."""
+        """What :meth:`load` restores."""
         return {
             "distances": self.distances,
             "best": self.best,
@@ -93,7 +93,7 @@ class Stopping:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from a :meth:`state`."""
+        """Restores a :meth:`state`."""
         if set(state) != set(self.state()):
             raise ValueError(f"what decides when to stop is {sorted(map(str, state))}")
         best = state["best"]

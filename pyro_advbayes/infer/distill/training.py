@@ -1,4 +1,4 @@
-"""What training a generator is, whatever the objective: settings, a moving average of its parameters, and its state for a checkpoint."""
+"""The training of a generator, for any objective: settings, a moving average of its parameters, and its state for a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ OBJECTIVES = ("energy", "wgan-gp")
 @dataclass(frozen=True)
 class Settings:
     """
-    What a generator is trained with.
+    Settings of a generator's training.
 
     :param objective: ``"wgan-gp"``, a critic and its gradient penalty (:mod:`pyro_advbayes.infer.distill.wgan`), or ``"energy"``, the
         energy distance between batches, without a critic (:mod:`pyro_advbayes.infer.distill.energy`).
     :param batch_size: real codes of a batch, >= 2.
     :param learning_rate: Adam's, > 0.
-    :param ema: decay, in [0, 1), of the moving average of the generator's parameters that is kept; 0 keeps the last.
-    :param num_steps: generator steps at most, >= 1.
-    :param check_every: steps between looks at the two-sample distance, at which training stops when it is as small as between two halves
-        of the draws; None trains for ``num_steps``.
-    :param critic_steps: critic steps for one of the generator, >= 1, each on a batch of its own.
+    :param ema: decay, in [0, 1), of the moving average of the generator's parameters that is kept; 0 keeps the last ones.
+    :param num_steps: maximal number of generator steps, >= 1.
+    :param check_every: steps between measurements of the two-sample distance. Training stops when it is as small as between two halves of
+        the draws; None trains for ``num_steps``.
+    :param critic_steps: critic steps for each step of the generator, >= 1, each on a new batch.
     :param penalty: the weight λ of the gradient penalty, >= 0.
     :param critic_hidden: widths of the critic's hidden layers.
     """
@@ -64,8 +64,8 @@ class Training:
 
     :cvar betas: Adam's.
     :cvar half_life: the learning rate falls as 1/(1 + step/half_life); None keeps it.
-    :param generator: what makes codes; its parameters are trained.
-    :param code_size: numbers in a code.
+    :param generator: makes codes; its parameters are trained.
+    :param code_size: dimension of a code.
     :param settings: see :class:`Settings`.
     :param draw: function of a number n to n real codes ``[n, code]``.
     """
@@ -85,7 +85,7 @@ class Training:
         return torch.optim.Adam(parameters, lr=self.settings.learning_rate, betas=self.betas, fused=fused)
 
     def step(self) -> Tensor:
-        """One step of the generator, with all that belongs to it; returns an estimate of the distance, for show."""
+        """One step of the generator, with its critic steps; returns an estimate of the distance, for display."""
         if self.half_life is not None:
             rate = self.settings.learning_rate / (1.0 + self.steps / self.half_life)
             for optimizer in self.optimizers:
@@ -99,7 +99,7 @@ class Training:
 
     @torch.no_grad()
     def _keep_average(self) -> None:
-        # over few steps at first, or the start would stay in it
+        # over few steps at first, so that the initial parameters are soon forgotten
         decay = min(self.settings.ema, self.steps / (self.steps + 10.0))
         for kept, new in zip(self.average, self.generator.parameters(), strict=True):
             kept.lerp_(new, 1.0 - decay)
@@ -113,11 +113,11 @@ class Training:
             kept.copy_(held)
 
     def made(self, count: int) -> Tensor:
-        """Codes ``[count, code]`` made of fresh noise."""
+        """Codes ``[count, code]`` of new noise."""
         return self.generator.code(self.generator.latent(count))
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`load` needs to go on from here."""
+        """What :meth:`load` restores."""
         return {
             "generator": dict(self.generator.state_dict()),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -126,7 +126,7 @@ class Training:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from a :meth:`state`."""
+        """Restores a :meth:`state`."""
         self.generator.restore(state["generator"])
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict({**kept, "state": {int(place): value for place, value in kept["state"].items()}})

@@ -1,11 +1,11 @@
 r"""
 A Wasserstein GAN with gradient penalty (Gulrajani et al., 2017), as Adversarial Posterior Distillation (Wang et al., ICML 2018) uses it:
-with real codes :math:`c`, made ones :math:`\tilde c = g(z)`, and points on the lines between them,
-:math:`\hat c = u c + (1 - u) \tilde c` with one uniform :math:`u` a line, the critic D lowers
+with codes :math:`c` of draws, generated codes :math:`\tilde c = g(z)`, and points between them,
+:math:`\hat c = u c + (1 - u) \tilde c` with one uniform :math:`u` for each pair, the critic D minimises
 
 .. math:: \mathrm E\, D(\tilde c) - \mathrm E\, D(c) + \lambda\, \mathrm E\, (|\nabla D(\hat c)| - 1)^2,
 
-and the generator lowers :math:`-\mathrm E\, D(g(z))`. Every critic step has a real batch of its own; in the first step only the critic
+and the generator minimises :math:`-\mathrm E\, D(g(z))`. Every critic step takes a new batch of draws; in the first step only the critic
 learns.
 """
 
@@ -21,7 +21,7 @@ from pyro_advbayes.infer.autoguide.generators import RowGenerator
 from pyro_advbayes.infer.distill.critic import Critic
 from pyro_advbayes.infer.distill.training import Settings, Training
 
-# How many numbers the real codes of one step may hold together to be made in one go.
+# The largest size, in numbers, of the draws' codes of one step that are computed together.
 CODES_TOGETHER = 2**22
 
 
@@ -44,7 +44,7 @@ class WGAN(Training):
         for _ in range(0, settings.critic_steps, self._pieces):
             count = self._pieces * settings.batch_size
             real = self.draw(count)
-            with torch.no_grad():  # what is made does not change while the critic learns
+            with torch.no_grad():  # the generator does not change while the critic learns
                 fake = self.made(count)
             share = torch.rand(count, dtype=real.dtype, device=real.device)
             size = settings.batch_size

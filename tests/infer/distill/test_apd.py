@@ -445,7 +445,7 @@ def test_a_fit_too_short_for_a_look_claims_nothing_about_its_distance():
     w, _ = two_modes(300)
     guide = AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(8,)))
     with pytest.warns(
-        UserWarning, match="APD has not looked at what it makes by step 60: .*, or take more num_steps or a check_every below"
+        UserWarning, match="APD has not measured its distance from the draws by step 60: .*, or take more num_steps or a check_every below"
     ):
         fit = APD(guide, num_steps=60).fit({"w": w})
     assert fit == Fit(60, None, None, None)
@@ -543,7 +543,7 @@ def test_draws_grouped_by_chain_are_refused_where_the_model_declares_its_shapes(
     few = {"w": torch.randn(8, 100, 3)}
     with pytest.raises(ValueError, match=r"8 draws of site 'w', .*look grouped by chain: .*fit\(samples, x, y\)"):
         APD(members, batch_size=4, num_steps=1).fit(few)
-    with pytest.warns(UserWarning, match="APD has not looked at what it makes by step 1:"):
+    with pytest.warns(UserWarning, match="APD has not measured its distance from the draws by step 1:"):
         assert APD(members, batch_size=4, num_steps=1).fit(few, torch.randn(5, 3)).steps == 1
     with pytest.raises(ValueError, match=r"8 draws are fewer than batch_size=256: .*without group_by_chain=True"):
         APD(AutoImplicit(vector(3), MLPGenerator(noise=3, hidden=(8,)))).fit({"w": torch.randn(8, 100, 3)})
