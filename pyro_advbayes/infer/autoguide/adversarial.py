@@ -1,4 +1,4 @@
-"""A mean-field Normal guide whose base noise can be given, and moved against the data: :class:`AutoAdversarialNormal`."""
+"""A mean-field Normal guide whose base noise can be set and perturbed adversarially: :class:`AutoAdversarialNormal`."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ Tensors = Sequence[Tensor]
 @dataclass(frozen=True)
 class NoiseAscent:
     r"""
-    Where an adversary moves a draw :math:`u = \mu + \sigma\varepsilon` of a mean-field Normal (in unconstrained space): ``num_steps``
-    steps up the data's negative log-likelihood :math:`\ell`, on all sites together. Without a radius, with sign steps on the noise,
+    The adversary of a draw :math:`u = \mu + \sigma\varepsilon` of a mean-field Normal (in unconstrained space). It takes ``num_steps``
+    steps up the data's negative log-likelihood :math:`\ell`, on all sites together. Without a radius these are sign steps on the noise,
 
     .. math:: \varepsilon \leftarrow \varepsilon
         + \text{step\_size}\,\mathrm{sign}\bigl(\nabla_\varepsilon \ell(\mu + \sigma\varepsilon)\bigr),
 
-    so that no component moves by more than ``num_steps * step_size`` standard deviations (Zhang et al., 2022). With one, in the units of
-    the weights, with steps of length ``step_size`` along the gradient, kept in a ball around the draw,
+    so that no component moves by more than ``num_steps * step_size`` standard deviations (Zhang et al., 2022). With a radius, in the units
+    of the weights, these are steps of length ``step_size`` along the gradient, projected onto a ball around the draw,
 
     .. math:: \delta \leftarrow \Pi_{\|\delta\|_2 \le \text{radius}}\Bigl(\delta
         + \text{step\_size}\,\frac{\nabla_u \ell}{\|\nabla_u \ell\|_2}\Bigr), \qquad u = \mu + \sigma\varepsilon + \delta.
 
-    Each draw moves by no more than the radius, so that the law of the moved draws is within that Wasserstein distance, of any order, of
-    the guide's: what the paper's Eq. 1 asks for. (Orders below infinity also allow a budget that is shared out unequally among draws.)
+    Each draw moves by at most the radius, so that the law of the moved draws is within this Wasserstein distance, of any order, of the
+    guide's, as in the paper's Eq. 1. (Orders below infinity also allow unequal budgets of draws.)
 
     :param int num_steps: N, >= 0.
     :param float step_size: > 0; by default 0.02, or 2.5 radius / num_steps.
@@ -67,14 +67,14 @@ class NoiseAscent:
 
     @property
     def moves(self) -> bool:
-        """Whether there is anywhere to go."""
+        """Whether the adversary can move at all."""
         return self.num_steps > 0 and self.radius != 0
 
     def run(self, locs: Tensors, scales: Tensors, noises: Tensors, gradient: Callable[[list[Tensor]], Tensors]) -> MovedNoise:
         """
-        :param locs: the means, a tensor per site, detached; likewise ``scales`` and ``noises``, which is left as it is.
+        :param locs: the means, a tensor per site, detached; likewise ``scales`` and ``noises``, which do not change.
         :param gradient: of the negative log-likelihood at unconstrained values.
-        :raises RuntimeError: under ``torch.inference_mode``, if it is to move.
+        :raises RuntimeError: under ``torch.inference_mode``, unless the adversary cannot move.
         """
         if self.moves:
             refuse_inference_mode("the adversary")
@@ -99,8 +99,8 @@ class NoiseAscent:
 @dataclass(frozen=True)
 class MovedNoise:
     """
-    Where :class:`NoiseAscent` ended: noise and shift by which :math:`u = \\mu + \\sigma\\varepsilon + \\delta`, a tensor per site, both
-    constant where the parameters are learnt. ``shifts`` is None where only the noise was moved.
+    The result of :class:`NoiseAscent`: noise and shift in :math:`u = \\mu + \\sigma\\varepsilon + \\delta`, a tensor per site, constants
+    for the gradients of the parameters. ``shifts`` is None if only the noise was moved.
     """
 
     noises: list[Tensor]
@@ -118,7 +118,7 @@ def _values(locs: Tensors, scales: Tensors, noises: Tensors, shifts: Tensors | N
 
 def _step_in_ball(shifts: Tensors, gradients: Tensors, step_size: float, radius: float) -> None:
     norm = joint_norm(gradients)
-    along = torch.where(norm > 0, step_size / norm, torch.zeros_like(norm))  # nowhere to go from a flat place
+    along = torch.where(norm > 0, step_size / norm, torch.zeros_like(norm))  # a gradient of 0 has no direction
     for shift, g in zip(shifts, gradients, strict=True):
         shift.add_(g * along)
     inside = (radius / joint_norm(shifts)).clamp(max=1.0)
@@ -133,10 +133,10 @@ def joint_norm(parts: Tensors) -> Tensor:
 
 class BaseNormal:
     """
-    The Normal that a site's distribution is made of, and the way from its values to the site's.
+    The base Normal of a site's distribution, and the transforms from its values to the site's.
 
     :param str name: the site.
-    :param fn: a Normal, transformed or not, with any of its dimensions declared dependent.
+    :param fn: a Normal, possibly transformed, with any event dimensions.
     :raises ValueError: if it is another distribution.
     """
 
@@ -148,8 +148,8 @@ class BaseNormal:
                 self.transforms = [*found.transforms, *self.transforms]
             elif not isinstance(found, Independent):
                 raise ValueError(
-                    f"site {name!r}: the guide draws it from {type(found).__name__}, which has no Normal base noise of its own that could "
-                    "be moved: use AutoAdversarialNormal, or draw the site from a Normal (or a TransformedDistribution of one)"
+                    f"site {name!r}: the guide draws it from {type(found).__name__}, which has no Normal base noise that could be "
+                    "moved: use AutoAdversarialNormal, or draw the site from a Normal (or a TransformedDistribution of one)"
                 )
             found = found.base_dist
         self.loc, self.scale = found.loc, found.scale
@@ -163,14 +163,14 @@ class BaseNormal:
 
 class BaseNoise(Messenger):
     r"""
-    Makes a guide draw its sites from given base noise, :math:`\theta = T(\mu + \sigma\varepsilon)`. ::
+    An effect handler that sets the base noise of a guide's sites, :math:`\theta = T(\mu + \sigma\varepsilon)`. ::
 
         with BaseNoise({"net.0.weight": torch.zeros(20, 2)}):  # the other sites draw theirs as usual
             guide(x, y)
 
     :param dict noise: site -> :math:`\varepsilon`, of the shape of the site in unconstrained space.
     :raises ValueError: for noise that is no tensor; at a site whose noise has another shape, or that is not drawn from a Normal; at the
-        end, if sites were drawn and a name is none of theirs.
+        end, if sites were drawn and none has a name that was given.
     """
 
     def __init__(self, noise: Mapping[str, Tensor]) -> None:
@@ -213,25 +213,25 @@ class AutoAdversarialNormal(AutoNormal):
 
     .. math:: \theta_s = T_s(\mu_s + \sigma_s\varepsilon_s), \qquad \varepsilon_s \sim \mathrm{Normal}(0, 1),
 
-    whose base noise :math:`\varepsilon` is in the open: :meth:`noise` draws it, :class:`BaseNoise` gives it to the guide, and
-    :class:`~pyro_advbayes.TraceAdversarial_ELBO` moves it against the data. ::
+    whose base noise :math:`\varepsilon` is accessible: :meth:`noise` draws it, :class:`BaseNoise` sets it, and
+    :class:`~pyro_advbayes.TraceAdversarial_ELBO` perturbs it adversarially. ::
 
         guide = AutoAdversarialNormal(model, init_loc_fn=init_to_value(values=pretrained), init_scale=1e-2)
         svi = SVI(ab.minibatch(model, size=len(x)), guide, ClippedAdam({"lr": 1e-3}), TraceAdversarial_ELBO())
 
-    Arguments, parameters (``locs``, ``scales``), ``median`` and ``quantiles`` are those of Pyro's ``AutoNormal``. What differs is that
-    each site is drawn by its own name, from a Normal or a TransformedDistribution of one, without an auxiliary site and a Delta: the
-    Kullback-Leibler divergence from the prior is then right under both ``Trace_ELBO`` and ``TraceMeanField_ELBO``, and analytic where
-    the pair allows.
+    Arguments, parameters (``locs``, ``scales``), ``median`` and ``quantiles`` are those of Pyro's ``AutoNormal``. Unlike there, each site
+    is drawn under its own name from a Normal or a TransformedDistribution of one, without an auxiliary site and a Delta. So the
+    Kullback-Leibler divergence from the prior is right under both ``Trace_ELBO`` and ``TraceMeanField_ELBO``, and analytic where the pair
+    of distributions allows.
 
-    Sites and shapes are found at the first call, which must hold the observations: without them a model's observed site is a latent
-    one. Such a call is refused, and so is a first call from ``Predictive``.
+    Sites and shapes are found at the first call, which must include the observations: without them a model's observed site would be latent.
+    Such a call is refused, as is a first call from ``Predictive``.
 
     :param model: a Pyro model.
     :param init_loc_fn: a per-site function as in ``pyro.infer.autoguide.initialization``.
     :param float init_scale: the standard deviations at the start, in unconstrained space, > 0.
     :param create_plates: as in ``AutoNormal``.
-    :raises ValueError: at the first call, naming the site, if it would take an observed site for a latent one.
+    :raises ValueError: at the first call, naming the site, if an observed site would become latent.
     """
 
     def __init__(
@@ -255,7 +255,7 @@ class AutoAdversarialNormal(AutoNormal):
         given = Given(self.model, args, kwargs)
         with naming(lambda values: try_model(self.model, *given.call(values)), given.values):
             super()._setup_prototype(*args, **kwargs)
-        for loc in self.locs.parameters():  # or learning would write into the tensors that init_loc_fn gave, a trained network's, say
+        for loc in self.locs.parameters():  # training must not write into the tensors of init_loc_fn, e.g. those of a trained network
             loc.data = loc.data.clone()
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -282,7 +282,7 @@ class AutoAdversarialNormal(AutoNormal):
         return {name: self._get_loc_and_scale(name) for name in self._prototype.stochastic_nodes}
 
     def sample(self, name: str, plates: Mapping[str, Any], parameters: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Draws a site in its plates, from its own parameters or from another mean and standard deviation."""
+        """Draws a site in its plates, from its own parameters or from a given mean and standard deviation."""
         site = sample_sites(self._prototype)[name]
         with ExitStack() as stack:
             for frame in site["cond_indep_stack"]:
@@ -292,22 +292,22 @@ class AutoAdversarialNormal(AutoNormal):
 
     @torch.no_grad()
     def noise(self) -> dict[str, Tensor]:
-        """Base noise for all sites, drawn afresh, site by site, in the order in which the guide draws them."""
+        """New base noise for all sites, in the order in which the guide draws them."""
         return {name: torch.randn_like(loc) for name, (loc, _) in self.parameters_by_site().items()}
 
 
 def _transformed(base: Normal, transform: Transform, event_dim: int) -> TorchDistributionMixin:
-    """``base`` pushed through ``transform``, built like the priors that it is compared with, so that more divergences are analytic."""
+    """``base`` pushed through ``transform``, in the form of the usual priors, so that more divergences are analytic."""
     parts = _parts(transform)
     if not parts:
         return base.to_event(event_dim)
     inner = ComposeTransform(parts).domain.event_dim
-    # with a cache, since the density at a draw must not go through the inverse
+    # cached, so that the density at a draw does not use the inverse
     return TransformedDistribution(base.to_event(inner), [part.with_cache() for part in parts]).to_event(event_dim - inner)
 
 
 def _parts(transform: Transform) -> list[Transform]:
-    """What a transform does, one after the other, without what does nothing: PyTorch's way to the positive numbers adds 0 times 1."""
+    """The elementary transforms of a transform, without identities, such as the affine part of PyTorch's map to positive numbers."""
     if isinstance(transform, IndependentTransform):
         return _parts(transform.base_transform)
     if isinstance(transform, ComposeTransform):
@@ -318,7 +318,7 @@ def _parts(transform: Transform) -> list[Transform]:
 
 
 def _check_observations(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """:raises ValueError: if a call comes without observations, so that observed sites would be taken for latent ones."""
+    """:raises ValueError: if a call lacks observations, so that observed sites would become latent."""
     if poutine.get_mask() is False:
         raise ValueError(
             "the guide has not been called yet, and a prediction cannot tell it which sites are latent: call it with observations first, "
@@ -330,11 +330,11 @@ def _check_observations(model: Callable, args: Sequence[Any], kwargs: Mapping[st
     missing = [name for name, p in call.signature.parameters.items() if call.arguments.get(name, p.default) is None]
     trace = _traced(model, args, kwargs) if missing else Trace()
     if any(not isinstance(trace.nodes[site]["fn"], Unit) for site in trace.observation_nodes):
-        return  # what else could be observed is left out on purpose
+        return  # the other observations are left out on purpose
     latents = latent_sites(trace)
     for name in missing:
         call.arguments[name] = torch.zeros(())
-        # what any value in the argument's place makes observed is no latent site
+        # a site that any value of the argument makes observed is no latent site
         try:
             found = latents.keys() - latent_sites(_traced(model, call.args, call.kwargs)).keys()
         except Exception:  # whatever a model's Python does with such a value
@@ -348,7 +348,7 @@ def _check_observations(model: Callable, args: Sequence[Any], kwargs: Mapping[st
 
 
 def _bound(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments | None:
-    """The model's arguments by name, where they can be told."""
+    """The model's arguments by name, if the signature allows."""
     model = poutine.unwrap(model)
     try:
         return inspect.signature(model.forward if isinstance(model, nn.Module) else model).bind(*args, **kwargs)

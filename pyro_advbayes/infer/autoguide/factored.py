@@ -1,4 +1,4 @@
-"""A generator that holds r + 2 numbers for each weight: :class:`FactoredGenerator`."""
+"""A generator of low rank, with r + 2 numbers for each weight: :class:`FactoredGenerator`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pyro_advbayes.infer.autoguide.rows import Rows
 from pyro_advbayes.infer.mcmc.noise import NormalNoise
 
 OVERSAMPLING, PASSES = 8, 2
-# How many weights of a packed basis become numbers at a time, which the processor's cache then holds.
+# The number of weights of a packed basis that are unpacked together, so that they stay in the processor's cache.
 PIECE = 2**16
 
 
 def principal_components(rows: Rows, mean: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     r"""
-    The leading directions of draws, by a randomised singular value decomposition that streams over them: with the centred rows
+    The leading directions of draws, by a streaming randomised singular value decomposition: with the centred rows
     :math:`A`, ``[n, P]``, a sketch :math:`\Omega^\top A` of random combinations, then :math:`Q \leftarrow \mathrm{orth}(A^\top A Q)`
     twice, then the decomposition of :math:`A Q`. Four passes; memory for r + 8 rows. (Halko, Martinsson and Tropp, SIAM Review 2011.)
 
@@ -40,7 +40,7 @@ def principal_components(rows: Rows, mean: Tensor, rank: int) -> tuple[Tensor, T
             centred = part - mean
             sketch.addmm_((centred @ basis).mT, centred)
         basis = torch.linalg.qr(sketch.mT).Q
-    # singular vectors of A Q from its small Gram matrix, so that n rows of it are never held
+    # singular vectors of A Q from its small Gram matrix, so that its n rows are never in memory
     gram = torch.zeros(width, width, dtype=torch.float64, device=rows.device)
     for part in rows.chunks():
         projected = ((part - mean) @ basis).double()
@@ -52,25 +52,25 @@ def principal_components(rows: Rows, mean: Tensor, rank: int) -> tuple[Tensor, T
 
 class FactoredGenerator(RowGenerator):
     r"""
-    Few directions in which the posterior has a shape, and independent noise in all:
+    A nonlinear law along few directions, and independent noise along all:
 
     .. math:: \theta = \mu + B\, g(z) + \sigma \odot \epsilon, \qquad z, \epsilon \sim \mathcal N(0, I).
 
     The mean :math:`\mu`, the basis :math:`B` ``[P, r]`` (leading principal components of the draws, by a streaming randomised SVD) and
-    the noise :math:`\sigma` (what is left of each weight's variance, so that all variances are those of the draws) come from the draws in
-    closed form. Only :math:`g`, a small network into r dimensions, is trained, and what trains it sees r numbers instead of P. It holds
-    (r + 2)·P numbers and those of :math:`g`, where :class:`MLPGenerator` holds 101·P.
+    the noise :math:`\sigma` (the remaining variance of each weight, so that all variances equal those of the draws) come from the draws in
+    closed form. Only :math:`g`, a small network with r outputs, is trained, on codes of r numbers instead of P. The generator holds
+    (r + 2)·P numbers and those of :math:`g`; :class:`MLPGenerator` holds 101·P.
 
     Independent noise in all weights may ruin the predictions of a network. Where :meth:`APD.fit
-    <pyro_advbayes.infer.distill.APD.fit>` is given data, it is scaled down until what is made fits them as well as the draws do, see
+    <pyro_advbayes.infer.distill.APD.fit>` is given data, it is scaled down until the samples fit them as well as the draws do, see
     :mod:`pyro_advbayes.infer.distill.noise`.
 
     :param int rank: r, >= 1; at most one less than there are draws, and no more than there are weights.
     :param int noise: dimension of z, >= 1.
-    :param hidden: widths of the hidden layers of g. None keeps the codes of the n draws in place of g, r·n numbers, and takes one of them
-        at random: nothing is trained, and nothing is lost in these directions.
-    :param bool packed: keeps basis and noise in whole numbers from -127 to 127 times a step for each direction, one byte for each in place
-        of four, once training is over. That moves a weight by 1 % of what the direction moves it, and buys three times the rank.
+    :param hidden: widths of the hidden layers of g. None stores the codes of the n draws in place of g, r·n numbers, and samples among
+        them: nothing is trained, and the law along these directions is that of the draws.
+    :param bool packed: after training, stores basis and noise as integers from -127 to 127 times a step for each direction, one byte each
+        in place of four. The rounding is 1 % of a direction's contribution to a weight; three times the rank takes the same storage.
     """
 
     # [r + 1, P]: the basis and the mean, so that one product makes both; the mean alone in a packed generator that is finished
@@ -96,7 +96,7 @@ class FactoredGenerator(RowGenerator):
     def build(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
         size = numel(shapes)
         if self.rank > size:
-            raise ValueError(f"rank={self.rank}: the sites hold {size} numbers, no more directions than that can be told apart")
+            raise ValueError(f"rank={self.rank}: the sites hold {size} numbers, so that the rank is at most {size}")
         self.size, self.codes = size, torch.zeros(0, self.rank, dtype=dtype, device=device)
         if self.hidden is not None:
             self.layers = mlp((self.noise, *self.hidden, self.rank), dtype, device)
@@ -115,7 +115,7 @@ class FactoredGenerator(RowGenerator):
     @torch.no_grad()
     def prepare(self, rows: Rows, mean: Tensor, sd: Tensor) -> None:
         if self.rank >= len(rows):
-            raise ValueError(f"rank={self.rank}: {len(rows)} draws tell at most {len(rows) - 1} directions apart")
+            raise ValueError(f"rank={self.rank}: {len(rows)} draws determine at most {len(rows) - 1} directions")
         directions, spread = principal_components(rows, mean, self.rank)
         if not bool((spread > 1e-6 * spread[0]).all()):
             raise ValueError(f"rank={self.rank}: the draws lie in {int((spread > 1e-6 * spread[0]).sum())} directions: take a smaller rank")
@@ -130,15 +130,15 @@ class FactoredGenerator(RowGenerator):
 
     def _keep_rows(self, old_basis: Tensor, old_mean: Tensor) -> None:
         """
-        Leaves a trained generator's rows what they were in an old basis, as far as the new one reaches: its directions have other signs and
-        another order, which are chance. A new generator's biases are all 0.
+        Keeps a trained generator's rows in the new basis, as far as it spans them: signs and order of its directions are arbitrary. (A new
+        generator's biases are all 0.)
         """
         last, turn = linears(self.layers)[-1], self.encode(old_basis + self.factors[-1])
         last.weight.copy_(turn.mT @ last.weight)
         last.bias.copy_(last.bias @ turn + self.encode(old_mean))
 
     def latent(self, count: int) -> Tensor:
-        """Noise ``[count, noise]``, or numbers of draws ``[count]``."""
+        """Noise ``[count, noise]``, or indices of draws ``[count]``."""
         return super().latent(count) if self.hidden is not None else torch.randint(len(self.codes), (count,), device=self.codes.device)
 
     @torch.no_grad()
@@ -156,7 +156,7 @@ class FactoredGenerator(RowGenerator):
 
     @property
     def deviation(self) -> Tensor:
-        """Of the noise, ``[P]``."""
+        """Standard deviation of the noise, ``[P]``."""
         return self.levels[-1] * self.steps[-1] if len(self.levels) else self.sd
 
     def scale_noise(self, factor: float) -> None:
@@ -178,7 +178,7 @@ class FactoredGenerator(RowGenerator):
         return quiet + noise
 
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """What rows are the sum of: the part along the basis, and the noise, ``[n, P]`` each."""
+        """The two terms of the rows: the part along the basis, and the noise, ``[n, P]`` each."""
         quiet = self.code(z) @ self.basis + self.factors[-1]
         return quiet, self.deviation * torch.randn_like(quiet)
 
@@ -187,11 +187,11 @@ class FactoredGenerator(RowGenerator):
         code = self.code(self.latent(count))
         rows, deviation = code.new_empty(count, self.size), self.deviation
         noise = NormalNoise(rows)
-        for row in rows.split(1):  # a row is still in the processor's cache when it is scaled
+        for row in rows.split(1):  # row by row, so that it is scaled in the processor's cache
             noise.fill(row)
             row.mul_(deviation)
         packed = len(self.levels) > 0
-        if packed:  # r numbers of a draw times their steps, in place of the whole basis
+        if packed:  # scale the r numbers of a draw instead of the whole basis
             code = code * self.steps[:-1]
         code = torch.cat([code, code.new_ones(count, 1)], dim=1)
         if not packed:

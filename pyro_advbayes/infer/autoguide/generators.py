@@ -1,4 +1,4 @@
-"""Networks that make draws of all weights out of noise: what a posterior is distilled into."""
+"""Generators: networks from noise to draws of all weights, into which a posterior is distilled."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from pyro_advbayes.storage import reference
 class RowGenerator(nn.Module):
     r"""
     Base: noise :math:`z \sim \mathcal N(0, I)`, ``[n, noise]``, becomes rows ``[n, P]`` in unconstrained space in two steps, a code
-    :math:`c = g(z)` and :math:`\theta = \mathrm{decode}(c)`. A critic judges codes, so that it never sees more than they hold.
+    :math:`c = g(z)` and :math:`\theta = \mathrm{decode}(c)`. Training compares codes.
 
-    A generator is built when the draws, and with them P, are known.
+    A generator is built when the draws, and so P, are known.
 
     :param int noise: dimension of z, >= 1.
     """
@@ -40,11 +40,11 @@ class RowGenerator(nn.Module):
         raise NotImplementedError
 
     def numbers(self, shapes: Sequence[Sequence[int]]) -> int:
-        """How many numbers a finished generator holds, of sites of these unconstrained shapes."""
+        """The number of stored numbers of a finished generator, for sites of these unconstrained shapes."""
         raise NotImplementedError
 
     def prepare(self, rows: Rows, mean: Tensor, sd: Tensor) -> None:
-        """Looks at the draws before the codes are trained: ``mean`` and ``sd`` ``[P]`` of the ``rows``."""
+        """Prepares for draws, before the codes are trained: ``mean`` and ``sd`` ``[P]`` are those of the ``rows``."""
         raise NotImplementedError
 
     def encode(self, rows: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class RowGenerator(nn.Module):
         raise NotImplementedError
 
     def code(self, z: Tensor) -> Tensor:
-        """Codes ``[n, code]`` of noise ``[n, noise]``: the part that is trained."""
+        """Codes ``[n, code]`` of noise ``[n, noise]``: the trained part."""
         raise NotImplementedError
 
     def forward(self, z: Tensor) -> Tensor:
@@ -64,26 +64,26 @@ class RowGenerator(nn.Module):
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the rows' dtype, where the generator lives."""
+        """A tensor of the rows' dtype, on the generator's device."""
         return next(iter(self.state_dict().values()))
 
     @property
     def trainable(self) -> bool:
-        """Whether there is anything that the draws did not give in closed form."""
+        """Whether there are parameters to train."""
         return next(self.parameters(), None) is not None
 
     def stored(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """
-        The numbers for a file: the state, in half precision if asked for.
+        The state for a file, optionally in half precision.
 
-        :param dtype: ``torch.float16`` or ``torch.bfloat16``; None keeps what they are.
+        :param dtype: ``torch.float16`` or ``torch.bfloat16``; None keeps the dtypes.
         :raises ValueError: for another dtype, or if a number is too large for it.
         """
         state = dict(self.state_dict())
         if dtype is None:
             return state
         if dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(f"dtype={dtype}: torch.float16, torch.bfloat16, or None for what the numbers are")
+            raise ValueError(f"dtype={dtype}: torch.float16, torch.bfloat16, or None to keep the dtypes")
         rounded = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
         for name, value in rounded.items():
             if bool((value.isinf() & state[name].isfinite()).any()):
@@ -94,9 +94,9 @@ class RowGenerator(nn.Module):
         return rounded
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """:meth:`load_state_dict` for buffers whose shapes depend on the draws, or on how far training had come."""
+        """:meth:`load_state_dict` for buffers whose shapes depend on the draws or on the progress of training."""
         for name, buffer in self.named_buffers(recurse=False):
-            if name in state:  # in its own dtype: a file may hold half precision, and not all of it is of floating type
+            if name in state:  # in the buffer's dtype: a file may hold half precision
                 setattr(self, name, buffer.new_empty(state[name].shape))
         self.load_state_dict(state)
 
@@ -125,7 +125,7 @@ class RowGenerator(nn.Module):
 
 class StandardizedGenerator(RowGenerator):
     r"""
-    Base: a code is a whole row in standardised units, :math:`\theta = \mathrm{loc} + \mathrm{scale} \cdot g(z)` with mean and standard
+    Base: a code is a row in standardised units, :math:`\theta = \mathrm{loc} + \mathrm{scale} \cdot g(z)` with mean and standard
     deviation of the draws.
     """
 
@@ -146,7 +146,7 @@ class StandardizedGenerator(RowGenerator):
         self.standardize(mean.clone(), sd.clone())
 
     def standardize(self, loc: Tensor, scale: Tensor) -> None:
-        """Says what the units are, ``[P]`` each or one number for all."""
+        """Sets the units, ``[P]`` each or one number for all."""
         self.loc, self.scale = loc, scale
 
     def encode(self, rows: Tensor) -> Tensor:
@@ -158,11 +158,11 @@ class StandardizedGenerator(RowGenerator):
 
 class NetworkGenerator(StandardizedGenerator):
     r"""
-    A network of the user's own, from noise ``[n, noise]`` to rows ``[n, P]`` in standardised units, so that it holds 2P numbers beside
-    its own.
+    A custom network, from noise ``[n, noise]`` to rows ``[n, P]`` in standardised units. The generator holds 2P numbers beside the
+    network's.
 
-    :param network: any module with an attribute ``noise``, the dimension of its input. It may have no layer that knows modes or mixes the
-        rows of a batch (BatchNorm, Dropout): what is trained would not be what is drawn.
+    :param network: any module with an attribute ``noise``, the dimension of its input. It may have no layer with a training mode that mixes
+        the rows of a batch or is random (BatchNorm, Dropout), since training and sampling would differ.
     :raises ValueError: if it has no such attribute, or naming such a layer.
     """
 
@@ -173,9 +173,9 @@ class NetworkGenerator(StandardizedGenerator):
         super().__init__(noise)
         for label, layer in network.named_modules():
             if isinstance(layer, BATCH_NORMS):
-                why = "makes a row of all others of its batch, or of running statistics: take LayerNorm"
+                why = "makes a row depend on the others of its batch, or on running statistics: take LayerNorm"
             elif isinstance(layer, DROPOUTS) and layer.p > 0.0:
-                why = "draws masks, in training mode only: leave it out"
+                why = "draws masks in training mode only: leave it out"
             else:
                 continue
             raise ValueError(f"generator: layer {label!r} ({type(layer).__name__}) of {type(network).__name__} {why}")
@@ -209,9 +209,9 @@ class NetworkGenerator(StandardizedGenerator):
 
 class MLPGenerator(StandardizedGenerator):
     r"""
-    The generator of Adversarial Posterior Distillation (Wang et al., ICML 2018): noise → hidden layers with ReLU → the whole vector of
-    weights, He initialisation. Beside its hidden layers it holds (h + 1)·P numbers, with h the width of the last: with 100, as much as
-    101 stored draws. The standardisation of the draws is in the last layer once training is over.
+    The generator of Adversarial Posterior Distillation (Wang et al., ICML 2018): noise → hidden layers with ReLU → the vector of all
+    weights, He initialisation. Beside its hidden layers it holds (h + 1)·P numbers, with h the width of the last hidden layer: for 100 as
+    many as 101 stored draws. After training, the standardisation of the draws is merged into the last layer.
 
     :param int noise: dimension of the noise, >= 1; 32 in the paper's experiments on MNIST, 100 in its others.
     :param hidden: widths of the hidden layers.
@@ -233,7 +233,7 @@ class MLPGenerator(StandardizedGenerator):
         return mlp_numbers((self.noise, *self.hidden, numel(shapes))) + 2
 
     def standardize(self, loc: Tensor, scale: Tensor) -> None:
-        """Leaves a trained generator's rows what they were; a new one's biases are all 0."""
+        """Sets the units without changing a trained generator's rows. (A new generator's biases are all 0.)"""
         last = linears(self.layers)[-1]
         if bool(last.bias.any()):
             last.bias.copy_((self.loc + self.scale * last.bias - loc) / scale)
@@ -249,7 +249,7 @@ class MLPGenerator(StandardizedGenerator):
 
 
 def numel(shapes: Sequence[Sequence[int]]) -> int:
-    """Numbers in all of these shapes."""
+    """Number of elements in all of these shapes."""
     return sum(math.prod(shape) for shape in shapes)
 
 

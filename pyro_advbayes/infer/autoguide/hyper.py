@@ -20,9 +20,9 @@ class HyperGenerator(StandardizedGenerator):
 
     .. math:: H_s\, \mathrm{relu}(a_{sj} \odot t + b_{sj}),
 
-    with two vectors of w numbers for each row and one matrix :math:`H_s` for all rows of the site; a site of one dimension is one row. It
-    holds 2P numbers for mean and scale of the draws, w·(2·rows + columns) for each site, and those of the trunk: for 784-400-400-10 and
-    w = 32, (2 + 0.2)·P.
+    with two vectors of w numbers for each row and one matrix :math:`H_s` for all rows of the site; a site of one dimension is one row. The
+    generator holds 2P numbers for mean and scale of the draws, w·(2·rows + columns) for each site, and those of the trunk: for
+    784-400-400-10 and w = 32, (2 + 0.2)·P.
 
     :param int noise: dimension of z, >= 1.
     :param hidden: widths of the trunk's hidden layers.

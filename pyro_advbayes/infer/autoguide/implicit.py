@@ -1,4 +1,4 @@
-"""A guide that draws and has no density: :class:`AutoImplicit`."""
+"""A guide without a density, which draws through a generator: :class:`AutoImplicit`."""
 
 from __future__ import annotations
 
@@ -34,32 +34,32 @@ from pyro_advbayes.model.structure import Site
 from pyro_advbayes.model.supports import map_onto
 from pyro_advbayes.storage import files, reference
 
-# Draws by which rounding is judged.
+# The number of draws by which rounding is judged.
 ROUNDED = 32
 
 GENERATORS = {kind.__name__: kind for kind in (MLPGenerator, FactoredGenerator, HyperGenerator)}
 
 
 class Implicit(dist.Delta):
-    """A value from a generator. Its ``log_prob`` raises, so that no objective takes a number for the density that there is not."""
+    """A value from a generator. Its ``log_prob`` raises, so that no objective uses a density that does not exist."""
 
     def log_prob(self, x: Tensor) -> Tensor:
         raise NotImplementedError(
-            "AutoImplicit has no density, so that no ELBO can be computed from it: train it with pyro_advbayes.distill.APD(guide).fit(...)"
+            "AutoImplicit has no density, so that it has no ELBO: train it with pyro_advbayes.distill.APD(guide).fit(...)"
         )
 
 
 @register_kl(Implicit, Distribution)
-@register_kl(Implicit, dist.Independent)  # or Pyro's own of these two kinds would be as near
+@register_kl(Implicit, dist.Independent)  # otherwise Pyro's own function for these two kinds would match equally well
 def _no_kl(p: Implicit, q: Distribution) -> Tensor:
     return p.log_prob(p.v)
 
 
 class Storage(NamedTuple):
     """
-    What a guide takes, beside the draws that it stands for.
+    The storage of a guide, compared with that of the draws it was fitted to.
 
-    ``bytes``: of the generator's numbers; ``draw_bytes``: of one stored draw; ``pays_from``: the number of stored draws that take more.
+    ``bytes``: of the generator; ``draw_bytes``: of one stored draw; ``pays_from``: the smallest number of draws that take more.
     """
 
     bytes: int
@@ -69,27 +69,27 @@ class Storage(NamedTuple):
 
 class AutoImplicit(AutoGuide):
     """
-    Noise through a network onto every latent site: a guide that can be drawn from and has no density. It is trained by
-    :mod:`pyro_advbayes.distill` on draws of a sampler, and takes their place. ::
+    A guide that maps noise through a network onto every latent site: it can be drawn from and has no density.
+    :mod:`pyro_advbayes.distill` trains it on draws of a sampler, which it replaces. ::
 
         guide = AutoImplicit(model, generator=FactoredGenerator(rank=8))
         distill.APD(guide).fit(mcmc.get_samples())
         Predictive(model, guide=guide, num_samples=500)(x)
 
-    Which sites there are, with their shapes and supports, it learns from the draws, from a file or from a
-    :class:`~pyro_advbayes.Potential`, never from a call: in a call without observations, ``obs`` would be one of them. Draws tell no
-    support: it is that of the prior which a PyroModule declares, a ``PyroSample`` of a distribution, and else all reals. It can be called
-    without arguments. When it is called with some, the first time, it compares its sites with the model's. Of sites that the model draws
-    and the guide does not, it refuses those on which the distribution of another such site depends. It lets pass what may be an outcome
-    that is not observed in this call, on which none depends, and what shares a plate with an outcome, as drawn anew for every row.
+    Sites, shapes and supports come from the draws, from a file or from a :class:`~pyro_advbayes.Potential`, never from a call: without
+    observations ``obs`` would be a latent site. Draws do not tell a support: it is that of the prior which a PyroModule declares, a
+    ``PyroSample`` of a distribution, and all reals otherwise. The guide can be called without arguments. At the first call with arguments
+    it compares its sites with the model's. It refuses sites that the model draws and the guide does not if the distribution of another such
+    site depends on them. It accepts unobserved outcome sites (nothing depends on them) and sites in an outcome's plate, which are drawn for
+    every row.
 
-    The generator's parameters are those of a module, and not in Pyro's parameter store. Sites are emitted whole, outside plates.
+    The generator's parameters are those of a module, and not in Pyro's parameter store. Sites are emitted outside plates.
 
     :param model: a Pyro model.
-    :param generator: one of :mod:`pyro_advbayes.distill`, or a module of one's own with an attribute ``noise``, from noise
-        ``[n, noise]`` to one number for each element of the sites ``[n, P]``.
-    :param Potential potential: of the model, where the draws cannot tell that a site is constrained.
-    :raises ValueError: if the generator is none, or does not fit the sites.
+    :param generator: one of :mod:`pyro_advbayes.distill`, or a custom module with an attribute ``noise``, from noise ``[n, noise]`` to one
+        number for each element of the sites ``[n, P]``.
+    :param Potential potential: of the model, if a site is constrained and the model does not declare its prior.
+    :raises ValueError: if the generator is not a module, or does not fit the sites.
     """
 
     def __init__(self, model: Callable, generator: nn.Module, potential: Potential | None = None) -> None:
@@ -98,13 +98,13 @@ class AutoImplicit(AutoGuide):
         super().__init__(model)
         self.generator = generator if isinstance(generator, RowGenerator) else NetworkGenerator(generator)
         self.sites: tuple[Site, ...] = ()
-        self.num_draws: int | None = None  # that it was fitted to
+        self.num_draws: int | None = None  # to which it was fitted
         self._compared = False
         if potential is not None:
             self.set_sites(potential.sites, potential.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AutoImplicit:
-        # PyTorch moves parameters and buffers only, and the bounds of a support are neither; they keep their dtype, which is the model's.
+        # PyTorch moves parameters and buffers only, and the bounds of a support are neither. They keep the model's dtype.
         super()._apply(fn, recurse)
         self.sites = tuple(site._replace(transform=moved(site.transform, self.device)) for site in self.sites)
         return self
@@ -113,10 +113,10 @@ class AutoImplicit(AutoGuide):
 
     def set_sites(self, sites: Sequence[Site], device: torch.device | str = "cpu") -> None:
         """
-        Says which sites there are, and builds the generator for them.
+        Sets the sites, and builds the generator for them.
 
         :param sites: in the order of a row; see :attr:`Potential.sites <pyro_advbayes.Potential>`.
-        :param device: where the generator lives.
+        :param device: the generator's device.
         :raises ValueError: naming a site that is not the model's, where the model declares its sites, or if the generator does not fit.
         """
         declared = declared_priors(self.model, {site.name: site.shape for site in sites})
@@ -130,8 +130,8 @@ class AutoImplicit(AutoGuide):
         """
         Sites of draws ``[chains, draws, *shape]``, on the supports that the model declares.
 
-        :param source: what the draws are called in a message.
-        :raises ValueError: naming a site that is not as the model declares it.
+        :param source: name of the draws in messages.
+        :raises ValueError: naming a site that differs from the model's declaration.
         """
         declared = declared_priors(self.model, {name: value.shape[2:] for name, value in values.items()})
         refuse_grouped(values, declared, source)
@@ -147,23 +147,23 @@ class AutoImplicit(AutoGuide):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the generator's rows."""
+        """The dtype of the generator's rows."""
         return self.network.like.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the generator lives."""
+        """The generator's device."""
         return self.network.like.device
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """
         Draws every latent site.
 
-        :param args: as the model's, observations or not; they do not change what is drawn.
+        :param args: the model's arguments, with or without observations; the draws do not depend on them.
         :return: site -> ``[*shape]``.
         :raises RuntimeError: if the guide has not been fitted.
-        :raises ValueError: naming a site that the model has not, or has in another shape or on another support, or that is drawn in
-            a plate; or one that the model has and the guide has not.
+        :raises ValueError: naming a site that the model lacks, or has in another shape or on another support; one that is drawn in a plate;
+            or one that the model has and the guide lacks.
         """
         with refusing():
             self.check(*args, **kwargs)
@@ -175,7 +175,7 @@ class AutoImplicit(AutoGuide):
             drawn[name] = pyro.sample(name, Implicit(value[0], event_dim=value.dim() - 1))
             if drawn[name].shape != value[0].shape:
                 raise Refused(
-                    f"site {name!r}: AutoImplicit draws once in a call, and would repeat it in the plate around it: draw one by one "
+                    f"site {name!r}: AutoImplicit draws once in a call, and the plate around it would repeat the draw: draw one by one "
                     "(parallel=False, vectorize_particles=False), or take guide.sample(num_samples) for posterior_samples"
                 )
         return drawn
@@ -185,7 +185,7 @@ class AutoImplicit(AutoGuide):
         """
         Draws as ``posterior_samples`` of ``Predictive`` or ``PosteriorClassifier``.
 
-        :param num_samples: how many, >= 1.
+        :param num_samples: number of draws, >= 1.
         :return: site -> ``[num_samples, *shape]``, in the model's own space.
         """
         self._check_fitted()
@@ -193,9 +193,9 @@ class AutoImplicit(AutoGuide):
 
     def check(self, *args: Any, **kwargs: Any) -> None:
         """
-        Compares the guide's sites with the model's, where there are arguments to look at it with, the first time.
+        Compares the guide's sites with the model's, at the first call with arguments.
 
-        :param args: as the model's.
+        :param args: the model's arguments.
         :raises RuntimeError: if the guide has not been fitted.
         :raises ValueError: as :meth:`forward`.
         """
@@ -216,7 +216,7 @@ class AutoImplicit(AutoGuide):
             raise RuntimeError("AutoImplicit has not been fitted yet: distill.APD(guide).fit(samples), or AutoImplicit.load(path, model)")
 
     def _compare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Looks at the model's sites, without taking random numbers from anyone."""
+        """Compares the sites in a run of the model, which leaves the random generators unchanged."""
         with torch.no_grad(), RandomState().again(), poutine.block():
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
             missing = missing_sites(self.model, trace, {site.name for site in self.sites}, args, kwargs)
@@ -235,8 +235,8 @@ class AutoImplicit(AutoGuide):
         for name, follower in missing.items():
             raise ValueError(
                 f"site {name!r} of the model, on which its site {follower!r} depends, is none of the guide's, "
-                f"{[site.name for site in self.sites]}, and would be drawn from its prior: fit the guide to draws of it, too, or, if that "
-                f"is meant, take AutoImplicit(poutine.block(model, hide=[{name!r}]), ...)"
+                f"{[site.name for site in self.sites]}, and would be drawn from its prior: fit the guide to draws of it, too, or, if this "
+                f"is intended, take AutoImplicit(poutine.block(model, hide=[{name!r}]), ...)"
             )
         self.sites, self._compared = tuple(sites), True
 
@@ -244,7 +244,7 @@ class AutoImplicit(AutoGuide):
 
     def storage(self, dtype: torch.dtype | None = None) -> Storage:
         """
-        What the guide takes, against the draws that it was fitted to. Warns where these take less.
+        The storage of the guide and of the draws that it was fitted to. Warns if the draws take less.
 
         :param dtype: of its numbers in a file, as for :meth:`save`.
         :return: see :class:`Storage`.
@@ -255,8 +255,8 @@ class AutoImplicit(AutoGuide):
         found = Storage(size, draw, math.floor(size / draw) + 1)
         if (self.num_draws or 0) < found.pays_from:
             warnings.warn(
-                f"{type(self.network).__name__} takes {size} bytes, more than the {self.num_draws} draws of {draw} bytes that it stands "
-                f"for; it pays from {found.pays_from} draws on: keep the draws, or take a smaller generator (distill.FactoredGenerator)",
+                f"{type(self.network).__name__} takes {size} bytes, more than the {self.num_draws} draws of {draw} bytes that it "
+                f"replaces; it pays from {found.pays_from} draws on: keep the draws, or take a smaller generator, FactoredGenerator",
                 stacklevel=2,
             )
         return found
@@ -267,8 +267,8 @@ class AutoImplicit(AutoGuide):
 
         :param path: the file.
         :param overwrite: whether it may replace an existing one.
-        :param dtype: ``torch.float16`` or ``torch.bfloat16`` takes half the bytes of float32; what is loaded draws in the sites' own dtype
-            again. Warns where rounding moves the draws of a site by more than a tenth of their standard deviation.
+        :param dtype: ``torch.float16`` or ``torch.bfloat16`` takes half the bytes of float32; the loaded guide draws in the sites' dtypes.
+            Warns if rounding moves the draws of a site by more than a tenth of their standard deviation.
         :raises FileExistsError: if the file exists.
         :raises ValueError: naming a site whose support no file can hold; or if float16 cannot hold a number.
         """
@@ -312,8 +312,8 @@ class AutoImplicit(AutoGuide):
         Reads what :meth:`save` wrote. Nothing in the file is unpickled.
 
         :param path: the file.
-        :param model: the model that it was written for, which is known by the name of its class or function, and by its sites.
-        :param generator: a module like the one that was saved, where it was one's own.
+        :param model: the model that it was written for, recognised by the name of its class or function, and by its sites.
+        :param generator: a module like the saved one, if that was a custom one.
         :raises FileNotFoundError: if there is no such file.
         :raises ValueError: if it is truncated, spoilt, no guide, of another version, of another model or of another generator.
         """
@@ -326,13 +326,13 @@ class AutoImplicit(AutoGuide):
             raise ValueError(f"{path} is of another model: it was saved for {content['model']!r}, here is {model_name(model)!r}")
         kind = content["generator"]
         if generator is None and kind not in GENERATORS:
-            raise ValueError(f"{path} holds a generator of one's own ({content['settings']}): pass generator=, a module like it")
+            raise ValueError(f"{path} holds a custom generator ({content['settings']}): pass generator=, a module like it")
         with files.reading(Path(path)):
             sites = unpack_sites(content["sites"])
             if generator is None:
                 generator = GENERATORS[kind](**content["settings"])
                 held = sum(value.numel() for value in content["state"].values())
-                if generator.numbers([site.unconstrained_shape for site in sites]) > held:  # before there is memory for it
+                if generator.numbers([site.unconstrained_shape for site in sites]) > held:  # before memory is allocated for it
                     raise ValueError(f"its settings {content['settings']} are of a generator of more than its {held} numbers")
         guide = cls(model, generator)
         if type(guide.network).__name__ != kind or guide.network.settings() != content["settings"]:

@@ -1,4 +1,4 @@
-"""What a guide's sites are, held against those of its model: as it declares them, and as it runs."""
+"""Comparison of a guide's sites with those of its model, as declared and as run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from pyro_advbayes.nn.bayesian import declared_sites, map_tensors
 
 
 def same_sites(one: Sequence[Site], two: Sequence[Site]) -> bool:
-    """Whether rows of the one are rows of the other."""
+    """Whether both describe the same rows."""
     if [site[:4] for site in one] != [site[:4] for site in two]:
         return False
     return all(_maps_like(a, b.transform) for a, b in zip(one, two, strict=True))
 
 
 def _maps_like(site: Site, transform: Transform) -> bool:
-    """Whether a site's map is this one, wherever their tensors are."""
+    """Whether a site's map equals this one, on any device."""
     if torch.Size(transform.inverse_shape(site.shape)) != site.unconstrained_shape:
         return False
     one, other = (moved(each, torch.device("cpu")) for each in (site.transform, transform))
@@ -36,7 +36,7 @@ def _maps_like(site: Site, transform: Transform) -> bool:
 
 
 def moved(transform: Transform, device: torch.device) -> Transform:
-    """With its bounds on a device."""
+    """The transform with its bounds on a device."""
     return map_tensors(transform, lambda t: t.to(device))
 
 
@@ -50,7 +50,7 @@ def check_support(site: Site, prior: Any) -> None:
 
 
 def missing_sites(model: Callable, trace: Trace, own: set[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """Latent sites beside the guide's ``own``, each with one that depends on it; see :class:`AutoImplicit` for what is none."""
+    """Latent sites that the guide lacks, each with a site that depends on it; :class:`AutoImplicit` says which are accepted."""
     nodes = {name: node for name, node in sample_sites(trace).items() if not is_deterministic(node)}
     others = [name for name, node in nodes.items() if name not in own and not is_subsample(node)]
     followers = {
@@ -67,7 +67,7 @@ def declared_priors(model: Callable, shapes: Mapping[str, torch.Size]) -> dict[s
     """
     Compares the shapes of sites with those that a PyroModule declares as PyroSample, which can be seen without running it.
 
-    :return: the priors among these that are distributions, and not functions, whose values may follow the model's arguments.
+    :return: the priors that are distributions; those that are functions may depend on the model's arguments.
     """
     if not isinstance(model, PyroModule):  # under an effect handler some sites may be another guide's
         return {}
@@ -83,7 +83,7 @@ def declared_priors(model: Callable, shapes: Mapping[str, torch.Size]) -> dict[s
 
 
 def refuse_grouped(values: Mapping[str, Tensor], declared: Mapping[str, TorchDistributionMixin], source: str) -> None:
-    """Refuses draws with more dimensions than are declared where these look like the draws of a few chains, and not like a plate."""
+    """Refuses draws with more dimensions than declared if these look like chains rather than a plate."""
     fronts = {values[name].shape[2 : values[name].dim() - len(prior.shape())] for name, prior in declared.items()}
     front = fronts.pop() if len(fronts) == 1 else ()
     name = next(iter(declared), "")
@@ -97,7 +97,7 @@ def refuse_grouped(values: Mapping[str, Tensor], declared: Mapping[str, TorchDis
 
 
 def _expands(shape: Sequence[int], to: Sequence[int]) -> bool:
-    """Whether a value of this shape becomes one of the other in plates around it."""
+    """Whether a value of this shape has the other shape in plates around it."""
     try:
         return torch.broadcast_shapes(without_leading_ones(shape), tuple(to)) == tuple(to)
     except RuntimeError:

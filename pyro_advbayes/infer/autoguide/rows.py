@@ -14,16 +14,16 @@ from pyro_advbayes.infer.conditioned import without_leading_ones
 from pyro_advbayes.model.structure import Site
 from pyro_advbayes.storage.draws import read_draws
 
-# Numbers that are looked at in one go, and up to which all rows are kept ready: 2^26 float32 numbers are 256 MiB.
+# The size, in numbers, of a chunk, and up to which all rows are kept in memory: 2^26 float32 numbers are 256 MiB.
 CHUNK, READY = 2**22, 2**26
 
 
 def read_samples(samples: Mapping[str, Tensor] | str | Path) -> tuple[dict[str, Tensor], str]:
     """
-    Draws by site ``[chains, draws, *shape]`` and what to call them, of a dict ``[draws, *shape]`` (``mcmc.get_samples()``), of a file
-    of draws, or of what ``read_draws`` returned; a file's tensors stay mapped.
+    Draws by site ``[chains, draws, *shape]`` and their name in messages, from a dict ``[draws, *shape]`` (``mcmc.get_samples()``), a file
+    of draws, or the result of ``read_draws``; a file's tensors stay mapped.
 
-    :raises ValueError: naming a site whose draws are none, not numbers of floating type, or not as many as those of the others.
+    :raises ValueError: naming a site whose draws are missing, not of floating type, or differ in number from those of the others.
     """
     source, grouped = "samples", False
     if isinstance(samples, (str, Path)):
@@ -46,7 +46,7 @@ def sites_of(values: Mapping[str, Tensor], transforms: Mapping[str, Transform] |
     """
     Sites of draws ``[chains, draws, *shape]``.
 
-    :param transforms: their maps from unconstrained space; a site without one is as real as its draws look, which tell no support.
+    :param transforms: their maps from unconstrained space; a site without one is taken for real, since draws do not tell a support.
     """
     sites, start = [], 0
     for name, value in values.items():
@@ -73,10 +73,10 @@ class Rows:
     :param sites: the sites in the order of a row.
     :param dtype: of the rows.
     :param device: where they are.
-    :param source: what the draws are called in a message.
+    :param source: name of the draws in messages.
     """
 
-    changing = False  # whether rows come and go
+    changing = False  # whether rows are replaced later
 
     def __init__(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device, source: str) -> None:
         self.sites, self.dtype, self.device, self.source = tuple(sites), dtype, device, source
@@ -123,13 +123,13 @@ class Rows:
 
 class SampleRows(Rows):
     """
-    Draws as rows ``[n, P]`` in unconstrained space, made as they are asked for, so that a file of draws larger than memory will do.
+    Draws as rows ``[n, P]`` in unconstrained space, computed on request, so that a file of draws may be larger than memory.
 
     :param values: site -> ``[chains, draws, *shape]``.
     :param sites: the sites in the order of a row.
     :param dtype: of the rows.
     :param device: where the rows are made.
-    :param source: what the draws are called in a message.
+    :param source: name of the draws in messages.
     :raises ValueError: naming the site that is missing, unknown or of another shape, or whose draws are not finite.
     """
 
@@ -170,5 +170,5 @@ class SampleRows(Rows):
 
 
 def site_at(sites: Sequence[Site], place: int) -> Site:
-    """The site that holds a place of a row."""
+    """The site of an element of a row."""
     return next(site for site in sites if site.start <= place < site.start + site.numel)

@@ -10,7 +10,7 @@ import torch
 
 from pyro_advbayes.model.structure import Site
 
-# What biject_to is made of, and the arguments that a transform of this kind is made from again.
+# The transforms that biject_to uses, and the arguments of their constructors.
 _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "AffineTransform": ("loc", "scale", "event_dim"),
     "ComposeTransform": ("parts",),
@@ -28,13 +28,13 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
 
 
 def pack_sites(sites: Sequence[Site]) -> list[dict[str, Any]]:
-    """:raises ValueError: naming a site whose transform no file can hold."""
+    """:raises ValueError: naming a site whose transform cannot be stored."""
     packed = []
     for site in sites:
         try:
             transform = _pack(site.transform)
         except KeyError as error:
-            raise ValueError(f"site {site.name!r}: its support needs {error.args[0]}, which no file of this package holds") from None
+            raise ValueError(f"site {site.name!r}: its support needs {error.args[0]}, which this package cannot store") from None
         packed.append(
             {
                 "name": site.name,

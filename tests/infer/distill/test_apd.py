@@ -571,7 +571,7 @@ def test_bad_settings_are_refused_by_name():
     w = torch.randn(300, 3)
     with pytest.raises(ValueError, match="rank=4: the sites hold 3 numbers"):
         APD(AutoImplicit(vector(3), FactoredGenerator(rank=4))).fit({"w": w})
-    with pytest.raises(ValueError, match="rank=3: 3 draws tell at most 2 directions apart"):
+    with pytest.raises(ValueError, match="rank=3: 3 draws determine at most 2 directions"):
         APD(AutoImplicit(vector(3), FactoredGenerator(rank=3)), batch_size=2).fit({"w": w[:3]})
     with pytest.raises(ValueError, match="critic_hidden"):
         APD(AutoImplicit(vector(3), MLPGenerator(noise=3, hidden=(8,))), "paper", critic_hidden=()).fit({"w": w})
