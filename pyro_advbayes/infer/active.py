@@ -1,4 +1,4 @@
-"""Active learning: labels are asked for where a posterior is unsure: :func:`active_learning`."""
+"""Active learning, which requests labels where a posterior is uncertain: :func:`active_learning`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pyro_advbayes.storage.digests import tensor_digest
 
 FitPredictor = Callable[[Tensor, Tensor], Any]
 _KIND = "run of active_learning"
-CHUNK = 1000  # inputs that are predicted at a time
+CHUNK = 1000  # inputs that are predicted together
 
 
 def active_learning(
@@ -40,7 +40,7 @@ def active_learning(
     disable_progbar: bool = False,
 ) -> LearningCurve | RegressionCurve:
     """
-    Fits, asks for the labels that are wanted most, and fits anew, ``num_rounds`` times. ::
+    Fits, requests the labels with the highest acquisition, and fits again, ``num_rounds`` times. ::
 
         def fit(x, y):
             mcmc = SGMCMC(SGLD(model, step_size=1e-5), num_samples=50, warmup_steps=100)
@@ -50,32 +50,32 @@ def active_learning(
         curves = {name: active_learning(fit, (x, y), (x_test, y_test), acquisition=name) for name in ("random", "bald")}
         diagnostics.plot_learning_curves(curves)
 
-    The setting is that of Adversarial Posterior Distillation (Wang et al., ICML 2018, section 5.3), after Gal et al. (2017): it starts
-    with the same few labels of every class whatever the acquisition. With ``num_initial`` it is a regression: ``fit`` returns a
-    :class:`~pyro_advbayes.PosteriorRegressor`, which starts with as many rows at random, and is judged by RMSE and log predictive density.
+    The setting is that of Adversarial Posterior Distillation (Wang et al., ICML 2018, section 5.3), after Gal et al. (2017): all
+    acquisitions start with the same few labels of every class. With ``num_initial`` it is a regression: it starts with this number of
+    random rows, ``fit`` returns a :class:`~pyro_advbayes.PosteriorRegressor`, and the scores are RMSE and log predictive density.
 
-    :param fit: from labelled inputs to a classifier whose ``log_probs(x)`` yields log-probabilities of draws, chunk by chunk
-        ``[chunk, N, K]``: a :class:`~pyro_advbayes.PosteriorClassifier` of whatever inference. Of a regression, to a function of inputs
-        to the draws' means and standard deviations, ``[draws, N]`` each. It is to start anew at every call.
-    :param pool: inputs ``[N, ...]`` and their classes or targets ``[N]``, of which ``fit`` sees those that were asked for.
-    :param test: inputs and classes or targets on which every fit is judged.
+    :param fit: function of labelled inputs to a classifier whose ``log_probs(x)`` yields log-probabilities of draws in chunks
+        ``[chunk, N, K]``, such as a :class:`~pyro_advbayes.PosteriorClassifier`. For a regression it returns a function of inputs to the
+        draws' means and standard deviations, ``[draws, N]`` each. It must fit from scratch at every call.
+    :param pool: inputs ``[N, ...]`` and their classes or targets ``[N]``; ``fit`` sees the labelled ones.
+    :param test: inputs and classes or targets on which every fit is scored.
     :param str acquisition: ``"entropy"``, ``"bald"`` (the default), ``"variation_ratio"``, ``"batch_bald"`` or ``"random"``; see
-        :func:`~pyro_advbayes.diagnostics.acquire`. Of a regression ``"variance"`` (the default), ``"mean_variance"`` or ``"random"``; see
+        :func:`~pyro_advbayes.diagnostics.acquire`. For a regression ``"variance"`` (the default), ``"mean_variance"`` or ``"random"``; see
         :func:`~pyro_advbayes.diagnostics.acquire_regression`.
     :param int num_rounds: >= 0, after the first fit.
-    :param int per_round: labels asked for in a round, >= 1.
+    :param int per_round: labels requested in a round, >= 1.
     :param int per_class: labels of every class at the start, >= 1; 2 by default.
-    :param int num_initial: of a regression, labels at the start, >= 1.
-    :param int candidates: how many inputs of the pool, drawn anew in every round, are looked at; None for all of them. The most
-        uncertain of thousands tend to be of one kind; about ten for each label that is asked for keep a round of them varied.
-    :param int seed: of everything that is random, fits included.
-    :param path: a file that keeps every finished round; where there is one, the run goes on from it, to the same end. Pool, test set and
-        arguments must be the same, bit for bit, but for ``num_rounds``: more go on from those kept, fewer return the first of them. Of
-        ``fit`` that is its code and what it holds in closure, defaults and globals, but for what it changes itself.
+    :param int num_initial: labels at the start of a regression, >= 1.
+    :param int candidates: the number of random inputs of the pool that are scored in a round; None for all. The most uncertain of thousands
+        tend to be alike; about ten candidates for each requested label keep a round diverse.
+    :param int seed: of all random numbers, those of fits included.
+    :param path: a file of the finished rounds; if it exists, the run resumes from it, with the same result. Pool, test set and arguments
+        must be equal, bit for bit, except ``num_rounds``: more rounds continue, fewer return the first ones. ``fit`` is compared by its
+        code and its closure, defaults and globals, except what it changes itself.
     :param bool disable_progbar: no progress bar; there is none where the output is no terminal.
     :return: accuracy of the mean prediction after every fit, or a regression's scores, as one repetition.
-    :raises ValueError: naming the argument that is out of range, a pool that is too small, inputs that are more or fewer than their
-        classes, or a file of another run.
+    :raises ValueError: naming the argument out of range, a pool that is too small, unequal numbers of inputs and classes, or a file of
+        another run.
     :raises FileNotFoundError: if the folder of ``path`` is missing.
     :raises RuntimeError: if another run writes to ``path``.
     """
@@ -116,11 +116,11 @@ def active_learning(
         with tqdm(total=num_rounds + 1, initial=len(scores), desc=settings["acquisition"], disable=hidden) as bar:
             while len(scores) <= num_rounds:
                 predictor = fit(x[labelled], y[labelled])
-                if path is not None and not fitted:  # what a fit changes (a log, a counter) is no part of what it is
+                if path is not None and not fitted:  # what a fit changes (a log, a counter) does not identify it
                     after, fitted = sources.parts(fit), True
                     made_of = {part: digest for part, digest in made_of.items() if after.get(part) == digest}
                 scores.append(task.judge(predictor, *test))
-                # a longer run, where the pool has room for one, goes on from what is asked for after the last round
+                # also after the last round, if the pool suffices, so that a longer run can resume
                 if len(scores) <= num_rounds or (path is not None and len(labelled) + per_round <= len(y)):
                     labelled = torch.cat([labelled, _ask(task, predictor, x, labelled, settings)])
                 if path is not None:
@@ -164,13 +164,13 @@ def _check(settings: Mapping[str, Any], pool: tuple[Tensor, Tensor], test: tuple
         classes, counts = y.unique(return_counts=True)
         strange = test[1][~torch.isin(test[1].double().cpu(), classes.double().cpu()).to(test[1].device)]
         if len(strange):
-            raise ValueError(f"test: class {int(strange[0])} is none of the pool's, {_listed(classes)}, so that no fit could ever know it")
+            raise ValueError(f"test: class {int(strange[0])} is none of the pool's, {_listed(classes)}, so that no fit can learn it")
         if int(counts.min()) < settings["per_class"]:
             raise ValueError(f"the pool has {int(counts.min())} inputs of class {int(classes[counts.argmin()])}, fewer than per_class")
         at_start = settings["per_class"] * len(classes)
     wanted = at_start + settings["num_rounds"] * settings["per_round"]
     if wanted > len(y):
-        raise ValueError(f"the pool has {len(y)} inputs, fewer than the {wanted} labels that the rounds ask for: take fewer")
+        raise ValueError(f"the pool has {len(y)} inputs, fewer than the {wanted} labels that the rounds request: take fewer")
     candidates = settings["candidates"]
     if candidates is not None and (isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < settings["per_round"]):
         raise ValueError(f"candidates={candidates!r}: an int >= per_round, or None for the whole pool")
@@ -181,7 +181,7 @@ def _listed(classes: Tensor) -> str:
 
 
 class _Classification(NamedTuple):
-    """What depends on the kind of outcome: here classes."""
+    """Active learning of classes."""
 
     per_class: int
 
@@ -194,7 +194,7 @@ class _Classification(NamedTuple):
         return float((_probs(classifier, x).mean(0).argmax(-1) == y).double().mean())
 
     def check(self, path: Path, scores: list[Any]) -> None:
-        """:raises ValueError: if a file holds something else than scores."""
+        """:raises ValueError: if a file does not hold scores."""
         if not scores or not all(isinstance(score, float) and 0.0 <= score <= 1.0 for score in scores):
             raise files.FileError(f"{path}: its accuracies are {str(scores)[:100]}: it is spoilt")
 
@@ -210,7 +210,7 @@ class _Classification(NamedTuple):
 
 
 class _Regression(NamedTuple):
-    """Real numbers."""
+    """Active learning of real numbers."""
 
     num_initial: int
 
@@ -239,9 +239,9 @@ class _Regression(NamedTuple):
 
 
 def _check_labelled(path: Path, labelled: Tensor, size: int, first: int, per_round: int, rounds: int) -> None:
-    """:raises ValueError: if a file says that other inputs were labelled than may be after so many rounds."""
+    """:raises ValueError: if the labelled inputs of a file are impossible after this number of rounds."""
     whole = labelled.dim() == 1 and labelled.dtype == torch.int64
-    lengths = [first + per_round * (rounds - 1), first + per_round * rounds]  # what is wanted next is there, where the pool has room
+    lengths = [first + per_round * (rounds - 1), first + per_round * rounds]  # with the labels of the next round, if the pool suffices
     if not whole or len(labelled) not in lengths or len(labelled.unique()) < len(labelled) or not 0 <= int(labelled.min()):
         raise files.FileError(f"{path}: its labelled inputs are not those of {rounds} rounds: it is spoilt")
     if int(labelled.max()) >= size:
@@ -249,12 +249,12 @@ def _check_labelled(path: Path, labelled: Tensor, size: int, first: int, per_rou
 
 
 def _ask(task: _Classification | _Regression, predictor: Any, x: Tensor, labelled: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    """The numbers of the inputs to label next."""
+    """The indices of the inputs to label next."""
     count, candidates = settings["per_round"], settings["candidates"]
     free = torch.ones(len(x), dtype=torch.bool, device=x.device)
     free[labelled] = False
     rows = free.nonzero().flatten()
-    if settings["acquisition"] == "random":  # asks no predictor
+    if settings["acquisition"] == "random":  # needs no prediction
         return rows[torch.randperm(len(rows))[:count].to(rows.device)]
     if candidates is not None and candidates < len(rows):
         rows = rows[torch.randperm(len(rows))[:candidates].to(rows.device)]
@@ -281,13 +281,13 @@ def _normals(law: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fingerprint(pool: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """What a run depends on beside its arguments."""
+    """What a run depends on, beside its arguments."""
     digests = {name: [tensor_digest(value) for value in data] for name, data in (("pool", pool), ("test", test))}
     return {**digests, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def _save(held: files.Held, settings: Mapping[str, Any], labelled: Tensor, scores: list[Any], made_of: Mapping[str, str]) -> None:
-    # scores of whatever kind are called what files of classifications have always called them
+    # all scores are stored under the name of the first kind
     state = {"settings": dict(settings), "fit": dict(made_of), "labelled": labelled, "accuracies": scores}
     held.save({**state, "random": files.random_state(labelled.device)}, _KIND)
 
@@ -296,7 +296,7 @@ def _load(path: Path, settings: Mapping[str, Any], device: torch.device) -> tupl
     content = files.load(path, _KIND)
     then = content.get("settings") if isinstance(content, dict) else None
     if not isinstance(then, dict) or set(then) != set(settings):
-        raise ValueError(f"{path} holds no active learning that this version can go on with: delete it, or choose another path")
+        raise ValueError(f"{path} holds no active learning that this version can resume: delete it, or choose another path")
     files.check_fields(path, content, {"labelled": Tensor, "accuracies": list, "random": dict, "fit": dict})
     check_fingerprint(dict(settings), then, path)
     with files.reading(path):

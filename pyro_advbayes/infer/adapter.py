@@ -1,4 +1,4 @@
-"""A trained network as a variational Bayesian one: :func:`bayes_adapter`."""
+"""Variational inference from a trained network: :func:`bayes_adapter`."""
 
 from __future__ import annotations
 
@@ -61,19 +61,19 @@ def weight_decay_prior(weight_decay: float, num_data: int) -> Normal:
 @dataclass(frozen=True)
 class UncertaintyRegularizer:
     r"""
-    Asks for disagreement on inputs that are no data: with two draws' class probabilities :math:`p_1, p_2` at
+    Encourages disagreement on out-of-distribution inputs: with two draws' class probabilities :math:`p_1, p_2` at
     :math:`\tilde x = x + \mathrm{Uniform}(-\text{eps}, \text{eps})`,
 
     .. math:: \text{weight} \cdot \mathrm{mean}_{\tilde x} \max\Bigl(0,\; \text{threshold} - H\bigl(\tfrac{p_1 + p_2}{2}\bigr)
         + \tfrac12 \bigl(H(p_1) + H(p_2)\bigr)\Bigr),
 
-    in nats. Two draws cannot disagree by more than log 2 = 0.69, so that the authors' threshold of 0.75 always pulls. The probabilities
-    are those of the model's likelihood, as in :class:`~pyro_advbayes.PosteriorClassifier`.
+    in nats. The disagreement of two draws is at most log 2 = 0.69, so that the authors' threshold of 0.75 always has a gradient. The
+    probabilities are those of the model's likelihood, as in :class:`~pyro_advbayes.PosteriorClassifier`.
 
     Source: Deng et al., BayesAdapter, 2020.
 
     :param float eps: half the width of the noise, > 0, in the units of the inputs.
-    :param float threshold: how much disagreement is enough, > 0.
+    :param float threshold: the sufficient disagreement, > 0.
     :param float weight: of the term beside the loss per data point, > 0.
     :param str return_site: as in :class:`~pyro_advbayes.PosteriorClassifier`.
     """
@@ -91,7 +91,7 @@ class UncertaintyRegularizer:
     def loss(self, model: Callable, guide: Callable, x: Tensor, *rest: Tensor) -> Tensor:
         """
         :param x: inputs ``[N, ...]``; with ``rest`` the model's arguments.
-        :raises ValueError: if the model's likelihood is no classifier's.
+        :raises ValueError: if the model's likelihood is not that of a classifier.
         """
         moved = x + torch.empty_like(x).uniform_(-self.eps, self.eps)
         probs = torch.stack([self._logits(model, guide, moved, *rest).softmax(-1) for _ in range(2)])
@@ -163,30 +163,30 @@ def bayes_adapter(
         law = PosteriorRegressor(model, guide=bayes_adapter(model, net, loader).guide, num_samples=100)
 
     Under the prior of :func:`weight_decay_prior` the gradient of the second term is :math:`\text{weight\_decay}\,\mu` for a mean, and
-    :math:`\text{weight\_decay}\,\sigma^2 - 1/N` for the logarithm of a standard deviation: weight decay, and a pull towards more
-    uncertainty. (So leave weight decay out of the optimiser: the authors' example counts it twice.) Normalisation layers keep their
-    statistics, and their gains and biases are Bayesian, too. Draws are shared by the rows of a minibatch.
+    :math:`\text{weight\_decay}\,\sigma^2 - 1/N` for the logarithm of a standard deviation: weight decay, and more uncertainty.
+    (So do not use weight decay in the optimiser: the authors' example counts it twice.) Normalisation layers keep their statistics; their
+    gains and biases are Bayesian, too. The rows of a minibatch share draws.
 
     Source: Deng et al., BayesAdapter, 2020; ScalableBDL. Theirs are ``lr`` for CIFAR, ``scale_lr`` and the optimiser, SGD with Nesterov
-    momentum 0.9; they draw the logarithms of the standard deviations from (-6, -5), which start in the middle here.
+    momentum 0.9; they start the logarithms of the standard deviations uniformly in (-6, -5), here all start at -5.5.
 
-    :param model: a Pyro model of the loader's items; or a plain network, a module from inputs to the logits of a class, of which a copy
-        is made Bayesian.
+    :param model: a Pyro model of the loader's items; or a plain network from inputs to logits, of which a Bayesian copy is made.
     :param pretrained: a trained network, or its ``state_dict``: values for every site of the model's network, by the names of the
-        parameters, and for its buffers and parameters that are no sites, which are written into the model; of these, parameters that
-        require a gradient are learnt like the means.
-    :param loader: a ``DataLoader``, or any iterable of ``(x, y)`` with a length; batches go to where the model's parameters are, or its
-        priors. Observations may be NaN where the model masks them.
-    :param float weight_decay: of the training, > 0, for the prior; with a plain network only, since a Pyro model has its own.
+        parameters, and for its buffers and parameters that are not sites, which are written into the model; of these, parameters that
+        require a gradient are trained like the means.
+    :param loader: a ``DataLoader``, or any iterable of ``(x, y)`` with a length. Batches are moved to the device of the model's parameters
+        or priors. Observations may be NaN where the model masks them.
+    :param float weight_decay: the weight decay of the training, > 0, which determines the prior of a plain network; a Pyro model has
+    priors.
     :param int num_epochs: >= 0; 0 makes the guide and fits nothing.
     :param float lr: learning rate of the means, > 0, for losses per data point.
     :param float scale_lr: of the standard deviations, as PyTorch's softplus makes them: of their logarithms, while they are small.
     :param float init_scale: standard deviations at the start, > 0.
-    :param int num_data: N, where the loader does not tell it.
+    :param int num_data: N, if it cannot be read from the loader.
     :param ELBO loss: ``TraceAdversarial_ELBO(mix=0)`` by default, Pyro's mean-field ELBO; with another ``mix`` fine-tuning is adversarial.
-    :param UncertaintyRegularizer uncertainty: what is added to ask for disagreement beside the data; nothing by default.
+    :param UncertaintyRegularizer uncertainty: a term for disagreement on out-of-distribution inputs; none by default.
     :param optim: function of parameter groups, means first, to their optimiser.
-    :raises ValueError: before any training: naming every name or shape in ``pretrained`` that does not fit, or the argument.
+    :raises ValueError: before any training, naming every name or shape in ``pretrained`` that does not fit, or the argument out of range.
     """
     _check_numbers(num_epochs=num_epochs, lr=lr, scale_lr=scale_lr)
     missing = _Missing()
@@ -205,7 +205,7 @@ def bayes_adapter(
     if unseen:
         warnings.warn(statistics_message(unseen), stacklevel=2)
     guide = AutoAdversarialNormal(model, init_loc_fn=init_to_value(values=values), init_scale=float(init_scale))
-    guide._pyro_name = f"adapted{next(_COUNT)}"  # Pyro's guides of one class share their parameters in its store, by name
+    guide._pyro_name = f"adapted{next(_COUNT)}"  # Pyro's parameter store identifies parameters by the guide's name
     guide(*batches.example)
     own = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     groups = [{"params": [*guide.locs.parameters(), *own], "lr": lr}, {"params": list(guide.scales.parameters()), "lr": scale_lr}]
@@ -228,7 +228,7 @@ def bayes_adapter(
 
 
 class _Missing:
-    """Whether a model masks what is NaN in a batch; of batches that come before the model is known, later."""
+    """Whether a model masks the NaN of a batch; batches that come before the model is known are checked later."""
 
     def __init__(self) -> None:
         self._model: Callable | None = None
@@ -240,8 +240,8 @@ class _Missing:
             return True
         try:
             with RandomState().again(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a sampler, which this is not
-                Potential(self._model, batch, backend="handlers")  # refuses what no mask covers
+                warnings.simplefilter("ignore")  # they concern samplers
+                Potential(self._model, batch, backend="handlers")  # raises for NaN that no mask covers
         except ValueError:
             return False
         return True
@@ -272,10 +272,10 @@ def _epoch(objective: Callable[..., Tensor], batches: Loader, optimiser: torch.o
 
 
 def _device(model: Callable) -> torch.device | None:
-    """Where a model's network is, if it is a module."""
+    """The device of a model's network, if it is a module."""
     if not isinstance(model, nn.Module):
         return None
-    priors = declared_sites(model).values() if isinstance(model, PyroModule) else ()  # all that a Bayesian network may have
+    priors = declared_sites(model).values() if isinstance(model, PyroModule) else ()  # a Bayesian network may have nothing else
     means = (prior.mean for prior in priors if isinstance(prior, Distribution))
     return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers(), means)), None)
 
@@ -297,19 +297,19 @@ def _as_model(model: Callable, weight_decay: float | None, batches: Loader) -> C
             "for classes give y.long()"
         )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "BatchNorm layer")  # whose statistics are still to come from the trained network
+        warnings.filterwarnings("ignore", "BatchNorm layer")  # the statistics will come from the trained network
         return Classifier(bayesianize(model, prior=weight_decay_prior(weight_decay, batches.num_data)))
 
 
 def _fitting_values(model: Callable, pretrained: Pretrained, batch: Batch) -> dict[str, Tensor]:
     """
     The sites' values among trained weights. The others are written into the model's buffers and parameters, or belong to layers that
-    the model has and does not use, such as a classifier on the side that only training needs.
+    the model has and does not use, such as an auxiliary classifier for training.
 
-    The model's names are those of the weights after one prefix, the network's name in the model.
+    The names in the model are those of the weights with one prefix, the network's name in the model.
     """
     given = dict(pretrained.state_dict() if isinstance(pretrained, nn.Module) else pretrained)
-    # draws from the prior may overflow a deep network, and only names and shapes are wanted
+    # draws from the prior may overflow a deep network, but only names and shapes are needed
     with torch.no_grad(), poutine.block(), refuse_random_layers(model), pyro.validation_enabled(False):
         trace = poutine.trace(model).get_trace(*batch)
     sites = {name: node["value"] for name, node in latent_sites(trace).items()}
@@ -342,7 +342,7 @@ def _fitting_values(model: Callable, pretrained: Pretrained, batch: Batch) -> di
 
 
 def _other_names(module: Any) -> dict[str, set[str]]:
-    """For what belongs to a module that is used in several places: name -> its names in those, of which a site has one."""
+    """For the tensors of a module that is used in several places: name -> the other names; a site has one of them."""
     places: dict[nn.Module, list[str]] = {}
     for name, part in module.named_modules(remove_duplicate=False) if isinstance(module, nn.Module) else ():
         places.setdefault(part, []).append(name)

@@ -1,4 +1,4 @@
-"""A posterior as one network: :class:`PosteriorClassifier`."""
+"""A posterior of classifiers as one network: :class:`PosteriorClassifier`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pyro_advbayes.tracing.guard import Guard, RandomState, agree, autocast_stat
 from pyro_advbayes.tracing.record import record
 from pyro_advbayes.tracing.replay import Interpreter, Replays, draws_together
 
-# For how many shapes of inputs (batches, and the last, shorter one) a recording is kept.
+# The number of input shapes (batches, and the last, shorter one) whose recordings are kept.
 SHAPES = 8
 
 # Log-probabilities [chunk, N, K] and labels [N] -> [N].
@@ -38,33 +38,33 @@ class PosteriorClassifier(nn.Module):
     .. math:: \log \bar p(k \mid x) = \log \frac{1}{S} \sum_{s=1}^{S} \mathrm{softmax}_k f(x, \theta_s),
 
     over a fixed set of draws :math:`\theta_s`, so that its gradient is exact for these draws. Logarithms of probabilities are
-    logits of those probabilities: whatever takes a network (an attack, a metric, an explanation) takes a posterior. ::
+    logits of these probabilities: attacks, metrics and explanations of a network take it. ::
 
         network = PosteriorClassifier(model, mcmc.get_samples())
         loss = torch.nn.functional.cross_entropy(network(x), y)
 
-    The probabilities are those of the model's likelihood, whatever its return value: of a Categorical, OneHotCategorical, Bernoulli or
-    Binomial of one trial at the observed site, which is found by a run without observations. A Bernoulli has the classes 0 and 1, K = 2.
-    Where no site in a plate of N rows (or with N rows outside plates) is observed, the return value holds the logits ``[N, K]``.
+    The probabilities are those of the model's likelihood, not of its return value: a Categorical, OneHotCategorical, Bernoulli or
+    Binomial of one trial at the observed site, which a run without observations finds. A Bernoulli has the classes 0 and 1, K = 2.
+    If no site in a plate of N rows (or with N rows outside plates) is observed, the return value must be the logits ``[N, K]``.
 
-    Nothing but the inputs is kept for the backward pass, which computes the draws again, chunk by chunk; memory is that of one
-    chunk, however many draws there are. Gradients reach the inputs and the parameters of ``model``, if it is a module. A second
-    derivative (``create_graph=True``) is right, too, but holds all draws in memory.
+    Only the inputs are kept for the backward pass, which computes the draws again, chunk by chunk: the memory is that of one chunk for any
+    number of draws. Gradients reach the inputs and the parameters of ``model``, if it is a module. A second derivative
+    (``create_graph=True``) is right, too, but holds all draws in memory.
 
-    The model is recorded once for each shape of inputs; an attribute of it that is no tensor must not change afterwards. Call
-    ``.eval()`` on models with BatchNorm or Dropout; ``.train()`` leaves the model as it is. The draws are buffers: they follow
-    ``.to()`` and ``.double()``, and are in the ``state_dict``.
+    The model is recorded once for each shape of inputs; its attributes that are not tensors must not change afterwards. Call ``.eval()`` on
+    models with BatchNorm or Dropout; ``.train()`` does not change the model. The draws are buffers: ``.to()`` and ``.double()`` move them,
+    and the ``state_dict`` holds them.
 
     :param model: a Pyro model of ``x``.
     :param dict posterior_samples: site -> ``[draws, *site]``.
     :param guide: a guide, in place of ``posterior_samples``: called without arguments, at once, for ``num_samples`` draws. An
         :class:`AutoImplicit` of the same model is compared with it at the first inputs.
-    :param int num_samples: how many draws a guide makes.
-    :param int chunk_size: how many draws are computed side by side; by default half as many as in :class:`Predictive`.
-    :param str return_site: which observed site is meant, where there are several; or the name of a site that holds the logits
-        ``[N, K]``, in place of the return value of a model without one.
-    :raises ValueError: if draws hold NaN or do not fit the model, if its likelihood is no classifier's, or logits are random given the
-        draws or not ``[N, K]`` with K >= 2.
+    :param int num_samples: number of draws from the guide.
+    :param int chunk_size: number of draws that are computed together; by default half as many as in :class:`Predictive`.
+    :param str return_site: the observed site, if there are several; or, for a model without one, a site that holds the logits ``[N, K]``
+        in place of the return value.
+    :raises ValueError: if draws hold NaN or do not fit the model, if its likelihood is not that of a classifier, or if logits are random
+        given the draws or not ``[N, K]`` with K >= 2.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class PosteriorClassifier(nn.Module):
         super().__init__()
         samples = posterior_samples or {} if guide is None else _draw(guide, arguments.num_samples)
         refuse_nan(samples)
-        # what such a guide has learned of the model without arguments may be wrong; a bound method, so that it is no part of the classifier
+        # the guide was called without arguments, so that its sites are still to be compared; a bound method, so that it is no submodule
         self._check = guide.check if isinstance(guide, AutoImplicit) and guide.model is model else None
         self.model, self.num_samples, self.chunk_size, self.return_site = model, arguments.num_samples, chunk_size, return_site
         self.sites = tuple(samples)
@@ -107,32 +107,33 @@ class PosteriorClassifier(nn.Module):
 
     def log_probs(self, x: Tensor) -> Iterator[Tensor]:
         """
-        The draws' own predictions, of which the classifier's is the mean.
+        The predictions of the draws, whose mean is the classifier's.
 
         :param x: inputs ``[N, ...]``.
         :return: log-probabilities ``[chunk, N, K]``, of all :attr:`num_samples` draws in order, chunk by chunk. Each chunk is attached to
-            ``x`` (where gradients are enabled) by itself: who is done with one before asking for the next holds one in memory.
+            ``x`` separately (if gradients are enabled), so that only those that the caller keeps are in memory.
         """
         return (_log_softmax(logits) for logits in self.logits(x))
 
     def logits(self, x: Tensor) -> Iterator[Tensor]:
         """
-        The draws' logits as the model gives them to its likelihood, ``[chunk, N, K]`` (logarithms of probabilities, if it gives those, and
-        [0, logit], if it gives one); otherwise like :meth:`log_probs`.
+        The draws' logits as the model passes them to its likelihood, ``[chunk, N, K]``: logarithms of probabilities if it passes
+        probabilities, and [0, logit] for a single logit. Otherwise like :meth:`log_probs`.
         """
         x, leaves, attached = self._prepared(x)
         yield from self._logits(x, attached, leaves).chunks(x)
 
     def gradients(self, x: Tensor, y: Tensor, reduce: Reduction) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """
-        Values of a function of the draws, and their gradients with respect to the inputs, chunk by chunk; what an attack sums up.
+        Values of a function of the draws, and their gradients with respect to the inputs, chunk by chunk, for attacks.
 
-        What is computed for a chunk is recorded, its backward pass included, and replayed without autograd. ``reduce`` is what a
-        recording is kept for: give the same function each time, one that follows no values in its Python.
+        The computation of a chunk, its backward pass included, is recorded and replayed without autograd. Recordings are kept by
+        ``reduce``: pass the same function each time, whose Python code does not depend on values.
 
         :param x: inputs ``[N, ...]``.
-        :param y: whatever ``reduce`` needs beside the draws, a tensor; labels ``[N]``, say.
-        :param reduce: differentiable function of log-probabilities ``[chunk, N, K]`` and ``y`` to ``[N]``, each of its own row only.
+        :param y: a tensor for ``reduce``, such as labels ``[N]``.
+        :param reduce: differentiable function of log-probabilities ``[chunk, N, K]`` and ``y`` to ``[N]``; each value depends on its row
+        only.
         :return: log-probabilities ``[chunk, N, K]``, values ``[N]`` and gradients ``[N, ...]``, detached.
         """
         _, leaves, _ = self._prepared(x)
@@ -140,14 +141,14 @@ class PosteriorClassifier(nn.Module):
         yield from self._logits(x, True, leaves).gradients(x, y, reduce)
 
     def train(self, mode: bool = True) -> PosteriorClassifier:
-        """``eval()`` reaches the model; ``train()`` does not, since what a posterior predicts must not depend on chance."""
+        """``eval()`` reaches the model; ``train()`` does not, since predictions of a posterior must not be random."""
         if not mode:
             return super().train(False)
         self.training = True
         return self
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, list[Tensor], bool]:
-        """The inputs in the layout that a recording holds for; parameters of the model; whether gradients reach either."""
+        """The inputs in the layout of a recording; the model's parameters; whether either has gradients."""
         need_tensor(x, "x", inputs=True)
         leaves: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad] if isinstance(self.model, nn.Module) else []
         return x.contiguous(), leaves, torch.is_grad_enabled() and bool(x.requires_grad or leaves)
@@ -155,7 +156,7 @@ class PosteriorClassifier(nn.Module):
     def _logits(self, x: Tensor, attached: bool, leaves: list[Tensor]) -> _Logits:
         guard = Guard(roots_of(self.model), attributes=True)
         others = [*self.posterior_samples.values(), *(value for _, value in pyro.get_param_store().named_parameters())]
-        slopes = attached and (x.requires_grad, *map(id, leaves))  # what a recording keeps of a model's own derivatives
+        slopes = attached and (x.requires_grad, *map(id, leaves))  # a recording of a model that differentiates depends on these
         key = (x.shape, x.dtype, x.device, tuple(autocast_state()), slopes, guard.state, tuple(map(id, others)))
         if key not in self._recorded:
             model = ConditionedModel(self.model, self.posterior_samples, self.num_samples)
@@ -179,8 +180,8 @@ class PosteriorClassifier(nn.Module):
 
 
 def _make_room(classifier: PosteriorClassifier, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Before a ``state_dict`` is loaded: its draws must not be written into those that were given, which are their owner's."""
-    classifier._recorded.clear()  # from the draws that there were
+    """Before a ``state_dict`` is loaded: makes new buffers, so that the caller's draws are not overwritten."""
+    classifier._recorded.clear()  # they belong to the old draws
     for i in range(len(classifier.sites)):
         own, new = getattr(classifier, f"draws{i}"), state.get(f"{prefix}draws{i}")
         if isinstance(new, Tensor) and new.shape == own.shape:
@@ -188,7 +189,7 @@ def _make_room(classifier: PosteriorClassifier, state: Mapping[str, Any], prefix
 
 
 def _draw(guide: Callable, num_samples: int) -> dict[str, Tensor]:
-    """Draws of a guide's sites, without those that serve only to draw others."""
+    """Draws of a guide's sites, without auxiliary ones."""
     try:
         with torch.no_grad():
             draws = predict(ConditionedModel(guide, {}, num_samples), None)
@@ -208,13 +209,13 @@ class _Logits:
         self, model: ConditionedModel, site: str, chunk_size: int | None, x: Tensor, leaves: list[Tensor], held: list[Tensor]
     ) -> None:
         self.model = model
-        self._held = held  # so that no other tensor gets the id of one of these
+        self._held = held  # so that their ids are not reused
         state, x = RandomState(), x.detach().requires_grad_(x.requires_grad)
         with _by_itself(), Origins() as origins:
             trace = model.look(x)
             self._readout = Readout(model.model, trace, (x,), {}, model.samples, site, "PosteriorClassifier")
             first = self._readout.logits(trace, origins)
-        # Recorded at other inputs than it is checked at, since a number taken from the inputs would stay what it was.
+        # Recorded at other inputs than it is checked at, since a number taken from the inputs would become a constant.
         leaves = [x, *leaves] if x.requires_grad else leaves
         recorded = record_draws(model, self._run, [[first]], state, leaves if torch.is_grad_enabled() else [], (x,), (x.flip(0),))
         if recorded.random[0] if recorded else not agree([first], self._run(*model.draw(0), x)):
@@ -232,7 +233,7 @@ class _Logits:
             return [self._readout.logits(self.model.trace(values[:-1], values[-1]), origins)]
 
     def _one(self, index: int, x: Tensor) -> Tensor:
-        with RandomState().again():  # as where a recording leaves out what is drawn beside the logits
+        with RandomState().again():  # like a recording, which draws nothing beside the logits
             return self._run(*self.model.draw(index), x)[0].unsqueeze(0)
 
     def versions(self) -> list[int]:
@@ -240,7 +241,7 @@ class _Logits:
         return [tensor._version for tensor in self._held if not tensor.is_inference()]
 
     def chunks(self, x: Tensor) -> Iterator[Tensor]:
-        """Logits ``[chunk, N, K]`` of all draws; nothing that one chunk holds is needed for another."""
+        """Logits ``[chunk, N, K]`` of all draws; chunks are independent."""
         start, stop = 0, self.model.num_samples
         while start < stop:
             if self.replays is None:
@@ -264,7 +265,7 @@ class _Logits:
                 found = slopes(constants, self.model.draws(start, size), x, y)
             except _NotTogether:
                 self.replays.chunk = 1
-            except Exception:  # not because draws were together: the next call may have them so
+            except Exception:  # chunking is not the cause: the next call uses the same size
                 self.replays.chunk = together
                 raise
             else:
@@ -282,17 +283,17 @@ class _Logits:
 
 
 def _by_itself() -> Any:
-    """Handlers around a call see and change nothing of it, as they see nothing of what was recorded; parameters may be learnt."""
+    """Hides the sample sites of a call from the handlers around it, as in a recording; parameters remain visible."""
     return poutine.block(hide_types=["sample", "observe"])
 
 
 class _NotTogether(RuntimeError):
-    """Draws cannot be computed side by side: an operation cannot be batched, or not in the memory there is."""
+    """Draws cannot be computed together: an operation cannot be batched, or memory does not suffice."""
 
 
 class _Slopes:
     """
-    Gradients of one function of the draws, chunk by chunk, recorded once for each size of a chunk.
+    Gradients of one function of the draws, chunk by chunk, recorded once for each chunk size.
 
     :param Interpreter logits: from a draw and the inputs to its logits.
     :param reduce: as in :meth:`PosteriorClassifier.gradients`.
@@ -331,12 +332,12 @@ class _Slopes:
 
     @staticmethod
     def _record(whole: Callable, changing: Sequence[Tensor], fixed: Sequence[Tensor], expected: Sequence[Tensor]) -> Interpreter | None:
-        """Recorded at other values than it is compared at; None if it cannot be trusted."""
+        """Recorded at other values than it is compared at; None if they disagree."""
         try:
             recorded = Interpreter(record(whole, (*(tensor.flip(0) for tensor in changing), *fixed))[0])
             with torch.no_grad():
                 agrees = agree(recorded.replay(recorded.prepare(), (*changing, *fixed)), expected)
-        except Exception:  # whatever a recording cannot do: it still runs
+        except Exception:  # what cannot be recorded still runs
             return None
         return recorded if agrees else None
 
@@ -351,13 +352,13 @@ def _slope(logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, reduce: Red
     x = x.detach().requires_grad_()
     log_probs = _log_softmax(logits(x))
     values = reduce(log_probs, y)
-    ones = torch.ones(len(x), dtype=values.dtype, device=values.device)  # made of nothing that changes: a recording makes it once
+    ones = torch.ones(len(x), dtype=values.dtype, device=values.device)  # a constant, which a recording makes once
     (gradient,) = torch.autograd.grad(values, x, ones)
     return log_probs.detach(), values.detach(), gradient
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    """Over the classes, in the layout that the memory has: draws that are computed side by side have rows next to each other."""
+    """Over the classes, in the layout of the memory: draws that are computed together have adjacent rows."""
     return logits.log_softmax(-1) if logits.stride(-1) == 1 else logits.mT.log_softmax(-2).mT
 
 
@@ -378,7 +379,7 @@ class _LogMeanProbability(torch.autograd.Function):
                 "backward() before, or predict again"
             )
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        if torch.is_grad_enabled():  # for a second derivative
+        if torch.is_grad_enabled():  # create_graph=True
             whole = ctx.logits.log_mean_probability(inputs[0])
             sums: Sequence[Tensor] = torch.autograd.grad(whole, [inputs[i] for i in wanted], gradient, create_graph=True, allow_unused=True)
         else:
@@ -390,12 +391,12 @@ class _LogMeanProbability(torch.autograd.Function):
 
 @torch.enable_grad()
 def _gradients(logits: _Logits, x: Tensor, wanted: list[Tensor], result: Tensor, gradient: Tensor) -> list[Tensor]:
-    """Gradients with respect to ``wanted``, the sum over chunks of which no two are in memory together."""
+    """Gradients with respect to ``wanted``, summed over chunks, of which one is in memory."""
     sums = [torch.zeros_like(tensor) for tensor in wanted]
     for chunk in logits.chunks(x):
         log_probs = _log_softmax(chunk)
         with torch.no_grad():
-            # the share of a draw in the mean; where all draws say that a class is impossible, none
+            # the share of a draw in the mean; 0 where a class is impossible under all draws
             share = (log_probs - result.clamp_min(torch.finfo(result.dtype).min)).exp_().mul_(gradient / logits.model.num_samples)
         for total, part in zip(sums, torch.autograd.grad(log_probs, wanted, share, allow_unused=True), strict=True):
             if part is not None:

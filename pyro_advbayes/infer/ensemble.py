@@ -1,4 +1,4 @@
-"""Networks trained apart from each other as draws: :func:`deep_ensemble`."""
+"""Independently trained networks as draws: :func:`deep_ensemble`."""
 
 from __future__ import annotations
 
@@ -40,34 +40,34 @@ def deep_ensemble(
     init_loc_fn: Callable = init_to_fan_in,
 ) -> dict[str, Tensor]:
     """
-    MAP estimates from independent starts, as draws: a deep ensemble (Lakshminarayanan et al., 2017), with the model's priors for
-    weight decay. ::
+    MAP estimates from independent starts, as draws: a deep ensemble (Lakshminarayanan et al., 2017) with the model's priors as weight
+    decay. ::
 
         members = deep_ensemble(model, (x, y), num_steps=2000, optim=Adam({"lr": 1e-3}), batch_size=100)
         ensemble = PosteriorClassifier(model, members)   # PosteriorRegressor(model, members) of a Normal likelihood
 
-    Each member is an ``AutoDelta`` trained by Pyro's SVI, in a parameter store of its own (two guides in one store would share their
-    parameters by name) and on its own shuffled epochs; ``num_members=1`` is the point network of SGD.
+    Each member is an ``AutoDelta`` trained by Pyro's SVI, in a separate parameter store (in one store guides share parameters by name) and
+    on separately shuffled epochs; ``num_members=1`` is one network trained by SGD.
 
     :param model: a Pyro model with continuous latent sites.
     :param args: its arguments.
     :param kwargs: its keyword arguments.
     :param int num_members: number of networks, >= 1.
     :param int num_steps: updates of each, >= 1.
-    :param PyroOptim optim: its settings serve every member anew. No scheduler, which nobody would step; ``ClippedAdam``'s step size falls
-        by itself (``lrd``).
-    :param int batch_size: rows in a minibatch, which is scaled to all rows; None for all rows at every step.
+    :param PyroOptim optim: every member starts with a copy. Not a scheduler, since it would not be stepped; ``ClippedAdam`` decays its step
+        size itself (``lrd``).
+    :param int batch_size: rows in a minibatch, whose likelihood is scaled to all rows; None for all rows at every step.
     :param ELBO loss: ``Trace_ELBO()`` by default; :class:`~pyro_advbayes.TraceRobust_ELBO` makes an ensemble of adversarially
         trained networks.
-    :param init_loc_fn: where a member starts, as in ``AutoDelta``; it must be random, or all members are one.
+    :param init_loc_fn: the start of a member, as in ``AutoDelta``; it must be random, or all members are equal.
     :return: site -> ``[members, *site]``, as ``posterior_samples``.
-    :raises ValueError: if a count is below 1, ``optim`` is a scheduler, there are no ``batch_size`` rows to take, or the model has
-        parameters without a prior that want a gradient: what a draw does not hold cannot differ between members.
+    :raises ValueError: if a count is below 1, ``optim`` is a scheduler, there are fewer than ``batch_size`` rows, or the model has
+        trainable parameters without a prior, which draws do not include.
     """
     check_int(num_members, "num_members", 1)
     check_int(num_steps, "num_steps", 1)
     if isinstance(optim, PyroLRScheduler):
-        raise ValueError("optim is a scheduler, which would never be stepped: give an optimiser, such as ClippedAdam with lrd")
+        raise ValueError("optim is a scheduler, which would not be stepped: give an optimiser, such as ClippedAdam with lrd")
     given = Given(model, args, kwargs)
     arguments = told(lambda values: _examined(model, *given.call(values), batch_size), given.values)
     members = []
@@ -101,8 +101,8 @@ def _refuse_parameters(model: Callable, args: Sequence[Any], kwargs: Mapping[str
     own = [name for name, value in values.items() if value is not None and value.requires_grad]
     if own:
         raise ValueError(
-            f"the model has parameters of its own ({', '.join(own[:3])}{', ...' if len(own) > 3 else ''}), which all members would train "
-            "in turn, and no draw would hold: give them priors (ab.nn.bayesianize), or freeze them (requires_grad_(False))"
+            f"the model has parameters without a prior ({', '.join(own[:3])}{', ...' if len(own) > 3 else ''}), which all members would "
+            "train in turn, and draws do not include: give them priors (ab.nn.bayesianize), or freeze them (requires_grad_(False))"
         )
 
 

@@ -1,4 +1,4 @@
-"""A posterior of a regression as its predictive law: :class:`PosteriorRegressor`."""
+"""The predictive law of a Bayesian regression: :class:`PosteriorRegressor`."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from pyro_advbayes.model.outcomes import Likelihood, without_wrappers
 
 class PosteriorRegressor:
     r"""
-    The predictive law of a model whose likelihood is Normal: :math:`\frac1S \sum_s \mathrm{Normal}(\mu_s(x), \sigma_s(x))`, as the means
+    The predictive law of a model with a Normal likelihood, :math:`\frac1S \sum_s \mathrm{Normal}(\mu_s(x), \sigma_s(x))`, by the means
     and standard deviations of its S draws. ::
 
         law = PosteriorRegressor(model, mcmc.get_samples())
         mean, scale = law(x_test)                                       # [draws, N] each
         print(ab.diagnostics.regression_scores(mean, scale, y_test))
 
-    Both are read from the distribution at the model's observed site, whatever the model returns. For other likelihoods draw the target
-    with :class:`Predictive`; ``ab.diagnostics.crps`` and ``central_intervals`` take draws.
+    Both come from the distribution at the model's observed site, not from its return value. For other likelihoods draw the target with
+    :class:`Predictive`; ``ab.diagnostics.crps`` and ``central_intervals`` take draws.
 
     :param model: a Pyro model, e.g. ``models.heteroscedastic_regression``, with one observed number for each input.
     :param dict posterior_samples: site -> ``[draws, *site]``, of any inference, of :func:`deep_ensemble` too.
-    :param guide: a guide in place of ``posterior_samples``, e.g. of :func:`bayes_adapter`; it is drawn from anew at every call.
-    :param int num_samples: how many draws a guide makes.
+    :param guide: a guide in place of ``posterior_samples``, e.g. of :func:`bayes_adapter`; it draws anew at every call.
+    :param int num_samples: number of draws from the guide.
     :param int chunk_size: as in :class:`Predictive`.
     :param str site: the observed site, where there are several.
     :raises ValueError: if draws hold NaN; at the first call, if they do not fit the model, or the likelihood is no Normal of one number
@@ -70,7 +70,7 @@ class PosteriorRegressor:
 
 
 class _Moments:
-    """A model with the mean and the standard deviation of its observed site in place of its return value, ``[2, N]``."""
+    """A model that returns the mean and the standard deviation of its observed site, ``[2, N]``."""
 
     def __init__(self, model: Callable, site: str | None) -> None:
         self.model, self.site = model, site

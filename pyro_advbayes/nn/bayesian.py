@@ -37,7 +37,7 @@ class FanIn:
 
     with fan_in the number of elements of ``w`` over the size of its first dimension: the inputs that one output unit
     of a linear, convolutional or recurrent layer sees. (An embedding is looked up, not summed over, and a transposed
-    convolution stores its inputs first: give those a prior of their own.) A tensor of one dimension or none (a bias)
+    convolution stores its inputs first: give those a separate prior.) A tensor of one dimension or none (a bias)
     has no fan-in and gets ``Normal(0, bias_scale)``. In :func:`bayesianize` the gains of PyTorch's normalisation layers
     get ``Normal(1, bias_scale)``, and their biases ``Normal(0, bias_scale)``, whatever their shape.
 
@@ -78,26 +78,24 @@ def bayesianize(
     name (``"0.weight"``; ``"net.0.weight"`` once it is the attribute ``net`` of a model), drawn as a whole. Make the
     copy part of its model before it is first called: Pyro fixes the names at that moment.
 
-    - Priors live on the device and in the dtype of their parameter, and follow ``.to()``, ``.double()`` and the like.
-    - The copy is in eval mode and stays there, even when a module around it is put in train mode: a log-density must
-      not depend on chance (Dropout), and running the model must not change it (BatchNorm's statistics, which stay
-      those of the original). Excluded layers are no exception. A warning names Dropout layers that this turns off, and
-      BatchNorm layers that have never seen data. Variational inference from scratch has no statistics
-      yet: there ``eval_only=False`` leaves the copy in the mode of the original, and lets it follow ``train()`` and
-      ``eval()``.
-    - A distribution is the prior of the gains of normalisation layers too, around its own mean; :class:`FanIn` centres
-      them at 1.
+    - Priors have the device and dtype of their parameter; ``.to()``, ``.double()`` and the like move them.
+    - The copy, excluded layers included, stays in eval mode, even when the module around it is put in train mode: a
+      log-density must not be random (Dropout), and running the model must not change it (BatchNorm's statistics, which
+      are those of the original). A warning names Dropout layers that this turns off, and BatchNorm layers that have
+      never seen data. Variational inference from scratch has no statistics yet: ``eval_only=False`` keeps the mode of
+      the original, which ``train()`` and ``eval()`` change.
+    - One distribution is the prior of the gains of normalisation layers, too; :class:`FanIn` centres them at 1.
     - A module used in two places stays one module, with one site, under the last of its names.
     - Frozen parameters (``requires_grad=False``) get priors like all others.
-    - Keep ``torch.func.functional_call`` to the original: on a Pyro module it deletes the priors for good.
+    - Use ``torch.func.functional_call`` on the original only: on a Pyro module it deletes the priors permanently.
 
     :param torch.nn.Module net: any network that is not a Pyro module yet.
     :param prior: one Pyro distribution, expanded to the shape of each parameter; or a function of a parameter's name
-        and value that returns its distribution (which is expanded likewise), or None to leave the parameter as it is;
+        and value that returns its distribution (which is expanded likewise), or None for no prior;
         :class:`FanIn` is such a function.
     :param exclude: one pattern or several (as in :mod:`fnmatch`: ``"0.*"``, ``"*.bias"``) for the names of
-        parameters that get no prior. They stay ``nn.Parameter`` s with the values of the original: samplers hold
-        them fixed, variational inference optimises those that require a gradient.
+        parameters without a prior. They remain ``nn.Parameter`` s with the values of the original: samplers do not
+        change them, variational inference optimises those that require a gradient.
     :param bool eval_only: whether the copy stays in eval mode. Samplers refuse one that is in train mode.
     :returns: the copy, a :class:`~pyro.nn.PyroModule`.
     :raises ValueError: if ``net`` has no parameters, or none is left to get a prior; if a pattern matches nothing; if
@@ -141,7 +139,7 @@ def bayesianize(
 
 
 class _Bayesian(PyroModule):
-    """What the root of a bayesianized network adds to a PyroModule."""
+    """The root of a bayesianized network."""
 
     _eval_only: bool
 
@@ -162,7 +160,7 @@ class _Bayesian(PyroModule):
 def _bayesian_class(cls: type[PyroModule]) -> type[PyroModule]:
     class Bayesian(_Bayesian, cls):  # type: ignore[valid-type, misc]  # a base that is known at run time
         def __reduce__(self) -> tuple:
-            # The class is made here, so that pickle cannot find it by name; the class of the plain module it can.
+            # pickle cannot find this local class by name, but that of the plain module
             return _empty, (_plain_class(cls),), self.__getstate__()
 
     Bayesian.__name__ = Bayesian.__qualname__ = "Bayesian" + _plain_class(cls).__name__
@@ -174,7 +172,7 @@ def _plain_class(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
 
 
 def _empty(plain: type[torch.nn.Module]) -> PyroModule:
-    """An object to unpickle into."""
+    """An empty object for unpickling."""
     cls = _bayesian_class(PyroModule[plain])
     return cls.__new__(cls)
 
@@ -193,8 +191,7 @@ def _pyro_modules(model: torch.nn.Module) -> list[PyroModule]:
 
 def declared_sites(model: PyroModule) -> dict[str, Any]:
     """
-    The sites that a model's modules declare as ``PyroSample``, whether it draws them or not: name -> prior, a distribution or a function of
-    the module.
+    The sites that a model's modules declare as ``PyroSample``, drawn or not: name -> prior, a distribution or a function of the module.
     """
     return {
         f"{module._pyro_name}.{attribute}".lstrip("."): prior
@@ -214,7 +211,7 @@ def _matches(patterns: str | Sequence[str], names: list[str]) -> set[str]:
 
 
 def _fit(prior: Any, name: str, value: torch.Tensor) -> TorchDistributionMixin:
-    """The prior over a whole parameter, where that parameter lives."""
+    """The prior of a parameter, on its device."""
     if not isinstance(prior, TorchDistributionMixin):
         raise ValueError(f"The prior of {name!r} must be a distribution of pyro.distributions, got {prior!r}.")
     if not value.is_floating_point():
@@ -235,13 +232,13 @@ def _fit(prior: Any, name: str, value: torch.Tensor) -> TorchDistributionMixin:
 def map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """A copy of a distribution with ``fn`` applied to every tensor that it holds, at any depth."""
     if isinstance(value, torch.Tensor):
-        # An expanded tensor stays one: a prior on a million weights holds two numbers.
+        # An expanded tensor stays expanded: a prior on a million weights holds two numbers.
         core = value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
         return fn(core).expand(value.shape)
     if isinstance(value, Distribution | Transform | Constraint):
         mapped = object.__new__(type(value))
         for name, item in vars(value).items():
-            # A transform remembers its inverse, which holds the tensors from before; it makes a new one when asked.
+            # A transform caches its inverse, which holds the old tensors; it makes a new one on request.
             remembered = name == "_inv" and not isinstance(value, _InverseTransform)
             vars(mapped)[name] = None if remembered else map_tensors(item, fn)
         return mapped
@@ -280,21 +277,21 @@ def _check_modules(net: torch.nn.Module) -> None:
             raise ValueError(f"{what} is lazy and has no shape yet: call the network once on a batch, then bayesianize.")
         if isinstance(module, BATCH_NORMS) and not module.track_running_stats:
             raise ValueError(
-                f"{what} normalises by the batch that it is given (track_running_stats=False), so that no row has a "
-                "likelihood of its own: track the statistics, or use GroupNorm."
+                f"{what} normalises by its batch (track_running_stats=False), so that the likelihood of a row depends on "
+                "the others: track the statistics, or use GroupNorm."
             )
     if next(net.parameters(), None) is None:
         raise ValueError(f"The {type(net).__name__} has no parameters that could get a prior.")
 
 
 def _tell_of_eval_mode(net: torch.nn.Module) -> None:
-    """Warns of layers that do something else in eval mode, where the copy stays, than their author expects."""
+    """Warns of layers that differ in eval mode, in which the copy stays."""
     layers = {name or type(module).__name__: module for name, module in net.named_modules()}
     dropping = [repr(name) for name, module in layers.items() if module.training and _drops(module)]
     if dropping:
         warnings.warn(
-            f"Dropout is off in the copy (layers {', '.join(dropping)}): it stays in eval mode, since a log-density must not depend on "
-            "chance. mc_dropout(net) makes the masks latent sites; net.eval() before bayesianize says that it is meant",
+            f"Dropout is off in the copy (layers {', '.join(dropping)}): it stays in eval mode, since a log-density must not be "
+            "random. mc_dropout(net) makes the masks latent sites; call net.eval() before bayesianize to silence this warning",
             stacklevel=3,
         )
     unseen = [name for name, module in layers.items() if never_seen_data(module)]

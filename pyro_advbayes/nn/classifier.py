@@ -1,4 +1,4 @@
-"""A network whose outputs are the logits of a class."""
+"""A classifier with a Bayesian network: :class:`Classifier`."""
 
 from __future__ import annotations
 

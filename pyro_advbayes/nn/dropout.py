@@ -1,4 +1,4 @@
-"""Dropout as a posterior: the masks of a network as sites of a Pyro model: :func:`mc_dropout`."""
+"""MC dropout: the masks of a network as sites of a Pyro model: :func:`mc_dropout`."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ from pyro_advbayes.kinds import MASKING_DROPOUTS
 
 def mc_dropout(net: torch.nn.Module) -> PyroModule:
     """
-    Copies a network and makes the mask of every Dropout layer a latent site, so that every draw is a network with units left out: MC
-    dropout (Gal and Ghahramani, ICML 2016). ::
+    Copies a network and makes the mask of every Dropout layer a latent site: MC dropout (Gal and Ghahramani, ICML 2016). ::
 
         model = Classifier(mc_dropout(nn.Sequential(nn.Linear(784, 400), nn.ReLU(), nn.Dropout(0.5), nn.Linear(400, 10))))
         svi = SVI(minibatch(model, len(x)), dropout_guide(model), Adam({"lr": 1e-3, "weight_decay": 1e-4}), Trace_ELBO())
         logits = Predictive(model, guide=dropout_guide(model), num_samples=200, return_sites=["_RETURN"])(x)["_RETURN"]
 
-    A mask is drawn once for a run of the model and holds for all rows, as the weights of other draws do; PyTorch's holds for one. It is the
-    site ``"<layer>.mask"``, of the shape of a unit's activations (of a channel, for Dropout2d and its kin). The parameters stay
-    ``nn.Parameter`` s for Pyro's optimisers. A layer in two places of a network has a mask of its own in each; one that a ``forward``
-    calls twice has one name for two masks, and Pyro refuses that at the first run.
+    A mask is drawn once for a run of the model and is shared by all rows, as weights are; PyTorch draws one for each row. It is the site
+    ``"<layer>.mask"``, with an entry for each unit (each channel, for Dropout1d to Dropout3d). The parameters remain ``nn.Parameter`` s for
+    Pyro's optimisers. A layer in two places of a network has a separate mask in each. A layer that a ``forward`` calls twice would have two
+    masks of one name, which Pyro refuses at the first run.
 
-    :param net: a network with Dropout layers; it stays untouched.
+    :param net: a network with Dropout layers; it does not change.
     :return: the copy.
-    :raises ValueError: if it has no Dropout layer, one with p = 1, or one of a kind that is not a mask (AlphaDropout), or a layer that
-        leaves units out by itself or skips its Dropout layers: recurrent ones of several layers and attention, each with ``dropout``;
-        TransformerEncoderLayer, but for one with an activation that PyTorch has no fast path for.
+    :raises ValueError: if it has no Dropout layer, one with p = 1, or one that does not multiply by a mask (AlphaDropout); if another layer
+        drops units (recurrent ones of several layers and attention, each with ``dropout``) or skips its Dropout layers
+        (TransformerEncoderLayer, unless its activation disables PyTorch's fast path).
     """
     copied, found = copy.deepcopy(net), False
     for name, module in list(copied.named_modules()):
@@ -47,14 +46,14 @@ def mc_dropout(net: torch.nn.Module) -> PyroModule:
                 setattr(module, attribute, _Mask(child.p, channels=not isinstance(child, torch.nn.Dropout)))
                 found = True
     if not found:
-        raise ValueError(f"the {type(net).__name__} has no Dropout layer, whose masks could be drawn")
+        raise ValueError(f"the {type(net).__name__} has no Dropout layer")
     to_pyro_module_(copied)
     assert isinstance(copied, PyroModule)
     return copied
 
 
 def _refuse_other_dropout(label: str, layer: torch.nn.Module) -> None:
-    """:raises ValueError: if a layer drops in ways that no site stands for, or passes its Dropout layers by."""
+    """:raises ValueError: if a layer drops units without a Dropout layer, or skips its Dropout layers."""
     if isinstance(layer, (torch.nn.AlphaDropout, torch.nn.FeatureAlphaDropout)):
         raise ValueError(f"{label} is no mask: use Dropout")
     if isinstance(layer, torch.nn.RNNBase) and layer.num_layers > 1 and layer.dropout > 0.0:
@@ -64,8 +63,8 @@ def _refuse_other_dropout(label: str, layer: torch.nn.Module) -> None:
     if isinstance(layer, torch.nn.TransformerEncoderLayer) and layer.activation_relu_or_gelu:
         if any(part.p > 0.0 for part in layer.modules() if isinstance(part, MASKING_DROPOUTS)):
             raise ValueError(
-                f"{label} skips its Dropout layers in eval mode, on PyTorch's fast path: give it an activation that this path does not "
-                "know, as activation=lambda x: x.relu()"
+                f"{label} skips its Dropout layers in eval mode, on PyTorch's fast path: give it an activation that disables this path, "
+                "such as activation=lambda x: x.relu()"
             )
 
 
@@ -92,10 +91,11 @@ class _Mask(PyroModule):
 
 def dropout_guide(model: Any) -> Any:
     """
-    The guide of MC dropout: masks as the model draws them, so that the divergence in an ELBO is 0 and only the parameters learn.
+    The guide of MC dropout. It draws masks from the model's prior, so that the divergence in an ELBO is 0 and only the parameters are
+    trained.
 
-    :param model: a model with a network of :func:`mc_dropout`, whose other latent sites are not drawn here.
-    :return: a guide, which is called with the model's arguments.
+    :param model: a model with a network of :func:`mc_dropout`. Its other latent sites are not drawn by this guide.
+    :return: a guide that takes the model's arguments.
     """
 
     def is_mask(site: Message) -> bool:

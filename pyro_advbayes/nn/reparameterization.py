@@ -1,5 +1,5 @@
 """
-Draws of weights that differ from row to row of a minibatch, so that gradients of an ELBO have less variance:
+Separate draws of weights for each row of a minibatch, which reduce the variance of an ELBO's gradients:
 :class:`LocalReparameterization`, :class:`Flipout` and :class:`ExemplarReparameterization`.
 """
 
@@ -30,7 +30,7 @@ LAYERS = (F.linear, *CONVOLUTIONS)
 NORMALISATIONS = (F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm)
 OTHERS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.embedding, F.prelu, F.rms_norm)
 
-# What else a network makes of a weight, and a log-density of a draw does not. By name: each has several forms.
+# Other operations on weights, which occur in networks and not in log-densities. By name, since each has several forms.
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "einsum", "tensordot", "bilinear"}
 BY_HAND = {*PRODUCTS, "t", "transpose", "permute"}
 TURNED = tuple(inspect.getattr_static(Tensor, name).__get__ for name in ("T", "mT"))
@@ -39,16 +39,16 @@ _entered = threading.local()
 
 
 def rows_differ() -> bool:
-    """Whether one of the handlers of this module is at work in this thread."""
+    """Whether one of the handlers of this module is active in this thread."""
     return getattr(_entered, "count", 0) > 0
 
 
 class DrawnSite:
     """
-    A tensor that a guide drew, and what takes its place in the rows of a minibatch.
+    A tensor that a guide drew, and its replacement in the rows of a minibatch.
 
-    :ivar own: the rows' own values, or what they are made of; None before they were asked for.
-    :ivar uses: how many layers have met it.
+    :ivar own: the separate values of the rows, or what determines them; None before the first use.
+    :ivar uses: the number of layers that used it.
     """
 
     def __init__(self, name: str, fn: Any) -> None:
@@ -59,17 +59,17 @@ class DrawnSite:
 
 class RowwiseMessenger(Messenger):
     """
-    What the three handlers share. They go around a guide and its model together. They note the tensors that are drawn, and step in where
-    one of PyTorch's functions meets such a tensor as a layer's weight: by a ``TorchFunctionMode``, which is of one thread and changes
-    nothing outside the ``with`` block. Divergences from the prior are those of the guide's distributions, or of the one draw that the
-    handler does not touch; the likelihood of a row is that of a network of its own, with the guide's law.
+    Base of the three handlers. A handler encloses a guide and its model. It notes the tensors that are drawn, and replaces the functions of
+    PyTorch that use such a tensor as a layer's weight, by a ``TorchFunctionMode``, which affects one thread and the ``with`` block only.
+    Divergences from the prior do not change: they are those of the guide's distributions, or of its single draw. Each row's likelihood is
+    that of a separate draw of the network from the guide.
 
-    :param shared: one pattern or several (as in :mod:`fnmatch`) for the names of sites that stay one draw for all rows.
-    :raises ValueError: naming the site, where the model first runs, or at the end of the block or the next draw, if a site that is not
-        ``shared`` meets no layer that the handler covers, or something else beside one; and if the rows of a layer's input are not those
-        of the plate around the observations.
+    :param shared: one pattern or several (as in :mod:`fnmatch`) for the names of sites with one draw for all rows.
+    :raises ValueError: naming the site, at the first run of the model, at the end of the block or at the next draw, if a site that is not
+        ``shared`` is used outside the layers that the handler covers; and if the rows of a layer's input are not those of the plate around
+        the observations.
 
-    :ivar dict covered: site -> the names of the functions in which its rows had draws of their own.
+    :ivar dict covered: site -> the names of the functions in which each row had a separate draw.
     """
 
     def __init__(self, shared: str | Sequence[str] = ()) -> None:
@@ -124,7 +124,7 @@ class RowwiseMessenger(Messenger):
         key = id(value)
         self._rows.pop(site.name, None)
         self._sites[key] = self._unmet[site.name] = site
-        weakref.finalize(value, self._sites.pop, key, None).atexit = False  # the number may become another tensor's
+        weakref.finalize(value, self._sites.pop, key, None).atexit = False  # the id may be reused by another tensor
 
     def _check_rows(self, observed: dict[str, Any]) -> None:
         plates = {frame.size for frame in observed["cond_indep_stack"] if frame.vectorized}
@@ -148,7 +148,7 @@ class RowwiseMessenger(Messenger):
     # ----------------------------------------------------------------------------------------------------- PyTorch's functions
 
     def call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Runs a function of PyTorch's, row by row where a layer meets a drawn tensor."""
+        """Runs a function of PyTorch, with separate draws for the rows where a layer uses a drawn tensor."""
         met = [self._sites[id(v)] for v in (*args, *kwargs.values()) if id(v) in self._sites] if self._sites else []
         if not met:
             return func(*args, **kwargs)
@@ -190,7 +190,7 @@ class RowwiseMessenger(Messenger):
         return self._with(torch.add, self._with(torch.mul, out, gain, channels), shift, channels)
 
     def _with(self, apply: Callable, out: Tensor, value: Tensor | None, channels: int) -> Tensor:
-        """Adds or multiplies a bias or a gain, whose dimensions are those of ``out`` from ``channels`` on; each row's own where drawn."""
+        """Applies a bias or a gain, whose dimensions are those of ``out`` from ``channels`` on, with separate draws for the rows."""
         if value is None:
             return out
         site = self._sites.get(id(value))
@@ -200,7 +200,7 @@ class RowwiseMessenger(Messenger):
 
     def once(self, site: DrawnSite, rows: int, make: Callable[[], Any]) -> Any:
         """
-        What the rows have of their own at a site: made where it is first met, the same wherever it is met again.
+        The separate values of the rows at a site: made at its first use, and used again later.
 
         :raises ValueError: if it was made for another number of rows.
         """
@@ -248,15 +248,14 @@ class ExemplarReparameterization(RowwiseMessenger):
         with ab.nn.ExemplarReparameterization():
             svi.step(x, y)
 
-    The estimate of the expected log-likelihood stays unbiased, and the part of its gradient's variance that comes from the draw falls with
-    B, since rows no longer share it. Convolutions are one grouped convolution, linear layers on sequences one batched product, the gains
-    and shifts of normalisation layers are applied after it; transposed convolutions, embeddings, PReLU and RMSNorm go through
-    ``torch.vmap``. Any distribution that can be drawn from with gradients will do.
+    The estimate of the expected log-likelihood is unbiased, and the variance that draws add to its gradient falls with B, since rows do not
+    share draws. A convolution becomes one grouped convolution, a linear layer on sequences one batched product; gains and shifts of
+    normalisation layers are applied separately; transposed convolutions, embeddings, PReLU and RMSNorm use ``torch.vmap``. Any distribution
+    with reparameterised draws is supported.
 
-    Where a linear layer meets one vector a row and its weights are Normal, what it makes of the row is drawn in place of the weights, as in
-    :class:`LocalReparameterization`: the outputs have the same law, the gradient is the expectation of the other given them, and there are
-    no B copies of the weights. Where such weights are met again, they are drawn given what the first layer made of them. Memory: B times
-    that of all other weights.
+    For a linear layer with one input vector for each row and Normal weights, the outputs are drawn in place of the weights, as in
+    :class:`LocalReparameterization`: they have the same law, the gradient has no larger variance, and there are no B copies of the weights.
+    If such weights are used again, they are drawn given these outputs. Memory: B times that of all other weights.
 
     Source: Z. Deng, H. Zhang, X. Yang, Y. Dong and J. Zhu, BayesAdapter: being Bayesian, inexpensively and reliably, via Bayesian
     fine-tuning, 2020.
@@ -299,12 +298,12 @@ class ExemplarReparameterization(RowwiseMessenger):
 
 class Flipout(RowwiseMessenger):
     r"""
-    Gives every row i the one draw of a layer with signs of its own,
+    Gives every row i the single draw of a layer with separate random signs,
 
     .. math:: W_i = \mu + (W - \mu) \circ r_i s_i^\top, \qquad r_i, s_i \in \{-1, 1\} \text{ at random},
 
-    over the layer's outputs and inputs (channels, in a convolution; all its positions share them). Each :math:`W_i` has the guide's law,
-    so that estimates stay unbiased, and different rows' are uncorrelated. It costs a second pass through the layer. ::
+    over the layer's outputs and inputs (channels of a convolution, shared by its positions). Each :math:`W_i` has the guide's law, so that
+    estimates are unbiased, and those of different rows are uncorrelated. It costs a second pass through the layer. ::
 
         with ab.nn.Flipout():
             svi.step(x, y)
@@ -336,8 +335,8 @@ class Flipout(RowwiseMessenger):
 
 class LocalReparameterization(RowwiseMessenger):
     r"""
-    Draws what a linear layer makes of a row, in place of its weights: with :math:`W_{jk} \sim \mathcal{N}(\mu_{jk}, \sigma_{jk}^2)` and a
-    row :math:`x`,
+    Draws the outputs of a linear layer for each row, in place of its weights: with :math:`W_{jk} \sim \mathcal{N}(\mu_{jk}, \sigma_{jk}^2)`
+    and a row :math:`x`,
 
     .. math:: a_j \sim \mathcal{N}\Big(\sum_k \mu_{jk} x_k,\; \sum_k \sigma_{jk}^2 x_k^2\Big),
 
@@ -346,9 +345,9 @@ class LocalReparameterization(RowwiseMessenger):
         with ab.nn.LocalReparameterization():
             svi.step(x, y)
 
-    The law is that of a draw of the weights for every row, so that estimates stay unbiased; that takes an input ``[rows, features]``, of
-    which each row meets the layer once. Convolutions and sequences are refused, since their positions share weights: drawing positions
-    independently, as is often done, has another expectation. Gains and shifts of normalisation layers are drawn for every row.
+    The law is that of a separate draw of the weights for every row, so that estimates are unbiased. The input must be ``[rows, features]``,
+    and each layer be used once. Convolutions and sequences are refused, since their positions share weights: independent draws for
+    positions, as is often done, have another expectation. Gains and shifts of normalisation layers are drawn for every row.
 
     Source: D. Kingma, T. Salimans and M. Welling, Variational dropout and the local reparameterization trick, NeurIPS 2015, Eq. 6.
 
@@ -375,7 +374,7 @@ class LocalReparameterization(RowwiseMessenger):
 
 class _Products:
     """
-    Products of rows ``x`` with Normal weights ``[outputs, inputs]``, of which each row has its own, drawn without the weights.
+    Products of rows ``x`` with separate Normal weights ``[outputs, inputs]`` for each row, drawn without the weights.
 
     :ivar values: ``[rows, outputs]``.
     """
@@ -383,13 +382,13 @@ class _Products:
     def __init__(self, x: Tensor, fn: Normal) -> None:
         self.x, self.fn = x, fn
         variance = F.linear(x.square(), fn.scale.square())
-        self.variance = variance.clamp_min(torch.finfo(variance.dtype).tiny)  # of a row of zeros it is 0, where the root has no slope
+        self.variance = variance.clamp_min(torch.finfo(variance.dtype).tiny)  # for a row of zeros it is 0, where the root has no derivative
         self.values = F.linear(x, fn.loc) + self.variance.sqrt() * torch.randn_like(variance)
 
     def weights(self, free: Tensor) -> Tensor:
         """
-        Draws of the weights given the products: of ``free`` draws ``[rows, outputs, inputs]``, moved along each row's ``x`` to where
-        they give its products. Matheron's rule.
+        Draws of the weights given the products, by Matheron's rule: ``free`` draws ``[rows, outputs, inputs]``, moved along each row's
+        ``x`` until they give its products.
         """
         missing = (self.values - torch.einsum("boi,bi->bo", free, self.x)) / self.variance
         return free + missing.unsqueeze(2) * self.fn.scale.square() * self.x.unsqueeze(1)

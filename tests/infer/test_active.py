@@ -146,7 +146,7 @@ def test_files_that_cannot_be_gone_on_with_are_refused_before_the_first_fit(tmp_
     former = {"acquisition": "bald", "num_rounds": 4, "per_round": 3, "per_class": 2, "candidates": None, "seed": 0, "pool": [60, 8.5]}
     for content in ([1, 2], {"settings": former, "labelled": torch.arange(4), "accuracies": [0.5]}, {"settings": 3}):
         files.save(path, content, "run of active_learning")
-        with pytest.raises(ValueError, match=r"run.safetensors holds no active learning that this version can go on with: delete it"):
+        with pytest.raises(ValueError, match=r"run.safetensors holds no active learning that this version can resume: delete it"):
             ab.active_learning(fit, blobs(), blobs(40), path=path, **options)
 
 

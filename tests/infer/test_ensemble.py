@@ -81,9 +81,9 @@ def scaled(x, y):
 def test_parameters_that_no_draw_would_hold_are_refused_unless_frozen():
     x, y = data()
     model, options = Headed(), {"num_members": 2, "num_steps": 2, "optim": Adam({"lr": 0.05})}
-    with pytest.raises(ValueError, match=r"parameters of its own \(body\$\$\$weight, body\$\$\$bias\).*freeze"):
+    with pytest.raises(ValueError, match=r"parameters without a prior \(body\$\$\$weight, body\$\$\$bias\).*freeze"):
         deep_ensemble(model, (x, y.long()), **options)
-    with pytest.raises(ValueError, match=r"parameters of its own \(scale\)"):
+    with pytest.raises(ValueError, match=r"parameters without a prior \(scale\)"):
         deep_ensemble(scaled, (x, y), **options)
     model.body.requires_grad_(False)
     before = model.body.weight.clone()

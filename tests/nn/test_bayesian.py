@@ -305,7 +305,7 @@ def compiled() -> nn.Module:
         (compiled, "is compiled"),
         (
             lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)),
-            "Module '1' normalises by the batch",
+            "Module '1' normalises by its batch",
         ),
     ],
 )
