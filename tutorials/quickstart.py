@@ -43,7 +43,7 @@ from pyro_advbayes import diagnostics as dg
 
 NUM_CHAINS = 4
 BATCH_SIZE = 100
-LEARNT = 8  # the classes 0 to 7; 8 and 9 are strangers
+LEARNT = 8  # the classes 0 to 7; 8 and 9 are out-of-distribution
 HIDDEN = 50
 
 
@@ -90,7 +90,7 @@ def new_model() -> torch.nn.Module:
 
 
 def predict(predictive: ab.Predictive, task: Task) -> tuple[Tensor, Tensor]:
-    """Class probabilities ``[draws, N, K]`` of the test images and of the strangers."""
+    """Class probabilities ``[draws, N, K]`` of the test images and of the out-of-distribution ones."""
     logits = predictive(torch.cat([task.x_test, task.x_out]))["_RETURN"]
     return logits.softmax(-1).split([len(task.x_test), len(task.x_out)], dim=1)
 
@@ -130,7 +130,7 @@ def sample(method: str, model: torch.nn.Module, task: Task, scale: Scale) -> tup
 
 
 def quality(inside: Tensor, outside: Tensor, task: Task) -> dict[str, float]:
-    """What the predictions are worth; for AUROC, strangers should have the higher predictive entropy."""
+    """Scores of the predictions; AUROC is that of predictive entropy as a detector of out-of-distribution images."""
     return {
         "accuracy": dg.accuracy(inside, task.y_test),
         "nll": dg.nll(inside, task.y_test),

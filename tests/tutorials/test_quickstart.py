@@ -104,7 +104,7 @@ def test_the_picture_is_not_empty(first):
     assert 0.02 < (pixels[..., :3].min(-1) < 0.9).mean() < 0.9
 
 
-def test_strangers_are_never_in_training_or_test():
+def test_out_of_distribution_digits_are_never_in_training_or_test():
     task = quickstart.load()
     assert task.y.max() == task.y_test.max() == 7
     rows = {tuple(row) for row in torch.cat([task.x, task.x_test]).tolist()}
