@@ -34,7 +34,6 @@ from pyro_advbayes.infer.mcmc.fingerprint import (
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.threads import one_thread
 from pyro_advbayes.model.batches import is_loader
-from pyro_advbayes.model.potential import Potential
 from pyro_advbayes.storage import files, reference
 
 
@@ -200,7 +199,7 @@ class OnlineAPD:
         scheduled = schedule_values(kernel, self.warmup_steps + self.num_samples)
         args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         kernel.setup_chains(self.num_chains, self.warmup_steps, args, kwargs, find_start)
-        sites, device = self._potential.sites, self._potential.device
+        sites, device = self.kernel.potential.sites, self.kernel.potential.device
         self.guide.set_sites(sites, device)
         network = self.guide.network
         if not network.trainable:
@@ -229,13 +228,14 @@ class OnlineAPD:
 
     def _alternate(self, at: _Progress, training: Training | None) -> Training:
         kernel, params, reservoir, fitter = self.kernel, self.kernel.initial_params, self._reservoir, self._fitter
+        assert params is not None  # since the chains are set up
         total = self.warmup_steps + self.num_samples
         bar = tqdm(total=total, initial=at.samples, desc="OnlineAPD", disable=True if self.disable_progbar else None, mininterval=0.5)
         with bar:
             for i in range(at.samples, total):
                 params = kernel.sample(params)
                 if i >= self.warmup_steps:
-                    reservoir.add(self._potential.join(params)[~torch.as_tensor(kernel.info["diverging"])])
+                    reservoir.add(self.kernel.potential.join(params)[~torch.as_tensor(kernel.info["diverging"])])
                 if reservoir.seen >= at.next_look:
                     at.steps += 0 if training is None else training.steps
                     training, at.next_look = self._restart(training), 2 * reservoir.seen
@@ -250,11 +250,6 @@ class OnlineAPD:
         if training is None:
             raise RuntimeError(f"chains were lost before they had filled the buffer: {reservoir.seen} draws of {self.buffer}")
         return training
-
-    @property
-    def _potential(self) -> Potential:
-        assert self.kernel.potential is not None  # since the chains are set up
-        return self.kernel.potential
 
     def _restart(self, training: Training | None) -> Training:
         """Takes mean and scale of the draws so far, and starts to train in these units."""
@@ -281,7 +276,7 @@ class OnlineAPD:
             "generator reference": self.guide.network.reference(),
             "training": None if training is None else training.state(),
             "stopping": None if stopping is None else stopping.state(),
-            "random": files.random_state(self._potential.device),
+            "random": files.random_state(self.kernel.potential.device),
         }
         fitter.held.save(content, "checkpoint of OnlineAPD")
 
