@@ -384,8 +384,11 @@ FUNCTIONS = {
         {"mean": SCORES.expand(2, -1), "scale": 1.0 + SCORES.expand(2, -1).abs()},
     ),
     "batch_bald": (lambda probs: diagnostics.batch_bald(probs, 3), {"probs": PROBS}),
-    "accuracy_under_attack": (lambda probs, labels: diagnostics.accuracy_under_attack(probs, labels), {"probs": PROBS, "labels": CLASSES}),
-    "accuracy_curve": (lambda probs, labels: diagnostics.accuracy_curve([0.1], [probs], labels), {"probs": PROBS, "labels": CLASSES}),
+    "accuracy_under_attack": (diagnostics.accuracy_under_attack, {"attacked": PROBS, "labels": CLASSES}),
+    "accuracy_curve": (
+        lambda attacked, labels: diagnostics.accuracy_curve([0.1], [attacked], labels),
+        {"attacked": PROBS, "labels": CLASSES},
+    ),
     "softmax_robustness": (lambda probs: diagnostics.softmax_robustness(probs, probs), {"probs": PROBS}),
     "gradient_norms": (lambda gradients: diagnostics.gradient_norms(gradients), {"gradients": torch.ones(4, N, 3)}),
     "draw_quality": (lambda log_probs, labels: diagnostics.draw_quality(log_probs, labels), {"log_probs": PROBS.log(), "labels": CLASSES}),
@@ -394,7 +397,7 @@ FUNCTIONS = {
     "aupr_out": (lambda in_scores, out_scores: diagnostics.aupr_out(in_scores, out_scores), {"in_scores": SCORES, "out_scores": SCORES}),
     "fpr95": (lambda in_scores, out_scores: diagnostics.fpr95(in_scores, out_scores), {"in_scores": SCORES, "out_scores": SCORES}),
     "detection": (lambda in_scores, out_scores: diagnostics.detection(in_scores, out_scores), {"in_scores": SCORES, "out_scores": SCORES}),
-    "ood_detection": (lambda probs: diagnostics.ood_detection(probs, {"same": torch.as_tensor(probs)}), {"probs": PROBS}),
+    "ood_detection": (lambda in_probs: diagnostics.ood_detection(in_probs, {"same": torch.as_tensor(in_probs)}), {"in_probs": PROBS}),
     "adversarial_detection": (
         lambda attacked_probs, hit: diagnostics.adversarial_detection(PROBS, attacked_probs, hit),
         {"attacked_probs": PROBS, "hit": CLASSES > 0},

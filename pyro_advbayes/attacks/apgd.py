@@ -11,11 +11,13 @@ from torch import Tensor
 from pyro_advbayes.attacks.base import Best, GradientAttack
 from pyro_advbayes.attacks.geometry import Ball, rows
 from pyro_advbayes.attacks.problem import Problem
+from pyro_advbayes.checked import checked
 
 MOMENTUM = 0.75  # the paper's alpha
 PROGRESS = 0.75  # and rho: the share of steps that must raise the loss
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class APGD(GradientAttack):
     r"""

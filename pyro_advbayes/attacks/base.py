@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyro_advbayes.attacks.geometry import BALLS, Ball, Clip, Region, rows
 from pyro_advbayes.attacks.losses import LOSSES
 from pyro_advbayes.attacks.problem import OBJECTIVES, ClassifierProblem, LossProblem, Problem, Slope
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int, class_labels, need_tensor
 from pyro_advbayes.kinds import BATCH_NORMS, INSTANCE_NORMS
 from pyro_advbayes.model.refusals import naming
@@ -64,6 +65,7 @@ class Attack(ABC, Generic[Allowed]):
             self.check_count("batch_size")
 
     @final
+    @checked
     def __call__(self, classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         """
         :param classifier: inputs ``[N, ...]`` -> logits ``[N, K]``. Its mode, its parameters and their ``.grad`` do not change.

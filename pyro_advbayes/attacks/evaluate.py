@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from pyro_advbayes.attacks.base import Attack, BallAttack
 from pyro_advbayes.attacks.geometry import flat, l2_size, linf_size
 from pyro_advbayes.attacks.problem import ClassifierProblem, check_labels, check_outputs
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int
 
 ZERO_SHARE = 0.01  # a larger share of inputs without a gradient makes gradient attacks unreliable
@@ -113,6 +114,7 @@ class Report:
         return "\n".join([*table, wrong, *(f"warning: {text}" for text in self.warnings)])
 
 
+@checked
 def evaluate(
     classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, attacks: Sequence[Attack], batch_size: int | None = None
 ) -> Report:

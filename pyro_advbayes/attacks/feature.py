@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from pyro_advbayes.attacks.base import Attack, BallAttack, ascend
 from pyro_advbayes.attacks.geometry import Ball
 from pyro_advbayes.attacks.problem import Ascent, ClassifierProblem, Problem, check_gradient, differentiate
+from pyro_advbayes.checked import checked
 from pyro_advbayes.kinds import sample_sites
 from pyro_advbayes.model.structure import refuse_inference_mode
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class FeatureAttack(BallAttack):
     r"""

@@ -9,8 +9,10 @@ from torch import Tensor
 from pyro_advbayes.attacks.base import GradientAttack, ascend
 from pyro_advbayes.attacks.geometry import Ball
 from pyro_advbayes.attacks.problem import Problem
+from pyro_advbayes.checked import checked
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class FGSM(GradientAttack):
     r"""

@@ -9,12 +9,14 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int, need_tensor
 from pyro_advbayes.model.outcomes import Origins
 from pyro_advbayes.model.readout import Readout
 from pyro_advbayes.model.refusals import told
 
 
+@checked
 class GuideClassifier(nn.Module):
     r"""
     A random classifier: a model whose weights a guide draws at every call,

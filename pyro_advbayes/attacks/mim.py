@@ -10,8 +10,10 @@ from torch import Tensor
 from pyro_advbayes.attacks.base import GradientAttack
 from pyro_advbayes.attacks.geometry import Ball, flat, of_largest_1, rows
 from pyro_advbayes.attacks.problem import Problem
+from pyro_advbayes.checked import checked
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class MIM(GradientAttack):
     r"""

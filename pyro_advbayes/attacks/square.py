@@ -12,11 +12,13 @@ from torch import Tensor
 from pyro_advbayes.attacks.base import BallAttack, Best
 from pyro_advbayes.attacks.geometry import Ball
 from pyro_advbayes.attacks.problem import Problem
+from pyro_advbayes.checked import checked
 
 # Of ten thousand queries: those after which the share of changed pixels halves.
 HALVINGS = (10, 50, 200, 1000, 2000, 4000, 6000, 8000)
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Square(BallAttack):
     r"""

@@ -10,8 +10,10 @@ from torch import Tensor
 from pyro_advbayes.attacks.base import BallAttack, Best
 from pyro_advbayes.attacks.geometry import Ball
 from pyro_advbayes.attacks.problem import Problem
+from pyro_advbayes.checked import checked
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Uniform(BallAttack):
     r"""

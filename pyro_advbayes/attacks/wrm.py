@@ -10,8 +10,10 @@ from torch import Tensor
 from pyro_advbayes.attacks.base import Attack
 from pyro_advbayes.attacks.geometry import Region
 from pyro_advbayes.attacks.problem import Problem
+from pyro_advbayes.checked import checked
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class WRM(Attack[Region]):
     r"""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.datasets.examples import Examples, check_split, image_examples
 from pyro_advbayes.given import need_extra
 
 
+@checked
 def digits(
     split: str = "train",
     *,

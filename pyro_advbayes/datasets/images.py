@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.datasets.examples import Examples, check_split, image_examples
 from pyro_advbayes.datasets.files import check_labels, find_file, read_idx, read_npz
 from pyro_advbayes.given import need_extra
@@ -26,6 +27,7 @@ Scale = tuple[float, float]
 _GREY_LAYOUT = "`images`, uint8 [N, 28, 28], and "
 
 
+@checked
 def mnist(root: str | Path | None = None, split: str = "train", *, scale: Scale = (0.0, 1.0), flatten: bool = False) -> Examples:
     """MNIST: 60 000 + 10 000 digits, ``[N, 1, 28, 28]``, from the files that torchvision downloads.
 
@@ -34,6 +36,7 @@ def mnist(root: str | Path | None = None, split: str = "train", *, scale: Scale 
     return _idx_set("MNIST", root, split, scale, flatten)
 
 
+@checked
 def fashion_mnist(root: str | Path | None = None, split: str = "train", *, scale: Scale = (0.0, 1.0), flatten: bool = False) -> Examples:
     """Fashion-MNIST: 60 000 + 10 000 pieces of clothing, ``[N, 1, 28, 28]``, from the files that torchvision downloads.
 
@@ -42,6 +45,7 @@ def fashion_mnist(root: str | Path | None = None, split: str = "train", *, scale
     return _idx_set("FashionMNIST", root, split, scale, flatten)
 
 
+@checked
 def notmnist(root: str | Path | None = None, *, scale: Scale = (0.0, 1.0), flatten: bool = False) -> Examples:
     """The test split of notMNIST: 10 000 letters A to J in many fonts, ``[N, 1, 28, 28]``, labels 0 to 9.
 
@@ -50,6 +54,7 @@ def notmnist(root: str | Path | None = None, *, scale: Scale = (0.0, 1.0), flatt
     return _idx_set("notMNIST", root, "test", scale, flatten)
 
 
+@checked
 def omniglot(root: str | Path | None = None, *, scale: Scale = (0.0, 1.0), flatten: bool = False) -> Examples:
     """Omniglot's evaluation set: 659 characters of 20 alphabets by 20 hands, ``[13180, 1, 28, 28]``, bright on dark.
 
@@ -64,6 +69,7 @@ def omniglot(root: str | Path | None = None, *, scale: Scale = (0.0, 1.0), flatt
     return _grey_npz("omniglot28.npz", "character_id", None, root, remedy, scale, flatten)
 
 
+@checked
 def cifar10_grey(root: str | Path | None = None, *, scale: Scale = (0.0, 1.0), flatten: bool = False) -> Examples:
     """CIFAR-10's test split in grey at MNIST's size, ``[10000, 1, 28, 28]``: an out-of-distribution set for MNIST.
 
@@ -78,6 +84,7 @@ def cifar10_grey(root: str | Path | None = None, *, scale: Scale = (0.0, 1.0), f
     return _grey_npz("cifar10bw28.npz", "labels", 10, root, remedy, scale, flatten)
 
 
+@checked
 def cifar10(root: str | Path | None = None, split: str = "train", *, scale: Scale = (0.0, 1.0), flatten: bool = False) -> Examples:
     """CIFAR-10 from JPEG copies: 50 000 + 10 000 colour images, ``[N, 3, 32, 32]``.
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.datasets.images import cifar10_grey, notmnist, omniglot
 from pyro_advbayes.given import check_int
 
 
+@checked
 def mnist_ood(
     root: str | Path | None = None, scale: float = 1.0, *, num_images: int = 2000, seed: int = 0, flatten: bool = False
 ) -> dict[str, Tensor]:

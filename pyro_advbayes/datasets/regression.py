@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.datasets.files import find_file, read_table
 from pyro_advbayes.given import check_int
 
@@ -53,6 +54,7 @@ class RegressionSplit(NamedTuple):
     unit: float
 
 
+@checked
 def uci(name: str, split: int = 0, root: str | Path | None = None) -> RegressionSplit:
     """A UCI regression set in one of the splits of Hernández-Lobato and Adams (2015), which most papers use: 90 % of the rows for
     training, all columns standardised.
@@ -93,6 +95,7 @@ def uci(name: str, split: int = 0, root: str | Path | None = None) -> Regression
     return _split(x[train], y[train], x[test], y[test], np.arange(x.shape[1]))
 
 
+@checked
 def metro_traffic(root: str | Path | None = None, *, test_fraction: float = 0.2) -> RegressionSplit:
     """Vehicles an hour on a motorway, the UCI set "Metro Interstate Traffic Volume": 40 575 hours of 2012 to 2018, the last of them for
     testing. Neighbouring hours are alike, so that a random cut would put the answers into the training rows.

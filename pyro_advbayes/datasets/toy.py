@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.datasets.examples import Examples
 from pyro_advbayes.given import check_int, need_extra
 
 
+@checked
 def two_moons(num_data: int = 200, noise: float = 0.1, seed: int | None = None) -> Examples:
     """Two interleaved half circles, by scikit-learn's ``make_moons``, shuffled.
 
@@ -25,6 +27,7 @@ def two_moons(num_data: int = 200, noise: float = 0.1, seed: int | None = None) 
     return Examples(torch.from_numpy(x).float(), torch.from_numpy(y).long())
 
 
+@checked
 def two_gaussians(num_per_class: int = 10, seed: int | None = None) -> Examples:
     """The toy problem of Adversarial Posterior Distillation (Wang et al., ICML 2018): N(m, 0.3 I) at (-2, -2), (2, 2).
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.diagnostics.checks import check_probs
 from pyro_advbayes.diagnostics.regression import check_normals
 from pyro_advbayes.diagnostics.uncertainty import mutual_information, predictive_entropy, variation_ratio
@@ -19,6 +20,7 @@ REGRESSION_ACQUISITIONS = ("variance", "mean_variance", "random")
 LABELS_AT_ONCE = 64  # joint labels whose probabilities with every label of the pool are held in memory together
 
 
+@checked
 def acquire(probs: Tensor, count: int, acquisition: str = "bald") -> Tensor:
     """
     The inputs to label next.
@@ -41,6 +43,7 @@ def acquire(probs: Tensor, count: int, acquisition: str = "bald") -> Tensor:
     return SCORES[acquisition](probs).double().round(decimals=DECIMALS).sort(descending=True, stable=True).indices[:count]
 
 
+@checked
 def acquire_regression(mean: Tensor, scale: Tensor | float, count: int, acquisition: str = "variance") -> Tensor:
     r"""
     The inputs of a regression to label next, from the Normals that draws predict.
@@ -67,6 +70,7 @@ def acquire_regression(mean: Tensor, scale: Tensor | float, count: int, acquisit
     return score.sort(descending=True, stable=True).indices[:count]
 
 
+@checked
 def batch_bald(probs: Tensor, count: int, num_labels: int = 1000) -> Tensor:
     r"""
     Inputs whose labels together are most informative about the draws: one after the other, each raises

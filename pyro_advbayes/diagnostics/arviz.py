@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
+
 Array = Tensor | np.ndarray
 
 # Groups whose arrays are [chains, draws, ...]; those in one row must agree in both.
@@ -17,6 +19,7 @@ _SAMPLED = (("posterior", "posterior_predictive", "sample_stats", "log_likelihoo
 _DATA = ("observed_data", "constant_data")
 
 
+@checked
 def to_inference_data(
     groups: Mapping[str, Mapping[str, Array]],
     *,
@@ -54,6 +57,7 @@ def to_inference_data(
     return arviz.from_dict(**each)
 
 
+@checked
 def save_netcdf(data: Any, path: str | Path, *, overwrite: bool = False) -> Path:
     """Writes what :func:`to_inference_data` returned to a NetCDF file, which ``arviz.from_netcdf`` reads.
 

@@ -11,16 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.diagnostics.checks import check_labels, predictive_mean
 from pyro_advbayes.given import check_int
 
 
+@checked
 def accuracy(probs: Tensor, labels: Tensor) -> float:
     """The share of inputs whose most probable class is the label, in [0, 1]."""
     mean = predictive_mean(probs)
     return (mean.argmax(-1) == check_labels(labels, mean)).double().mean().item()
 
 
+@checked
 def nll(probs: Tensor, labels: Tensor) -> float:
     r"""Negative log-likelihood, :math:`-\frac1N\sum_i \log \bar p_{i,y_i}`, in nats per input.
 
@@ -30,6 +33,7 @@ def nll(probs: Tensor, labels: Tensor) -> float:
     return torch.nn.functional.nll_loss(mean.log(), check_labels(labels, mean)).item()
 
 
+@checked
 def brier(probs: Tensor, labels: Tensor) -> float:
     r"""Brier's score, :math:`\frac1N\sum_i\sum_k (\bar p_{ik} - [y_i = k])^2`, in [0, 2]: Brier's own form, not halved."""
     mean = predictive_mean(probs)
@@ -58,6 +62,7 @@ class Reliability(NamedTuple):
         return ((gap * self.count).sum() / self.count.sum()).item()
 
 
+@checked
 def reliability(probs: Tensor, labels: Tensor, num_bins: int = 15) -> Reliability:
     """Confidence and accuracy in bins of equal width.
 
@@ -77,6 +82,7 @@ def reliability(probs: Tensor, labels: Tensor, num_bins: int = 15) -> Reliabilit
     return Reliability(edges, count, *(total / count for total in sums))
 
 
+@checked
 def ece(probs: Tensor, labels: Tensor, num_bins: int = 15) -> float:
     """Expected calibration error, in [0, 1], over bins of confidence that are closed on the right; see
     :func:`reliability`."""

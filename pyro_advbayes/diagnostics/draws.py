@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.diagnostics.checks import ROUNDING, check_labels, check_probs, in_chunks, predictive_mean
 from pyro_advbayes.diagnostics.robustness import Estimate, accuracy_under_attack
 from pyro_advbayes.diagnostics.uncertainty import predictive_entropy
@@ -67,6 +68,7 @@ class DrawQuality(NamedTuple):
         )
 
 
+@checked
 def draw_quality(log_probs: Tensor | Iterable[Tensor], labels: Tensor) -> DrawQuality:
     """Accuracies of the draws of a posterior and of their mean.
 
@@ -110,6 +112,7 @@ class RetainedAccuracy(NamedTuple):
     accuracy: Tensor
 
 
+@checked
 def retained_accuracy(
     probs: Tensor, labels: Tensor, shares: Sequence[float] = (0.2, 0.4, 0.6, 0.8, 1.0), *, uncertainty: Tensor | None = None
 ) -> RetainedAccuracy:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.diagnostics.checks import check_probs
 from pyro_advbayes.diagnostics.uncertainty import model_variance, mutual_information, predictive_entropy, variation_ratio
 from pyro_advbayes.given import need_extra, need_tensor
@@ -35,11 +36,13 @@ class Detection(NamedTuple):
     fpr95: float
 
 
+@checked
 def detection(in_scores: Tensor, out_scores: Tensor) -> Detection:
     """All four measures of one score."""
     return Detection(*(measure(in_scores, out_scores) for measure in (auroc, aupr_out, aupr_in, fpr95)))
 
 
+@checked
 def ood_detection(in_probs: Tensor, out_probs: Mapping[str, Tensor]) -> dict[str, dict[str, Detection]]:
     """
     All measures of all scores for several out-of-distribution sets. ::
@@ -53,15 +56,25 @@ def ood_detection(in_probs: Tensor, out_probs: Mapping[str, Tensor]) -> dict[str
     :return: set -> score (``"entropy"``, ``"variation ratio"``, ``"mutual information"``, ``"model variance"``) -> :class:`Detection`.
     :raises ValueError: if these are not probabilities, or differ in their number of classes or dimensions.
     """
-    own = _scores(in_probs)
-    if not isinstance(out_probs, Mapping):
-        raise ValueError(f"out_probs is {_kind(out_probs)}: give a dict, from a set's name to its probabilities")
+    return _table(in_probs, "in_probs", out_probs, {name: f"out_probs[{name!r}]" for name in out_probs})
+
+
+def _table(own: Tensor, own_name: str, others: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, dict[str, Detection]]:
+    """
+    Detections by set and score.
+
+    :param own_name: the caller's argument, for messages.
+    :param names: likewise, by set.
+    """
+    own_scores = _scores(own, own_name)
     table = {}
-    for name, probs in out_probs.items():
-        if need_tensor(probs, f"out_probs[{name!r}]").dim() != in_probs.dim() or probs.shape[-1] != in_probs.shape[-1]:
-            raise ValueError(f"{name}: probabilities {_kind(probs)} do not go with {_kind(in_probs)}: a tensor [draws, M, K] of the same K")
-        others = _scores(probs)
-        table[name] = {score: detection(own[score], others[score]) for score in own}
+    for key, probs in others.items():
+        if need_tensor(probs, names[key]).dim() != own.dim() or probs.shape[-1] != own.shape[-1]:
+            raise ValueError(
+                f"{names[key]}: probabilities {_kind(probs)} do not go with {own_name}, {_kind(own)}: a tensor [draws, M, K] of the same K"
+            )
+        scores = _scores(probs, names[key])
+        table[key] = {score: detection(own_scores[score], scores[score]) for score in own_scores}
     return table
 
 
@@ -81,6 +94,7 @@ class AdversarialDetection(NamedTuple):
     hit_share: float
 
 
+@checked
 def adversarial_detection(clean_probs: Tensor, attacked_probs: Tensor, hit: Tensor) -> AdversarialDetection:
     """
     How well the uncertainty of a model, the detector, separates attacked from clean inputs. The attack may target another model, the
@@ -98,7 +112,7 @@ def adversarial_detection(clean_probs: Tensor, attacked_probs: Tensor, hit: Tens
         raise ValueError(f"hit is {hit.dtype} {_kind(hit)}: a bool for each of the {attacked_probs.shape[-2]} attacked inputs is needed")
     parts = {"all": torch.ones_like(hit), "hit": hit, "missed": ~hit}
     chosen = {name: attacked_probs[..., rows, :] for name, rows in parts.items() if bool(rows.any())}
-    table = ood_detection(clean_probs, chosen)
+    table = _table(clean_probs, "clean_probs", chosen, dict.fromkeys(chosen, "attacked_probs"))
     return AdversarialDetection(table["all"], table.get("hit"), table.get("missed"), float(hit.double().mean()))
 
 
@@ -106,28 +120,32 @@ def _kind(value: Any) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def _scores(probs: Tensor) -> dict[str, Tensor]:
-    draws = check_probs(probs).dim() == 3
+def _scores(probs: Tensor, name: str) -> dict[str, Tensor]:
+    draws = check_probs(probs, name=name).dim() == 3
     return {name: score(probs) for name, score in SCORES.items() if draws or name in ("entropy", "variation ratio")}
 
 
+@checked
 def auroc(in_scores: Tensor, out_scores: Tensor) -> float:
     """Area under the ROC curve: the probability that an out-of-distribution input scores higher than an in-distribution one, ties
     counting half."""
     return float(need_extra("sklearn.metrics", "sklearn").roc_auc_score(*_labelled(in_scores, out_scores)))
 
 
+@checked
 def aupr_out(in_scores: Tensor, out_scores: Tensor) -> float:
     """Average precision with out-of-distribution inputs as the positive kind ("AUPR+")."""
     return float(need_extra("sklearn.metrics", "sklearn").average_precision_score(*_labelled(in_scores, out_scores)))
 
 
+@checked
 def aupr_in(in_scores: Tensor, out_scores: Tensor) -> float:
     """Average precision with in-distribution inputs as the positive kind, by the negative score ("AUPR-")."""
     labels, scores = _labelled(in_scores, out_scores)
     return float(need_extra("sklearn.metrics", "sklearn").average_precision_score(1 - labels, -scores))
 
 
+@checked
 def fpr95(in_scores: Tensor, out_scores: Tensor) -> float:
     """The share of out-of-distribution inputs that are accepted at the threshold that accepts 95 % of the in-distribution ones; 0 is
     perfect."""
@@ -141,9 +159,9 @@ def _labelled(negative: Tensor, positive: Tensor) -> tuple:
     """Labels and scores of both kinds, in scikit-learn's form."""
     for name, scores in (("in_scores", negative), ("out_scores", positive)):
         if need_tensor(scores, name).dim() != 1 or len(scores) == 0:
-            raise ValueError(f"scores must be vectors with one score per input, not {scores.shape}")
+            raise ValueError(f"{name}: scores must be vectors with one score per input, not {list(scores.shape)}")
         if not scores.isfinite().all():
-            raise ValueError("scores has entries that are NaN or infinite")
+            raise ValueError(f"{name}: scores has entries that are NaN or infinite")
     scores = torch.cat([negative.detach().cpu(), positive.detach().cpu()]).double()
     labels = torch.cat([torch.zeros(len(negative)), torch.ones(len(positive))])
     return labels.numpy(), scores.numpy()

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.diagnostics.acquisition import LearningCurve, RegressionCurve, over_repetitions
 from pyro_advbayes.diagnostics.calibration import Reliability
 from pyro_advbayes.diagnostics.draws import DrawQuality, RetainedAccuracy
 from pyro_advbayes.diagnostics.regression import IntervalCalibration
 from pyro_advbayes.diagnostics.robustness import AccuracyCurve, GradientNorms
-from pyro_advbayes.given import need_extra, need_tensor
+from pyro_advbayes.given import check_int, kind, need_extra, need_tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@checked
 def plot_reliability(bins: Reliability, label: str = "", *, ax: Axes | None = None) -> Axes:
     """A reliability diagram: accuracy against confidence, one marker per bin that is not empty, its area growing with the
     number of inputs. Perfectly calibrated predictions lie on the dashed diagonal. Call it again with the same axes to compare
@@ -28,7 +30,7 @@ def plot_reliability(bins: Reliability, label: str = "", *, ax: Axes | None = No
     :param bins: from :func:`~pyro_advbayes.diagnostics.reliability`.
     :param label: name of the predictions in the legend, which adds their ECE.
     """
-    ax = ax if ax is not None else _axes()
+    ax = _axes(ax)
     if not ax.lines:
         ax.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", aspect="equal")
@@ -40,6 +42,7 @@ def plot_reliability(bins: Reliability, label: str = "", *, ax: Axes | None = No
     return ax
 
 
+@checked
 def plot_interval_calibration(calibrations: dict[str, IntervalCalibration], *, ax: Axes | None = None) -> Axes:
     """Coverage of central intervals against their nominal level, with one standard error over rows as a band. A calibrated law lies on
     the dashed diagonal, an overconfident one below it.
@@ -50,7 +53,7 @@ def plot_interval_calibration(calibrations: dict[str, IntervalCalibration], *, a
     """
     if not calibrations:
         raise ValueError("calibrations must name at least one predictive law")
-    ax = ax if ax is not None else _axes(layout="constrained")
+    ax = _axes(ax, layout="constrained")
     ax.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
     for name, found in calibrations.items():
         levels, covered = found.levels.cpu(), found.coverage.cpu()
@@ -63,6 +66,7 @@ def plot_interval_calibration(calibrations: dict[str, IntervalCalibration], *, a
     return ax
 
 
+@checked
 def plot_scores(
     scores: dict[str, Tensor], *, num_bins: int = 40, xlabel: str = "predictive entropy [nats]", ax: Axes | None = None
 ) -> Axes:
@@ -79,10 +83,11 @@ def plot_scores(
             raise ValueError(f"scores[{name!r}] must be a vector of finite numbers, not {list(score.shape)}")
     if not values:
         raise ValueError("scores must name at least one set of inputs")
-    ax = ax if ax is not None else _axes()
+    ax = _axes(ax)
     every = torch.cat(list(values.values()))
     low, high = every.min().item(), every.max().item()
     high = max(high, low + 1e-6)  # all alike: a network that is sure everywhere
+    check_int(num_bins, "num_bins", 1, most=10**6)
     edges = torch.linspace(low, high, num_bins + 1, dtype=torch.float64)
     for name, score in values.items():
         ax.hist(score, bins=edges.tolist(), density=True, histtype="stepfilled", alpha=0.5, label=f"{name} (mean {score.mean():.3g})")
@@ -91,6 +96,7 @@ def plot_scores(
     return ax
 
 
+@checked
 def plot_accuracy_curves(curves: dict[str, AccuracyCurve], *, xlabel: str = "eps", ax: Axes | None = None) -> Axes:
     """Accuracy against the size of the perturbation, with one standard error as a band.
 
@@ -101,7 +107,7 @@ def plot_accuracy_curves(curves: dict[str, AccuracyCurve], *, xlabel: str = "eps
     """
     if not curves:
         raise ValueError("curves must name at least one classifier")
-    ax = ax if ax is not None else _axes()
+    ax = _axes(ax)
     for name, (eps, accuracy, error) in curves.items():
         (line,) = ax.plot(eps, accuracy, marker="o", markersize=3, label=f"{name} ({accuracy[0]:.3f} to {accuracy[-1]:.3f})")
         ax.fill_between(eps, accuracy - error, accuracy + error, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -110,6 +116,7 @@ def plot_accuracy_curves(curves: dict[str, AccuracyCurve], *, xlabel: str = "eps
     return ax
 
 
+@checked
 def plot_learning_curves(
     curves: dict[str, LearningCurve] | dict[str, RegressionCurve], *, score: str = "accuracy", ax: Axes | None = None
 ) -> Axes:
@@ -124,7 +131,7 @@ def plot_learning_curves(
     for name, curve in curves.items():
         if score not in curve._fields[1:]:
             raise ValueError(f"score={score!r}: curves[{name!r}] has {' and '.join(curve._fields[1:])}")
-    ax = ax if ax is not None else _axes()
+    ax = _axes(ax)
     for name, curve in curves.items():
         mean, error = (values.cpu() for values in over_repetitions(getattr(curve, score)))
         (line,) = ax.plot(curve.num_labels.cpu(), mean, marker="o", markersize=3, label=f"{name} (to {mean[-1]:.3f})")
@@ -135,6 +142,7 @@ def plot_learning_curves(
     return ax
 
 
+@checked
 def plot_gradient_norms(norms: dict[str, GradientNorms], *, ax: Axes | None = None) -> Axes:
     """The l2 norm of the expected loss gradient against the number of draws, on logarithmic axes, as a mean over inputs. The dashed line is
     the norm of as many independent gradients of expectation zero.
@@ -145,7 +153,7 @@ def plot_gradient_norms(norms: dict[str, GradientNorms], *, ax: Axes | None = No
     """
     if not norms:
         raise ValueError("norms must name at least one posterior")
-    ax = ax if ax is not None else _axes()
+    ax = _axes(ax)
     for name, found in norms.items():
         mean = found.l2.mean(-1).cpu()
         (line,) = ax.loglog(found.draws, mean, marker="o", markersize=3, label=f"{name} ({mean[0]:.2g} to {mean[-1]:.2g})")
@@ -155,6 +163,7 @@ def plot_gradient_norms(norms: dict[str, GradientNorms], *, ax: Axes | None = No
     return ax
 
 
+@checked
 def plot_accuracy_robustness(points: dict[str, tuple[Tensor, Tensor]], *, ax: Axes | None = None) -> Axes:
     """A point for every trained classifier: its robustness against its clean accuracy.
 
@@ -169,7 +178,7 @@ def plot_accuracy_robustness(points: dict[str, tuple[Tensor, Tensor]], *, ax: Ax
             need_tensor(values, f"points[{name!r}][{i}]")
         if accuracy.dim() != 1 or accuracy.shape != robustness.shape:
             raise ValueError(f"points[{name!r}] must be two vectors of one length, not {list(accuracy.shape)} and {list(robustness.shape)}")
-    ax = ax if ax is not None else _axes()
+    ax = _axes(ax)
     for name, pair in points.items():
         both = torch.stack([values.detach().cpu().double() for values in pair])
         varied = both.shape[1] > 2 and bool((both.std(1) > 0).all())
@@ -180,6 +189,7 @@ def plot_accuracy_robustness(points: dict[str, tuple[Tensor, Tensor]], *, ax: Ax
     return ax
 
 
+@checked
 def plot_draw_quality(qualities: dict[str, DrawQuality], *, ax: Axes | None = None) -> Axes:
     """Accuracies of single draws, a column of dots for each posterior, with the mean prediction's as a line across.
 
@@ -189,7 +199,7 @@ def plot_draw_quality(qualities: dict[str, DrawQuality], *, ax: Axes | None = No
     """
     if not qualities:
         raise ValueError("qualities must name at least one posterior")
-    ax = ax if ax is not None else _axes()
+    ax = _axes(ax)
     for place, (name, quality) in enumerate(qualities.items()):
         ensembled = quality.ensembled.value
         label = f"{name} ({quality.lowest:.3f} to {quality.highest:.3f}, together {ensembled:.3f})"
@@ -203,6 +213,7 @@ def plot_draw_quality(qualities: dict[str, DrawQuality], *, ax: Axes | None = No
     return ax
 
 
+@checked
 def plot_draw_curves(curves: dict[str, Sequence[DrawQuality]], *, xlabel: str = "epoch", ax: Axes | None = None) -> Axes:
     """Accuracy of draws during training: the mean prediction as a line, the worst to the best draw as a band.
 
@@ -213,7 +224,7 @@ def plot_draw_curves(curves: dict[str, Sequence[DrawQuality]], *, xlabel: str = 
     """
     if not curves or not all(curves.values()):
         raise ValueError("curves must name at least one run, of one epoch or more")
-    ax = ax if ax is not None else _axes()
+    ax = _axes(ax)
     for name, run in curves.items():
         epochs = range(1, len(run) + 1)
         label = f"{name} ({run[-1].ensembled.value:.3f}, lowest {run[-1].lowest:.3f})"
@@ -225,6 +236,7 @@ def plot_draw_curves(curves: dict[str, Sequence[DrawQuality]], *, xlabel: str = 
     return ax
 
 
+@checked
 def plot_retained_accuracy(curves: dict[str, RetainedAccuracy], *, ax: Axes | None = None) -> Axes:
     """Accuracy against the share of inputs that are kept, the most certain first.
 
@@ -234,7 +246,7 @@ def plot_retained_accuracy(curves: dict[str, RetainedAccuracy], *, ax: Axes | No
     """
     if not curves:
         raise ValueError("curves must name at least one posterior")
-    ax = ax if ax is not None else _axes()
+    ax = _axes(ax)
     for name, (share, accuracy) in curves.items():
         ax.plot(share, accuracy, marker="o", markersize=3, label=f"{name} ({accuracy[0]:.3f} to {accuracy[-1]:.3f})")
     ax.set(xlabel="share of inputs kept", ylabel="accuracy")
@@ -242,6 +254,7 @@ def plot_retained_accuracy(curves: dict[str, RetainedAccuracy], *, ax: Axes | No
     return ax
 
 
+@checked
 def plot_uncertainty_map(
     scores: Tensor,
     x1: Tensor,
@@ -272,7 +285,7 @@ def plot_uncertainty_map(
         raise ValueError(
             f"scores must be {len(x1) * len(x2)} finite numbers, one for each of cartesian_prod(x1, x2), not {list(scores.shape)}"
         )
-    ax = ax if ax is not None else _axes()
+    ax = _axes(ax)
     right, up, table = x1.cpu().numpy(), x2.cpu().numpy(), scores.detach().cpu().reshape(len(x1), len(x2)).mT.numpy()
     low, high = limits if limits is not None else (None, None)
     mesh = ax.pcolormesh(right, up, table, shading="nearest", vmin=low, vmax=high, cmap="viridis", rasterized=True)
@@ -284,5 +297,9 @@ def plot_uncertainty_map(
     return ax
 
 
-def _axes(**figure: Any) -> Axes:
-    return need_extra("matplotlib.pyplot", "plots").subplots(**figure)[1]
+def _axes(ax: Axes | None, **figure: Any) -> Axes:
+    if ax is None:
+        return need_extra("matplotlib.pyplot", "plots").subplots(**figure)[1]
+    if not isinstance(ax, need_extra("matplotlib.axes", "plots").Axes):
+        raise ValueError(f"ax is {kind(ax)}: axes of Matplotlib are needed, or None for new ones")
+    return ax

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.diagnostics.checks import like
 from pyro_advbayes.diagnostics.robustness import Estimate
 from pyro_advbayes.given import check_int, need_tensor
@@ -30,6 +31,7 @@ EXACT = 1e-10  # tolerance of the probability below a quantile of a mixture
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
+@checked
 def rmse(mean: Tensor, y: Tensor) -> float:
     """Root mean squared error, in the units of ``y``.
 
@@ -40,6 +42,7 @@ def rmse(mean: Tensor, y: Tensor) -> float:
     return _over_draws(mean).sub(y).square().mean().sqrt().item()
 
 
+@checked
 def r2(mean: Tensor, y: Tensor) -> float:
     r"""Coefficient of determination, :math:`1 - \sum_i (y_i - \bar\mu_i)^2 / \sum_i (y_i - \bar y)^2`, at most 1.
 
@@ -51,6 +54,7 @@ def r2(mean: Tensor, y: Tensor) -> float:
     return (1 - _over_draws(mean).sub(y).square().mean() / _variance(y)).item()
 
 
+@checked
 def gaussian_nll(mean: Tensor, scale: Tensor | float, y: Tensor, law: str = "mixture") -> Tensor:
     r"""Negative log-density of the targets, in nats per row.
 
@@ -74,6 +78,7 @@ def gaussian_nll(mean: Tensor, scale: Tensor | float, y: Tensor, law: str = "mix
     return like(-(_log_mean_exp(log_density) if mean.dim() == 2 else log_density), given)
 
 
+@checked
 def log_predictive_density(log_probs: Tensor) -> Tensor:
     r"""Log of the mean density over draws, :math:`\log \frac1S \sum_s p(y_i \mid x_i, \theta_s)`, in nats per row, for any likelihood.
 
@@ -90,6 +95,7 @@ def log_predictive_density(log_probs: Tensor) -> Tensor:
     return like(_log_mean_exp(log_probs.double()), log_probs)
 
 
+@checked
 def crps(draws: Tensor, y: Tensor, *, fair: bool = True) -> Tensor:
     r"""Continuous ranked probability score of draws, in the units of ``y``; lower is better:
 
@@ -116,6 +122,7 @@ def crps(draws: Tensor, y: Tensor, *, fair: bool = True) -> Tensor:
     return like(error.abs().mean(0) - pairs / (count * (count - 1 if fair else count)), draws)
 
 
+@checked
 def gaussian_crps(mean: Tensor, scale: Tensor | float, y: Tensor) -> Tensor:
     r"""Continuous ranked probability score in closed form, in the units of ``y``; lower is better. Of a Normal, with
     :math:`z = (y - \mu) / \sigma`,
@@ -156,6 +163,7 @@ class Intervals(NamedTuple):
     upper: Tensor
 
 
+@checked
 def central_intervals(draws: Tensor, levels: Sequence[float] = LEVELS) -> Intervals:
     r"""The central intervals of draws, between their quantiles at plotting positions :math:`k / (S + 1)`.
 
@@ -186,6 +194,7 @@ def central_intervals(draws: Tensor, levels: Sequence[float] = LEVELS) -> Interv
     return Intervals(*(like(value, draws) for value in (nominal, lower, upper)))
 
 
+@checked
 def gaussian_intervals(mean: Tensor, scale: Tensor | float, levels: Sequence[float] = LEVELS) -> Intervals:
     """The exact central intervals of Normals, or of the mixture of the draws' Normals, by inverting the mixture's distribution function.
 
@@ -206,6 +215,7 @@ def gaussian_intervals(mean: Tensor, scale: Tensor | float, levels: Sequence[flo
     return Intervals(*(like(value, given) for value in (nominal, lower, upper)))
 
 
+@checked
 def coverage(intervals: Intervals, y: Tensor) -> Tensor:
     """The share of targets inside the intervals of each level, ends included, ``[levels]`` in [0, 1].
 
@@ -215,6 +225,7 @@ def coverage(intervals: Intervals, y: Tensor) -> Tensor:
     return like(_inside(intervals, y).mean(-1), intervals.lower)
 
 
+@checked
 def interval_width(intervals: Intervals) -> Tensor:
     """The mean width over rows of the intervals of each level, ``[levels]``, in the units of ``y``."""
     return (intervals.upper - intervals.lower).mean(-1)
@@ -269,6 +280,7 @@ class IntervalCalibration(NamedTuple):
         return (self.coverage.double() - self.levels.double()).abs()
 
 
+@checked
 def interval_calibration(intervals: Intervals, y: Tensor) -> IntervalCalibration:
     """
     Coverage beside nominal level, and width, for :func:`~pyro_advbayes.diagnostics.plot_interval_calibration`.
@@ -308,6 +320,7 @@ class RegressionScores(NamedTuple):
         return ", ".join(f"{name.upper().replace('_', '-')} {value:.4g} ± {error:.2g}" for name, (value, error) in self._asdict().items())
 
 
+@checked
 def regression_scores(
     mean: Tensor, scale: Tensor | float, y: Tensor, levels: Sequence[float] = LEVELS, num_resamples: int = 200
 ) -> RegressionScores:

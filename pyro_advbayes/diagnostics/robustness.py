@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.diagnostics.checks import check_labels, in_chunks, predictive_mean
 
 
@@ -28,6 +29,7 @@ class Estimate(NamedTuple):
     error: float
 
 
+@checked
 def softmax_robustness(probs: Tensor, attacked: Tensor) -> Estimate:
     r"""One minus the mean change of the prediction in its most changed class,
 
@@ -40,7 +42,7 @@ def softmax_robustness(probs: Tensor, attacked: Tensor) -> Estimate:
     :param attacked: the same at the perturbed inputs; the number of draws may differ.
     :raises ValueError: if one holds no probabilities, or the two differ in inputs or classes.
     """
-    clean, moved = predictive_mean(probs), predictive_mean(attacked)
+    clean, moved = predictive_mean(probs), predictive_mean(attacked, "attacked")
     if clean.shape != moved.shape:
         raise ValueError(
             f"attacked has inputs and classes {list(moved.shape)}, probs has {list(clean.shape)}: give the same inputs, perturbed"
@@ -50,6 +52,7 @@ def softmax_robustness(probs: Tensor, attacked: Tensor) -> Estimate:
     return Estimate(1 - change.mean().item(), error)
 
 
+@checked
 def accuracy_under_attack(attacked: Tensor, labels: Tensor) -> Estimate:
     r"""The share of perturbed inputs whose most probable class is still the label.
 
@@ -63,7 +66,7 @@ def accuracy_under_attack(attacked: Tensor, labels: Tensor) -> Estimate:
     :param labels: ``[N]``, integers from 0 to K - 1.
     :raises ValueError: if ``attacked`` holds no probabilities, or the labels do not fit.
     """
-    mean = predictive_mean(attacked)
+    mean = predictive_mean(attacked, "attacked")
     right = mean.argmax(-1) == check_labels(labels, mean)
     return _share(right)
 
@@ -86,6 +89,7 @@ class AccuracyCurve(NamedTuple):
     error: Tensor
 
 
+@checked
 def accuracy_curve(eps: Sequence[float], attacked: Iterable[Tensor], labels: Tensor) -> AccuracyCurve:
     """Accuracy under attacks of growing size.
 
@@ -128,6 +132,7 @@ class GradientNorms(NamedTuple):
         return _share((self.linf.diff(dim=0) < 0).all(0))
 
 
+@checked
 def gradient_norms(gradients: Tensor | Iterable[Tensor], draws: Sequence[int] | None = None) -> GradientNorms:
     r"""The size of the gradient of the expected loss with respect to the inputs, for growing numbers of draws,
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int, need_tensor
 
 
@@ -22,6 +23,7 @@ class MMDTest(NamedTuple):
     p_value: float
 
 
+@checked
 def sliced_wasserstein(x: Tensor, y: Tensor, num_projections: int = 128, generator: torch.Generator | None = None) -> float:
     r"""
     Mean over random directions :math:`u` of the one-dimensional Wasserstein distance,
@@ -50,6 +52,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, num_projections: int = 128, generat
     return float((gap.double() * widths.unsqueeze(-1)).sum(0).mean())
 
 
+@checked
 def mmd_test(x: Tensor, y: Tensor, num_permutations: int = 500, generator: torch.Generator | None = None) -> MMDTest:
     r"""
     Maximum mean discrepancy with a Gaussian kernel :math:`k(a, b) = e^{-|a - b|^2 / 2 s^2}`, s the median distance of all points, and the

@@ -11,9 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.diagnostics.checks import check_probs, like, predictive_mean
 
 
+@checked
 def predictive_entropy(probs: Tensor) -> Tensor:
     r"""Total uncertainty, :math:`H(\bar p)`.
 
@@ -23,6 +25,7 @@ def predictive_entropy(probs: Tensor) -> Tensor:
     return like(_entropy(predictive_mean(probs)), probs)
 
 
+@checked
 def variation_ratio(probs: Tensor) -> Tensor:
     r"""One minus the confidence, :math:`1 - \max_k \bar p_k`: the "variation ratio" of the APD paper's code.
 
@@ -34,6 +37,7 @@ def variation_ratio(probs: Tensor) -> Tensor:
     return like(mean.scatter(-1, mean.argmax(-1, keepdim=True), 0.0).sum(-1), probs)
 
 
+@checked
 def mutual_information(probs: Tensor) -> Tensor:
     r"""Disagreement of the draws, :math:`H(\bar p) - \frac1T\sum_t H(p_t)`; "BALD" in active learning.
 
@@ -46,6 +50,7 @@ def mutual_information(probs: Tensor) -> Tensor:
     return like((_entropy(p.mean(0)) - _entropy(p).mean(0)).clamp_min(0).masked_fill(agree, 0.0), probs)
 
 
+@checked
 def model_variance(probs: Tensor) -> Tensor:
     r"""The classes' variances over draws, summed: :math:`U = \frac1T\sum_t p_t \cdot p_t - \bar p \cdot \bar p`.
 
@@ -55,6 +60,7 @@ def model_variance(probs: Tensor) -> Tensor:
     return like(check_probs(probs, ranks=(3,)).var(0, correction=0).sum(-1), probs)
 
 
+@checked
 def expected_entropy(probs: Tensor) -> Tensor:
     r"""Mean uncertainty of a draw, :math:`\frac1T\sum_t H(p_t)`: the predictive entropy minus the mutual information.
 
@@ -64,6 +70,7 @@ def expected_entropy(probs: Tensor) -> Tensor:
     return like(_entropy(check_probs(probs, ranks=(3,))).mean(0), probs)
 
 
+@checked
 def vote_variation_ratio(probs: Tensor) -> Tensor:
     r"""The share of draws that vote against the majority, :math:`1 - \frac1T \max_k |\{t : \arg\max p_t = k\}|`.
 

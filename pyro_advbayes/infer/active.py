@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Normal
 from tqdm.auto import tqdm
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.diagnostics import LearningCurve, RegressionCurve, acquire, acquire_regression, log_predictive_density, rmse
 from pyro_advbayes.diagnostics.acquisition import ACQUISITIONS, REGRESSION_ACQUISITIONS
 from pyro_advbayes.given import check_int, need_tensor
@@ -24,6 +25,7 @@ _KIND = "run of active_learning"
 CHUNK = 1000  # inputs that are predicted together
 
 
+@checked
 def active_learning(
     fit: FitPredictor,
     pool: tuple[Tensor, Tensor],

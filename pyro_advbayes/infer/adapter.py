@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int
 from pyro_advbayes.handlers import CoveredMessenger, GivenMessenger
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
@@ -43,6 +44,7 @@ Groups = list[dict[str, Any]]
 _COUNT = itertools.count()
 
 
+@checked
 def weight_decay_prior(weight_decay: float, num_data: int) -> Normal:
     r"""
     The prior under which a MAP estimate is what training with weight decay minimises, the mean loss of N data points and
@@ -55,9 +57,10 @@ def weight_decay_prior(weight_decay: float, num_data: int) -> Normal:
     """
     if not 0 < weight_decay < math.inf:
         raise ValueError(f"weight_decay={weight_decay!r}: the factor that the network was trained with, > 0")
-    return Normal(0.0, (num_data * weight_decay) ** -0.5)
+    return Normal(0.0, float(check_int(num_data, "num_data", 1) * weight_decay) ** -0.5)
 
 
+@checked
 @dataclass(frozen=True)
 class UncertaintyRegularizer:
     r"""
@@ -129,6 +132,7 @@ class Adapted(NamedTuple):
     losses: list[float]
 
 
+@checked
 def bayes_adapter(
     model: Callable,
     pretrained: Pretrained,

@@ -13,6 +13,7 @@ from pyro.infer.mcmc.api import AbstractMCMC
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.diagnostics.arviz import to_inference_data
 from pyro_advbayes.handlers import UnvalidatedMessenger
 from pyro_advbayes.infer.mcmc.runner import SGMCMC
@@ -23,6 +24,7 @@ from pyro_advbayes.model.structure import try_model
 from pyro_advbayes.tracing.replay import quiet_batching
 
 
+@checked
 def to_arviz(
     posterior: AbstractMCMC | Callable,
     *,

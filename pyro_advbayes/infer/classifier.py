@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import need_tensor
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.conditioned import ConditionedModel
@@ -31,6 +32,7 @@ SHAPES = 8
 Reduction = Callable[[Tensor, Tensor], Tensor]
 
 
+@checked
 class PosteriorClassifier(nn.Module):
     r"""
     A Bayesian classifier as a network from inputs to the logarithm of the mean predicted probability,
@@ -96,6 +98,7 @@ class PosteriorClassifier(nn.Module):
         """The draws: site -> ``[draws, *site]``."""
         return {site: getattr(self, f"draws{i}") for i, site in enumerate(self.sites)}
 
+    @checked
     def forward(self, x: Tensor) -> Tensor:
         """
         :param x: inputs ``[N, ...]``.
@@ -105,6 +108,7 @@ class PosteriorClassifier(nn.Module):
         logits = self._logits(x, attached, leaves)
         return _LogMeanProbability.apply(logits, x, *leaves) if attached else logits.log_mean_probability(x)
 
+    @checked
     def log_probs(self, x: Tensor) -> Iterator[Tensor]:
         """
         The predictions of the draws, whose mean is the classifier's.

@@ -16,6 +16,7 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int
 from pyro_advbayes.handlers import CoveredMessenger
 from pyro_advbayes.infer.predictive import RandomState
@@ -27,6 +28,7 @@ from pyro_advbayes.model.scale import minibatch
 from pyro_advbayes.model.structure import prior_factors, try_model
 
 
+@checked
 def deep_ensemble(
     model: Callable,
     args: Sequence[Any] = (),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.arviz import log_likelihoods
 from pyro_advbayes.model.batches import Arguments, is_loader
@@ -51,6 +52,7 @@ class EnsembleStart(Mapping[str, Tensor]):
         return len(self._params)
 
 
+@checked
 def ensemble_start(
     model: Callable,
     *args: Any,

@@ -14,6 +14,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import need_tensor
 from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.subsampled import predict_all_rows, subsampling_plate
@@ -22,6 +23,7 @@ from pyro_advbayes.tracing.record import record
 from pyro_advbayes.tracing.replay import Interpreter, Replays, draws_together
 
 
+@checked
 class Predictive(pyro.infer.Predictive):
     """
     Samples from the predictive distribution; takes the arguments of :class:`pyro.infer.Predictive` and gives its results,

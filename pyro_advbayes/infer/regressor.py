@@ -10,12 +10,14 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Normal
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.infer.likelihood import read_likelihood
 from pyro_advbayes.infer.predictive import Predictive, refuse_nan
 from pyro_advbayes.kinds import sample_sites
 from pyro_advbayes.model.outcomes import Likelihood, without_wrappers
 
 
+@checked
 class PosteriorRegressor:
     r"""
     The predictive law of a model with a Normal likelihood, :math:`\frac1S \sum_s \mathrm{Normal}(\mu_s(x), \sigma_s(x))`, by the means

@@ -9,9 +9,12 @@ from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_advbayes.checked import checked
+
 FEW = 20  # elements, of which a linear predictor stays within a few units where each starts up to 2 away
 
 
+@checked
 def init_to_fan_in(site: dict[str, Any]) -> Tensor:
     r"""
     Draws real sites around the mean of their prior :math:`p`. Weights (sites of a module, of two or more dimensions, or of more than 20

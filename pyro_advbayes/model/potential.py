@@ -14,6 +14,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import need_tensor
 from pyro_advbayes.handlers import CoveredMessenger, MinibatchMessenger, UnvalidatedMessenger, kept_random_state
 from pyro_advbayes.model.batches import Arguments, Batch, FullData, Loader, PlateIndices, TensorRows, is_loader
@@ -26,6 +27,7 @@ from pyro_advbayes.model.structure import Site, Structure, look
 from pyro_advbayes.tracing.replay import chains_together
 
 
+@checked
 class Potential:
     r"""
     The potential energy of a Pyro model in unconstrained space, in nats over the whole data set:

@@ -13,6 +13,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.handlers import CoveredMessenger, MinibatchMessenger
 from pyro_advbayes.model.additivity import HALF, Call, Failed, Parts, Subject, Values, check, draw, looking, means, pick_rows
 from pyro_advbayes.model.batches import Arguments
@@ -118,6 +119,7 @@ def _cut_arguments(arguments: Arguments, places: Sequence[int], rows: Tensor) ->
 # ------------------------------------------------------------------------------------------------ minibatches of SVI
 
 
+@checked
 def minibatch(
     fn: Callable | None = None,
     size: int | None = None,

@@ -22,12 +22,14 @@ from torch.distributions.transforms import _InverseTransform
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.kinds import BATCH_NORMS, DROPOUTS, NORMALIZATIONS
 from pyro_advbayes.model.notices import never_seen_data, statistics_message
 
 Prior = TorchDistributionMixin | Callable[[str, torch.Tensor], TorchDistributionMixin | None]
 
 
+@checked
 @dataclass(frozen=True)
 class FanIn:
     r"""
@@ -66,6 +68,7 @@ class FanIn:
         return Normal(1.0 if parameter == "weight" else 0.0, self.bias_scale)
 
 
+@checked
 def bayesianize(
     net: torch.nn.Module, prior: Prior = Normal(0.0, 1.0), *, exclude: str | Sequence[str] = (), eval_only: bool = True
 ) -> PyroModule:

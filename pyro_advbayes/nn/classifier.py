@@ -7,7 +7,10 @@ import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
 
+from pyro_advbayes.checked import checked
 
+
+@checked
 class Classifier(PyroModule):
     """
     y_n ~ Categorical(softmax(net(x_n))), the weights of ``net`` drawn once for all rows.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
@@ -13,9 +13,11 @@ from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
 from pyro.poutine.runtime import Message
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.kinds import MASKING_DROPOUTS
 
 
+@checked
 def mc_dropout(net: torch.nn.Module) -> PyroModule:
     """
     Copies a network and makes the mask of every Dropout layer a latent site: MC dropout (Gal and Ghahramani, ICML 2016). ::
@@ -89,7 +91,8 @@ class _Mask(PyroModule):
         return x * mask.reshape(shape + (1,) * (x.dim() - 1 - len(shape))) / (1.0 - self.p)
 
 
-def dropout_guide(model: Any) -> Any:
+@checked
+def dropout_guide(model: Callable) -> Callable:
     """
     The guide of MC dropout. It draws masks from the model's prior, so that the divergence in an ELBO is 0 and only the parameters are
     trained.

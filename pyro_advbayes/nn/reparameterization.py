@@ -21,6 +21,7 @@ from torch.distributions import Normal
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.kinds import is_subsample, without_independent
 from pyro_advbayes.model.refusals import Refused
 from pyro_advbayes.tracing.replay import quiet_batching
@@ -241,6 +242,7 @@ class RowwiseMessenger(Messenger):
         return NotImplemented
 
 
+@checked
 class ExemplarReparameterization(RowwiseMessenger):
     r"""
     Draws all weights anew for every row, :math:`\theta_i \sim q` for rows :math:`i = 1, \ldots, B`. ::
@@ -296,6 +298,7 @@ class ExemplarReparameterization(RowwiseMessenger):
             return torch.vmap(of_row)(x.unsqueeze(1), drawn).squeeze(1)  # a row is a minibatch of one
 
 
+@checked
 class Flipout(RowwiseMessenger):
     r"""
     Gives every row i the single draw of a layer with separate random signs,
@@ -333,6 +336,7 @@ class Flipout(RowwiseMessenger):
         return func(x, loc, None, **options) + func(x * along(s), weight - loc, None, **options) * along(r)
 
 
+@checked
 class LocalReparameterization(RowwiseMessenger):
     r"""
     Draws the outputs of a linear layer for each row, in place of its weights: with :math:`W_{jk} \sim \mathcal{N}(\mu_{jk}, \sigma_{jk}^2)`

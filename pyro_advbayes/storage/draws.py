@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.storage.files import (
     VERSION,
     FileError,
@@ -249,6 +250,7 @@ def _reserve(file: int, size: int) -> None:
         os.truncate(file, size)
 
 
+@checked
 def read_draws(path: str | Path, check: bool = False) -> dict[str, Tensor]:
     """
     Reads a file of draws, finished or not, without loading it: the tensors are mapped.

@@ -92,7 +92,7 @@ def test_the_table_holds_every_measure_of_every_score():
         for score, f in scores.items():
             assert table[name][score] == tuple(measure(f(own), f(others)) for measure in (*ALL, fpr95))
     assert list(ood_detection(own[0], {"noise": noise[0]})["noise"]) == ["entropy", "variation ratio"]
-    with pytest.raises(ValueError, match="noise: probabilities"):
+    with pytest.raises(ValueError, match=r"out_probs\['noise'\]: probabilities"):
         ood_detection(own, {"noise": noise[0]})
 
 
@@ -112,7 +112,7 @@ def test_adversarial_inputs_that_missed_are_told_apart():
 
 def test_what_is_no_dict_of_tensors_and_an_attack_on_nothing_are_refused_by_name():
     clean, attacked, hit = draws(8.0), draws(1.0), torch.arange(40) % 4 == 0
-    with pytest.raises(ValueError, match="out_probs is a list: give a dict"):
+    with pytest.raises(ValueError, match="out_probs is a list: a dict from a string to a tensor is needed"):
         ood_detection(clean, [attacked])
     with pytest.raises(ValueError, match=r"out_probs\['noise'\] is a list: give a tensor"):
         ood_detection(clean, {"noise": attacked.tolist()})

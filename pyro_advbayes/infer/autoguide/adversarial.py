@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int, need_tensor
 from pyro_advbayes.kinds import is_subsample, latent_sites, sample_sites
 from pyro_advbayes.model.refusals import Given, Refused, naming, refusing
@@ -161,6 +162,7 @@ class BaseNormal:
         return unconstrained
 
 
+@checked
 class BaseNoise(Messenger):
     r"""
     An effect handler that sets the base noise of a guide's sites, :math:`\theta = T(\mu + \sigma\varepsilon)`. ::
@@ -207,6 +209,7 @@ class BaseNoise(Messenger):
         msg["done"] = True
 
 
+@checked
 class AutoAdversarialNormal(AutoNormal):
     r"""
     A mean-field Normal guide in unconstrained space,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.generators import RowGenerator, as_widths, linears, mlp, mlp_numbers, numel
 from pyro_advbayes.infer.autoguide.rows import Rows
@@ -50,6 +51,7 @@ def principal_components(rows: Rows, mean: Tensor, rank: int) -> tuple[Tensor, T
     return basis @ vectors.to(basis), (values.clamp_min(0.0) / max(1, len(rows) - 1)).sqrt().to(basis)
 
 
+@checked
 class FactoredGenerator(RowGenerator):
     r"""
     A nonlinear law along few directions, and independent noise along all:

@@ -11,6 +11,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.rows import Rows
 from pyro_advbayes.kinds import BATCH_NORMS, DROPOUTS
@@ -207,6 +208,7 @@ class NetworkGenerator(StandardizedGenerator):
         return self.network(z)
 
 
+@checked
 class MLPGenerator(StandardizedGenerator):
     r"""
     The generator of Adversarial Posterior Distillation (Wang et al., ICML 2018): noise → hidden layers with ReLU → the vector of all

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.generators import StandardizedGenerator, as_widths, mlp, mlp_numbers, numel
 
 
+@checked
 class HyperGenerator(StandardizedGenerator):
     r"""
     A hypernetwork with a trunk that all layers share. The trunk makes :math:`t = g(z)`, ``[w]``; row j (an output unit) of a site s of two

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.kl import register_kl
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import MLPGenerator, NetworkGenerator, RowGenerator
@@ -67,6 +68,7 @@ class Storage(NamedTuple):
     pays_from: int
 
 
+@checked
 class AutoImplicit(AutoGuide):
     """
     A guide that maps noise through a network onto every latent site: it can be drawn from and has no density.
@@ -181,6 +183,7 @@ class AutoImplicit(AutoGuide):
         return drawn
 
     @torch.no_grad()
+    @checked
     def sample(self, num_samples: int) -> dict[str, Tensor]:
         """
         Draws as ``posterior_samples`` of ``Predictive`` or ``PosteriorClassifier``.
@@ -242,6 +245,7 @@ class AutoImplicit(AutoGuide):
 
     # --------------------------------------------------------------------------------------------------- storage and files
 
+    @checked
     def storage(self, dtype: torch.dtype | None = None) -> Storage:
         """
         The storage of the guide and of the draws that it was fitted to. Warns if the draws take less.
@@ -261,6 +265,7 @@ class AutoImplicit(AutoGuide):
             )
         return found
 
+    @checked
     def save(self, path: str | Path, overwrite: bool = False, dtype: torch.dtype | None = None) -> None:
         """
         Writes the guide in the safetensors format, all or nothing.
@@ -307,6 +312,7 @@ class AutoImplicit(AutoGuide):
                 )
 
     @classmethod
+    @checked
     def load(cls, path: str | Path, model: Callable, generator: nn.Module | None = None) -> AutoImplicit:
         """
         Reads what :meth:`save` wrote. Nothing in the file is unpickled.

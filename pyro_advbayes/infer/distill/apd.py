@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import RowGenerator, mlp_numbers
@@ -59,6 +60,7 @@ class Fit(NamedTuple):
     noise_scale: float | None = None
 
 
+@checked
 class APD:
     """
     Adversarial Posterior Distillation (Wang et al., ICML 2018): a generator learns from draws of a posterior and replaces them. The paper
@@ -100,6 +102,7 @@ class APD:
         self.checkpoint_every = check_int(checkpoint_every, "checkpoint_every", 1)
         self.held = files.Held(self.checkpoint)
 
+    @checked
     def fit(self, samples: Mapping[str, Tensor] | str | Path, *args: Any, **kwargs: Any) -> Fit:
         """
         Trains the guide on draws.

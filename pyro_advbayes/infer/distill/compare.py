@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.diagnostics.two_sample import MMDTest, mmd_test, sliced_wasserstein
 from pyro_advbayes.diagnostics.uncertainty import mutual_information
 from pyro_advbayes.given import check_int
@@ -75,6 +76,7 @@ class Comparison(NamedTuple):
         return "\n".join([head, *(f"{name:{width}}  {against.value:9.4f}  {against.floor:9.4f}" for name, against in rows)])
 
 
+@checked
 def compare(
     samples: Mapping[str, Tensor] | str | Path,
     guide: AutoImplicit,

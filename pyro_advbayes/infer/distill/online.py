@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.rows import row_dtype
@@ -37,6 +38,7 @@ from pyro_advbayes.model.batches import is_loader
 from pyro_advbayes.storage import files, reference
 
 
+@checked
 class OnlineAPD:
     """
     Samples and distils in turn: chains feed a buffer, which is a uniform sample of all draws so far, and the generator takes a training

@@ -16,6 +16,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.handlers import GivenMessenger
 from pyro_advbayes.infer.autoguide.adversarial import BaseNormal, MovedNoise, NoiseAscent, joint_norm
 from pyro_advbayes.infer.elbo.objective import Graphs, NotTraceable, Objective, Weights, check_sites, latent_sites, tensors_of
@@ -35,6 +36,7 @@ class Moved(NamedTuple):
     distance: Tensor
 
 
+@checked
 class TraceAdversarial_ELBO(TraceMeanField_ELBO):
     r"""
     Adversarial sampling: Pyro's mean-field ELBO at the worst draws of the weights near the guide's

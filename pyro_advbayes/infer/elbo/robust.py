@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Normal
 
 from pyro_advbayes.attacks.base import Attack
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import is_array, need_tensor
 from pyro_advbayes.model.batches import Arguments
 from pyro_advbayes.model.outcomes import without_wrappers
@@ -27,6 +28,7 @@ from pyro_advbayes.model.refusals import Given, refusing
 _JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 
 
+@checked
 class TraceRobust_ELBO(ELBO):
     r"""
     Adversarial training: Pyro's ELBO at inputs that an attack has perturbed (:class:`~pyro_advbayes.TraceAdversarial_ELBO` perturbs

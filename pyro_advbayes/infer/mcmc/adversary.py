@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from pyro_advbayes.checked import checked
+
 # ------------------------------------------------------------------------------------------------------------------- costs
 
 
@@ -26,6 +28,7 @@ class Cost(ABC):
         return perturbed
 
 
+@checked
 @dataclass(frozen=True)
 class L2(Cost):
     r"""
@@ -45,6 +48,7 @@ class L2(Cost):
         return (perturbed - clean).mul_(2.0 * self.weight)
 
 
+@checked
 @dataclass(frozen=True)
 class Box(Cost):
     r"""
@@ -152,6 +156,7 @@ class Pixels(Adversary):
         return onto(z)
 
 
+@checked
 @dataclass(frozen=True)
 class Flow(Adversary):
     r"""
@@ -188,6 +193,7 @@ class Flow(Adversary):
         return self.weight * z.square().sum() + self.smoothness * (down.square().sum() + right.square().sum())
 
 
+@checked
 @dataclass(frozen=True)
 class Generator(Adversary):
     r"""

@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.infer.mcmc.adversary import L2, Adversary, Box, Cost, Pixels, as_cost
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel, named
 from pyro_advbayes.infer.mcmc.rule import Updates
@@ -45,6 +46,7 @@ class BALState(ChainState):
     inputs: InputState = field(kw_only=True)
 
 
+@checked
 class BAL(SGMCMCKernel):
     r"""
     Bayesian Adversarial Learning, Ye and Zhu (2018). For every minibatch it samples perturbed inputs, then weights,

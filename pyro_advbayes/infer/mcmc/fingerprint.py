@@ -129,7 +129,7 @@ def load_kernel(kernel: SGMCMCKernel, content: Mapping[str, Any], path: Path) ->
     then = content["energy"]
     with reading(path):
         kernel.load(_to(content["kernel"], kernel.potential.device))
-    energy = kernel.reference_energy()
+        energy, now = kernel.reference_energy(), kernel.reference()
     rtol = 1e-5 if energy.dtype.itemsize >= 4 else 1e-2  # the same model on another machine differs by rounding
     if then.shape != energy.shape:
         raise FileError(f"{path}: its energy has shape {list(then.shape)}, not {list(energy.shape)}: it is spoilt")
@@ -141,7 +141,7 @@ def load_kernel(kernel: SGMCMCKernel, content: Mapping[str, Any], path: Path) ->
             f"but the energy {('where chain 0 was', 'at 0')[place]} is {float(energy[place]):.6g} instead of {float(then[place]):.6g} "
             "(another prior or likelihood?)"
         )
-    reference.check(kernel.reference(), content["reference"], path)
+    reference.check(now, content["reference"], path)
 
 
 def _shorten(value: Any) -> str:

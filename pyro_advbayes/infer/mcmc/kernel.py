@@ -11,6 +11,7 @@ import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int, refuse_unknown
 from pyro_advbayes.infer.mcmc import noise_estimate, restart, temperatures
 from pyro_advbayes.infer.mcmc import step_size as auto_step
@@ -66,6 +67,7 @@ class SGMCMCKernel(MCMCKernel):
         refuse_unknown(cls, options)
         return super().__new__(cls)
 
+    @checked
     def __init__(
         self,
         model: Callable,

@@ -17,6 +17,7 @@ from pyro.infer.mcmc.util import select_samples
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.mcmc import summary
 from pyro_advbayes.infer.mcmc.assessment import Assessment, Finished, SamplingWarning, assess
@@ -40,6 +41,7 @@ _PREFIX, _EXTRA = PREFIXES
 _KIND = "checkpoint of SGMCMC"
 
 
+@checked
 class SGMCMC(AbstractMCMC):
     """
     Runs a stochastic-gradient kernel. Like :class:`pyro.infer.MCMC`, but chains are rows of one state instead of processes, and samples
@@ -160,6 +162,7 @@ class SGMCMC(AbstractMCMC):
         self._warn()
 
     @classmethod
+    @checked
     def resume(
         cls,
         path: str | Path,
@@ -330,6 +333,7 @@ class SGMCMC(AbstractMCMC):
 
     # ------------------------------------------------------------------------------------------------------- what came out
 
+    @checked
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False, *, lost_chains: bool = False) -> dict[str, Tensor]:
         """
         Samples by site, in the model's own space and dtypes. Lost chains are left out, here and in all other results; the others keep
@@ -351,6 +355,7 @@ class SGMCMC(AbstractMCMC):
         """
         return {name.removeprefix(_PREFIX): value for name, value in self._kept().items() if name.startswith(_PREFIX)}
 
+    @checked
     def get_extras(self, group_by_chain: bool = False) -> dict[str, Tensor]:
         """
         What the kernel keeps with every sample beside the sites. For :class:`~pyro_advbayes.BAL`: the perturbed inputs of the rows in
@@ -374,6 +379,7 @@ class SGMCMC(AbstractMCMC):
     def _sites(self) -> Sequence[Any]:
         return self.kernel.potential.sites
 
+    @checked
     def diagnostics(self, *args: Any, max_elements: int = 100, **kwargs: Any) -> dict[str, Any]:
         """
         Diagnostics of the run and of its draws:
@@ -407,6 +413,7 @@ class SGMCMC(AbstractMCMC):
         result["lost"] = {name: rows for name, rows in chains.items() if name in lost}
         return result
 
+    @checked
     def summary(self, *args: Any, sites: Sequence[str] | None = None, prob: float = 0.9, max_elements: int = 8, **kwargs: Any) -> None:
         """
         Prints a table of mean, standard deviation, median, an interval, ``n_eff`` and ``r_hat``.

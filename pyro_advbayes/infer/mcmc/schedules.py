@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from pyro_advbayes.checked import checked
+
 Schedule = Callable[[int], float]
 
 
+@checked
 @dataclass(frozen=True)
 class Constant:
     """The same value at every step. A plain number given for a schedule means this."""
@@ -21,6 +24,7 @@ class Constant:
         return self.value
 
 
+@checked
 @dataclass(frozen=True)
 class Polynomial:
     r"""
@@ -40,6 +44,7 @@ class Polynomial:
         return self.initial * (1.0 + step / self.scale) ** -self.power
 
 
+@checked
 @dataclass(frozen=True)
 class Cyclical:
     r"""

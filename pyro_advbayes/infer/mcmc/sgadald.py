@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.rule import Rule, Variables
 from pyro_advbayes.infer.mcmc.schedules import Schedule
@@ -142,6 +143,7 @@ class SGAdaLDRule(Rule):
         return share
 
 
+@checked
 class SGAdaLD(SGMCMCKernel):
     r"""
     Scale-adapted Langevin dynamics, the sampler of weights in Bayesian Adversarial Learning (Ye and Zhu, 2018, Eq. 10). It is

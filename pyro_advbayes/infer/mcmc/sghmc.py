@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.rule import Rule, Variables
 from pyro_advbayes.infer.mcmc.schedules import Schedule
@@ -97,6 +98,7 @@ class SGHMCRule(Rule):
         return float((2.0 * self.friction * temperature <= rate * variables["noise"]).float().mean())
 
 
+@checked
 class SGHMC(SGMCMCKernel):
     r"""
     Stochastic-gradient Hamiltonian Monte Carlo (Chen et al., 2014) in its momentum form,

@@ -11,9 +11,12 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from scipy.stats import rankdata
 from torch import Tensor
 
+from pyro_advbayes.given import check_int
+
 
 def spaced(values: Tensor, max_elements: int) -> tuple[Tensor, list[tuple[int, ...]]]:
     """Up to ``max_elements`` evenly spaced elements ``[chains, draws, k]`` of draws ``[chains, draws, *shape]``, and their indices."""
+    check_int(max_elements, "max_elements", 1)
     shape = values.shape[2:]
     if not shape:
         return values.unsqueeze(-1).double(), [()]
@@ -87,6 +90,8 @@ def function_values(
 
 def table(samples: Mapping[str, Tensor], prob: float, max_elements: int) -> str:
     """A table in words, a row per element."""
+    if not 0.0 < prob < 1.0:
+        raise ValueError(f"prob={prob!r}: the probability of the interval, in (0, 1)")
     low, high = 0.5 - prob / 2, 0.5 + prob / 2
     names = ("", "mean", "std", "median", f"{low:.1%}", f"{high:.1%}", "n_eff", "r_hat")
     rows: list[tuple[str, ...]] = [names]
