@@ -4,6 +4,10 @@
 #   make bench             the speed and memory tables
 #   make trust             first runs with the defaults on posteriors with known moments; takes hours
 #   make mutants           breaks the code in known ways, and looks whether the tests notice
+#   make fuzz              10 000 calls of what is public with edge values
+#   make kill-test         kills 100 runs at random moments and resumes them
+#   make attack-files      500 damaged files of every kind
+#   make test-matrix       installs with the oldest and newest Python, PyTorch and Pyro, and tests each
 #   make lint              ruff alone
 # PYTHON=python3.12 chooses the Python that .venv is made with.
 
@@ -15,7 +19,7 @@ INSTALLED := $(VENV)/.installed
 # Tests that fork have a process to themselves.
 test: export OMP_NUM_THREADS = 1
 
-.PHONY: quickstart test bench trust mutants lint
+.PHONY: quickstart test bench trust mutants fuzz kill-test attack-files test-matrix lint
 
 quickstart: $(INSTALLED)
 	$(VENV)/bin/python tutorials/quickstart.py
@@ -32,6 +36,18 @@ trust: $(INSTALLED)
 
 mutants: $(INSTALLED)
 	$(VENV)/bin/python tests/mutations/run.py
+
+fuzz: $(INSTALLED)
+	$(VENV)/bin/python tests/fuzz/fuzz.py
+
+kill-test: $(INSTALLED)
+	$(VENV)/bin/python tests/hostile/kill.py
+
+attack-files: $(INSTALLED)
+	$(VENV)/bin/python tests/hostile/attack.py
+
+test-matrix:
+	$(PYTHON) tests/matrix.py
 
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .

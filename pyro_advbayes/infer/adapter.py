@@ -57,7 +57,8 @@ def weight_decay_prior(weight_decay: float, num_data: int) -> Normal:
     """
     if not 0 < weight_decay < math.inf:
         raise ValueError(f"weight_decay={weight_decay!r}: the factor that the network was trained with, > 0")
-    return Normal(0.0, float(check_int(num_data, "num_data", 1) * weight_decay) ** -0.5)
+    check_int(num_data, "num_data", 1)
+    return Normal(0.0, float((num_data * weight_decay) ** -0.5))
 
 
 @checked

@@ -19,5 +19,5 @@ def hash_of(parts: Iterable[Tensor]) -> str:
     """Of the bytes of tensors, one after the other, of which only one need be in memory."""
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
-        found.update(part.cpu().contiguous().view(torch.uint8).numpy())
+        found.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()

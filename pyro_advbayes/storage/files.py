@@ -359,7 +359,8 @@ def check_fields(path: Path, content: Any, fields: Mapping[str, type | tuple[typ
         if name not in content:
             raise FileError(f"{path}: its {where} lacks {name!r}: it is spoilt")
         value = content[name]
-        if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
+        fits = type(value) is int and value >= 0 if kind is int else isinstance(value, kind)
+        if not fits:
             raise FileError(f"{path}: {name!r} in its {where} is {repr(value)[:100]}: it is spoilt")
 
 
@@ -368,17 +369,18 @@ def _digest(kind: str, plain: str, tensors: Mapping[str, Tensor]) -> str:
     described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
     found = hashlib.blake2b(json.dumps([VERSION, kind, plain, described]).encode(), digest_size=16)
     for name in names:
-        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, (Tensor, np.ndarray)):
-        name = f"t{len(tensors)}"
-        is_array = isinstance(value, np.ndarray)
-        # torch has few operations on NumPy's unsigned types
-        tensors[name] = torch.from_numpy(value.astype(np.int64)) if is_array else value.detach().cpu().clone().contiguous()
-        return {"array" if is_array else "tensor": name, "dtype": str(value.dtype)}
+    name = f"t{len(tensors)}"
+    if isinstance(value, np.ndarray):
+        tensors[name] = torch.from_numpy(value.astype(np.int64))  # torch has few operations on NumPy's unsigned types
+        return {"array": name, "dtype": str(value.dtype)}
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().clone().contiguous()
+        return {"tensor": name, "dtype": str(value.dtype)}
     if isinstance(value, Mapping):
         return {"dict": {str(key): _pack(item, tensors) for key, item in value.items()}}
     if isinstance(value, (tuple, list)):

@@ -91,8 +91,8 @@ def check(now: Mapping[str, Tensor], then: Mapping[str, Any], path: Path) -> Non
         here, there = now.get(name), then.get(name)
         if there is not None and (not isinstance(there, Tensor) or there.dtype != torch.float64 or there.shape[1:] != (3,)):
             raise FileError(f"{path}: its reference {name[:100]!r} is none: it is spoilt")
-        same = here is not None and there is not None and here.shape == there.shape
-        if same:
+        same = False
+        if here is not None and there is not None and here.shape == there.shape:
             room = torch.maximum(here[:, 1], there[:, 1]) * here[:, 2]
             same = bool(((here[:, :2] - there[:, :2]).abs() <= room[:, None]).all())
         if not same:
