@@ -20,7 +20,7 @@ def test_a_damaged_file_of_any_kind_is_refused_or_read_as_it_was(name, capsys):
     assert counts[attack.REFUSED] >= 10
 
 
-@pytest.mark.parametrize("name", ["SGLD, graph", "OnlineAPD"])
+@pytest.mark.parametrize("name", ["APD", "active learning"])
 def test_a_run_killed_at_a_random_moment_goes_on(name):
     assert "lost" not in kill.kill(name, random.Random(0))
 
