@@ -212,4 +212,6 @@ def _words(hint: Any) -> str:
         return "a dict" + (f" from {_words(arguments[0])} to {_words(arguments[1])}" if arguments else "")
     if base is collections.abc.Callable:
         return "a function"
-    return f"a {base.__name__}" if isinstance(base, type) else "another value"
+    if not isinstance(base, type):
+        return "another value"
+    return f"an {base.__name__}" if base.__name__[0] in "AEIOU" else f"a {base.__name__}"

@@ -133,7 +133,7 @@ def evaluate(
     :raises ValueError: if there are no attacks, or targeted ones, or the classifier gives NaN for an input, clean or attacked.
     """
     attacks = list(attacks)
-    if not attacks or not all(isinstance(attack, Attack) for attack in attacks):
+    if not attacks:
         raise ValueError("attacks must be one or more attacks, such as [PGD(eps=0.1)]")
     if any(attack.targeted for attack in attacks):
         raise ValueError("evaluate counts what stays right: call a targeted attack by itself, with its targets")

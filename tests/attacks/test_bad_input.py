@@ -195,7 +195,7 @@ def test_in_inference_mode_only_an_attack_without_gradients_runs(attack):
     ("attacks", "message"),
     [
         ([], r"one or more attacks"),
-        (["pgd"], r"one or more attacks"),
+        (["pgd"], r"attacks\[0\]='pgd': an Attack is needed"),
         ([PGD(0.1, targeted=True)], r"evaluate counts what stays right"),
     ],
 )

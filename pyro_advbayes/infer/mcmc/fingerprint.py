@@ -98,9 +98,9 @@ def check_fingerprint(now: dict[str, Any], then: dict[str, Any], path: Path) -> 
     """
     for key in [key for key in now if key not in ("threads", "torch")]:
         here, there = now[key], then.get(key)
-        if here != there:
+        if _differ(here, there):
             if isinstance(here, dict) and isinstance(there, dict):  # name the setting that differs
-                name = next(name for name in (*here, *there) if here.get(name) != there.get(name))
+                name = next(name for name in (*here, *there) if _differ(here.get(name), there.get(name)))
                 key, here, there = f"{key}[{name!r}]", here.get(name), there.get(name)
             raise ValueError(f"{path} is of another run: its {key} is {_shorten(there)}, here it is {_shorten(here)}")
     for key in ("threads", "torch"):
@@ -142,6 +142,13 @@ def load_kernel(kernel: SGMCMCKernel, content: Mapping[str, Any], path: Path) ->
             "(another prior or likelihood?)"
         )
     reference.check(now, content["reference"], path)
+
+
+def _differ(here: Any, there: Any) -> bool:
+    try:
+        return bool(here != there)
+    except RuntimeError:  # a tensor, in a file that somebody changed
+        return True
 
 
 def _shorten(value: Any) -> str:

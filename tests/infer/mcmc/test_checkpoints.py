@@ -380,6 +380,8 @@ SENSELESS = [
         for place, value in (
             (("settings",), []),
             (("settings", "per_round"), HUGE),
+            (("settings", "per_round"), torch.zeros(3, 3)),
+            (("settings", "test", 0), torch.zeros(3, 3)),
             (("labelled",), None),
             (("labelled",), torch.zeros(4)),
             (("labelled",), torch.full((10,), HUGE)),
