@@ -1,31 +1,50 @@
-"""Effect handlers: scaling a data plate to the whole data set, giving sites values, running a model where none can be looked at."""
+"""Effect handlers: scale a data plate to the whole data set, give sites values, run a model without validation; and sample sites typed."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from pyro.distributions import MaskedDistribution, Unit
+from pyro.distributions import MaskedDistribution, TorchDistribution, Unit
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, biject_to
+from torch.distributions.constraints import Constraint
 
-from pyro_advbayes.model.refusals import Refused
+from pyro_advbayes.kinds import Node, is_deterministic, is_subsample
+
+D = TypeVar("D", bound=Distribution)
+
+
+class Refused(ValueError):
+    """
+    An error raised inside a model that Pyro runs, without the table of shapes: Pyro makes a new error of the same class from the message
+    and the table.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_table(message))
+
+
+def without_table(message: str) -> str:
+    """A message without the table of shapes that Pyro adds to errors from inside a model."""
+    return re.split(r"\s*Trace Shapes:", message)[0]
 
 
 class MinibatchMessenger(Messenger):
     """
     Scales the observed sites of the data plate from a minibatch to the whole data set; see :func:`~pyro_advbayes.minibatch`.
 
-    :param prior_factors: names of factors outside the plate, which are not scaled.
-    :param int copies: how many rows of the plate stand for one row of the data.
+    :param prior_factors: names of ``pyro.factor`` terms outside the plate, which are not scaled.
+    :param int copies: number of rows of the plate that stand for one row of the data.
     """
 
-    def __init__(self, size: int, plate: str | None = None, prior_factors: Sequence[str] = (), copies: int = 1) -> None:
+    def __init__(self, size: int | None, plate: str | None = None, prior_factors: Sequence[str] = (), copies: int = 1) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"minibatch: size is the number of rows in the data set, an int >= 1; got {size!r}")
         super().__init__()
@@ -36,8 +55,8 @@ class MinibatchMessenger(Messenger):
         self._found = self.plate
         return super().__enter__()
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if site_is_subsample(msg) or msg["infer"].get("_deterministic"):
+    def _pyro_sample(self, msg: Node) -> None:
+        if is_subsample(msg) or is_deterministic(msg):
             return
         name, frames = msg["name"], {frame.name: frame for frame in msg["cond_indep_stack"]}
         if name in self.prior_factors:
@@ -50,7 +69,7 @@ class MinibatchMessenger(Messenger):
             )
         if self._found is None and msg["is_observed"]:
             self._found = _only_plate(name, frames)
-        frame = frames.get(self._found)
+        frame = None if self._found is None else frames.get(self._found)
         if frame is None:
             if msg["is_observed"]:
                 raise Refused(
@@ -82,8 +101,12 @@ class MinibatchMessenger(Messenger):
         msg["scale"] = msg["scale"] * (self.size / frame.size)
 
 
-def _only_plate(site: str, frames: dict[str, Any]) -> str:
-    """The one plate around an observed site, or a sentence about why there is not one."""
+def _only_plate(site: str, frames: Mapping[str, CondIndepStackFrame]) -> str:
+    """
+    The one plate around an observed site.
+
+    :raises Refused: if there is none, or there are several.
+    """
     if not frames:
         raise Refused(
             f"observed site {site!r} is in no plate: put it in `with pyro.plate('data', len(x)):`, so that a minibatch "
@@ -99,62 +122,63 @@ def _only_plate(site: str, frames: dict[str, Any]) -> str:
 
 class GivenMessenger(Messenger):
     """
-    Gives latent sites their values, and plates that subsample themselves their indices: as ``poutine.replay`` does, from plain tensors.
+    Gives latent sites their values, and plates that subsample themselves their indices, from plain tensors. As under ``poutine.replay``,
+    the sites stay latent.
 
-    :param dict values: site or plate -> value; the others are drawn as usual.
+    :param dict values: site or plate -> value; the model draws the others.
     """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.values = values
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_sample(self, msg: Node) -> None:
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
 class CoveredMessenger(Messenger):
     """
-    Lets what a mask covers be anything, NaN included: puts a value of the support in its place. (A mask alone leaves the gradient of NaN
-    times 0, which is NaN.)
+    Replaces masked observations by a value of the support, so that they may be NaN: under the mask alone, the gradient is NaN times 0.
     """
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_sample(self, msg: Node) -> None:
         if msg["is_observed"] and isinstance(msg["value"], Tensor) and isinstance(msg["fn"], Distribution):
             msg["value"] = covered(msg["fn"], msg["mask"], msg["value"])
 
 
-def covered(fn: Distribution, mask: Any, value: Tensor) -> Tensor:
+def covered(fn: TorchDistribution, mask: Tensor | bool | None, value: Tensor) -> Tensor:
     """
-    An observed value with one of the support wherever it is masked, by ``poutine.mask`` or by ``fn.mask``.
+    An observed value, with a value of the support wherever ``poutine.mask`` or ``fn.mask`` masks it.
 
-    :param mask: of the site, that is of ``poutine.mask``; None for none.
+    :param mask: the site's, from ``poutine.mask``; None for none.
     """
     if not is_masked(fn, mask):
         return value
     seen: Tensor | bool = True
-    for each, event_dim in _masks(fn, mask):
+    for each, event_dim in masks_of(fn, mask):
         seen = (each.reshape(each.shape + (1,) * event_dim) if isinstance(each, Tensor) else each) & seen
     return torch.where(torch.as_tensor(seen, device=value.device), value, _inside(fn.support, value))
 
 
-def is_masked(fn: Distribution, mask: Any) -> bool:
-    """Whether an observed site leaves something out of its log-density."""
-    return any(each is not True for each, _ in _masks(fn, mask))
+def is_masked(fn: TorchDistribution, mask: Tensor | bool | None) -> bool:
+    """Whether a mask leaves something out of the log-density of an observed site."""
+    return any(each is not True for each, _ in masks_of(fn, mask))
 
 
-def _masks(fn: Distribution | None, mask: Any) -> list[tuple[Any, int]]:
-    """The masks of a site, each with the number of dimensions of an event under it."""
+def masks_of(fn: TorchDistribution, mask: Tensor | bool | None = None) -> list[tuple[Tensor | bool, int]]:
+    """The masks of a site, each with its distribution's number of event dimensions."""
     masks = [] if mask is None else [(mask, fn.event_dim)]
-    while fn is not None:
-        if isinstance(fn, MaskedDistribution):
-            masks.append((fn._mask, fn.event_dim))  # Pyro has no public name for it
-        fn = getattr(fn, "base_dist", None)
+    inner: TorchDistribution | None = fn
+    while inner is not None:
+        if isinstance(inner, MaskedDistribution):
+            masks.append((inner._mask, inner.event_dim))  # Pyro has no public name for it
+        inner = getattr(inner, "base_dist", None)
     return masks
 
 
-def _inside(support: Any, value: Tensor) -> Tensor:
-    """A value of a support, in the shape and dtype of another."""
+def _inside(support: Constraint, value: Tensor) -> Tensor:
+    """A value of a support, in the shape and dtype of ``value``."""
     if not support.is_discrete:
         transform = biject_to(support)
         return transform(value.new_zeros(transform.inverse_shape(value.shape))).to(value.dtype)
@@ -167,17 +191,17 @@ class UnvalidatedMessenger(Messenger):
     """
     Gives every site a copy of its distribution that does not validate values.
 
-    ``pyro.validation_enabled(False)`` reaches only distributions that are made under it; a prior that a ``PyroSample`` holds was
-    made before, and its look at the values stops every ``torch.func`` transform and graph trace.
+    ``pyro.validation_enabled(False)`` affects only distributions that are made under it. A ``PyroSample`` holds its prior since before, and
+    the prior's check of values fails in ``torch.func`` transforms and recordings.
     """
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_sample(self, msg: Node) -> None:
         if isinstance(msg["fn"], Distribution):
             msg["fn"] = unvalidated(msg["fn"])
 
 
-def unvalidated(fn: Distribution) -> Distribution:
-    """A copy of a distribution, and of those that it holds, that does not validate values."""
+def unvalidated(fn: D) -> D:
+    """A copy of a distribution and of the distributions that it holds, without validation of values."""
     fn = copy.copy(fn)
     for name, value in vars(fn).items():
         if isinstance(value, Distribution):
@@ -188,7 +212,7 @@ def unvalidated(fn: Distribution) -> Distribution:
 
 @contextlib.contextmanager
 def kept_random_state() -> Iterator[None]:
-    """Leaves PyTorch's random generators as they were, so that a look at a model changes nothing of a run under a seed."""
+    """Restores PyTorch's random generators at the end, so that a look at a model does not change the numbers of a seeded run."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         yield

@@ -14,7 +14,7 @@ from pyro_advbayes.attacks.base import Attack
 from pyro_advbayes.attacks.geometry import Region, flat, rows
 from pyro_advbayes.attacks.problem import ClassifierProblem, Problem, check_gradient, differentiate, method
 from pyro_advbayes.checked import checked
-from pyro_advbayes.model.structure import refuse_inference_mode
+from pyro_advbayes.model.layers import refuse_inference_mode
 
 DECAYS = 0.9, 0.999  # Adam's
 SEARCHES = 9  # values of c that are tried, as in the authors' code

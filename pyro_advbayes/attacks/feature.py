@@ -15,7 +15,7 @@ from pyro_advbayes.attacks.geometry import Ball
 from pyro_advbayes.attacks.problem import Ascent, ClassifierProblem, Problem, check_gradient, differentiate
 from pyro_advbayes.checked import checked
 from pyro_advbayes.kinds import sample_sites
-from pyro_advbayes.model.structure import refuse_inference_mode
+from pyro_advbayes.model.layers import refuse_inference_mode
 
 
 @checked

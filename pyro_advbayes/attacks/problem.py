@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_advbayes.attacks.geometry import flat, rows
 from pyro_advbayes.attacks.losses import LOSSES, LabelLoss, cross_entropy
-from pyro_advbayes.model.structure import refuse_inference_mode
+from pyro_advbayes.model.layers import refuse_inference_mode
 
 OBJECTIVES = ("loss_of_mean", "mean_loss")
 

@@ -27,14 +27,16 @@ from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
 from pyro_advbayes.infer.elbo.adversarial import TraceAdversarial_ELBO
 from pyro_advbayes.infer.predictive import RandomState
 from pyro_advbayes.kinds import latent_sites
-from pyro_advbayes.model.batches import Batch, Loader
+from pyro_advbayes.model.batches import Batch
+from pyro_advbayes.model.layers import kept_statistics, refuse_random_layers
+from pyro_advbayes.model.loader import Loader
 from pyro_advbayes.model.notices import never_seen_data, statistics_message
 from pyro_advbayes.model.outcomes import Origins
 from pyro_advbayes.model.potential import Potential
 from pyro_advbayes.model.readout import Readout
 from pyro_advbayes.model.refusals import Given, check_number, told
 from pyro_advbayes.model.scale import minibatch
-from pyro_advbayes.model.structure import kept_statistics, prior_factors, refuse_random_layers, try_model
+from pyro_advbayes.model.structure import prior_factors, try_model
 from pyro_advbayes.nn import Classifier, bayesianize
 from pyro_advbayes.nn.bayesian import declared_sites
 

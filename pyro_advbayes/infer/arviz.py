@@ -1,26 +1,28 @@
-"""What a sampler or a guide found, as ArviZ reads it."""
+"""The draws of a sampler or a guide, with predictions, likelihood and data, for ArviZ."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer import MCMC
 from pyro.infer.mcmc.api import AbstractMCMC
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_advbayes.checked import checked
 from pyro_advbayes.diagnostics.arviz import to_inference_data
-from pyro_advbayes.handlers import UnvalidatedMessenger
 from pyro_advbayes.infer.mcmc.runner import SGMCMC
-from pyro_advbayes.infer.predictive import Predictive, RandomState
+from pyro_advbayes.infer.predictive import Predictive
 from pyro_advbayes.infer.row_terms import Kept, data_rows, find_terms, is_observed, masked_variables, row_terms
+from pyro_advbayes.kinds import Node, sites, subsampling_plates
+from pyro_advbayes.model.program import Call, run
 from pyro_advbayes.model.refusals import Given, told
 from pyro_advbayes.model.structure import try_model
+from pyro_advbayes.tracing.guard import RandomState
 from pyro_advbayes.tracing.replay import quiet_batching
 
 
@@ -72,16 +74,17 @@ def to_arviz(
     kwargs = dict(kwargs or {})
     groups: dict[str, Mapping[str, Any]] = {}
     if isinstance(posterior, AbstractMCMC):
-        model = posterior.kernel.model if model is None else model
+        mcmc = cast(MCMC, posterior)  # AbstractMCMC does not declare what ArviZ's own reader expects of every MCMC
+        model = mcmc.kernel.model if model is None else model
         if args is None:
             if isinstance(posterior, SGMCMC) and posterior.from_loader and (log_likelihood or posterior_predictive is True):
                 raise ValueError(
                     "the run was given a loader, and likelihoods and predictions are wanted of all rows: give them as args=, the model's "
                     "arguments with all the data"
                 )
-            args, kwargs = posterior._args, kwargs or posterior._kwargs  # Pyro keeps them under these names, as ArviZ's own reader expects
-        samples = posterior.get_samples(group_by_chain=True)
-        groups["sample_stats"] = _statistics(posterior)
+            args, kwargs = mcmc._args, kwargs or mcmc._kwargs  # Pyro has no public names for them
+        samples = mcmc.get_samples(group_by_chain=True)
+        groups["sample_stats"] = posterior.sample_stats() if isinstance(posterior, SGMCMC) else _divergences(mcmc)
     else:
         if model is None or args is None:
             raise ValueError("a guide needs model= and args=, the arguments with the data, to be drawn from and compared with the data")
@@ -93,12 +96,13 @@ def to_arviz(
         return {name: value.detach().reshape(num_chains, -1, *value.shape[1:]) for name, value in values.items()}
 
     groups["posterior"] = _chosen(samples, sites)
+    predictions = {} if isinstance(posterior_predictive, bool) else posterior_predictive
     if model is not None:
         every_draw = log_likelihood or posterior_predictive is True
         given = Given(model, args, kwargs)
         with RandomState().again():  # looking takes no random numbers
             told(lambda values: try_model(model, *given.call(values)), given.values)
-        nodes = _look(model, {name: value[0] for name, value in flat.items()}, args, kwargs, every_draw)
+        nodes = _look(model, {name: value[0] for name, value in flat.items()}, (args, kwargs), every_draw)
         observed = {name: node["value"] for name, node in nodes.items() if is_observed(node)}
         masked = masked_variables({name: holds[None] for name, holds in data_rows(nodes).items()})
         if log_likelihood:
@@ -108,11 +112,11 @@ def to_arviz(
             groups["log_likelihood"] = by_chain(_data_only(values, masked, 1))
         if posterior_predictive is True:
             predictive = Predictive(poutine.uncondition(model), flat, return_sites=list(observed), chunk_size=chunk_size)
-            posterior_predictive = _data_only(predictive(*args, **kwargs), masked, 1)
-        groups["observed_data"] = _data_only(observed, masked, 0)
-        dims, coords = _labels(groups["observed_data"], masked, dims, coords)
-    if posterior_predictive:
-        groups["posterior_predictive"] = by_chain(posterior_predictive)
+            predictions = _data_only(predictive(*args, **kwargs), masked, 1)
+        groups["observed_data"] = data = _data_only(observed, masked, 0)
+        dims, coords = _labels(data, masked, dims, coords)
+    if predictions:
+        groups["posterior_predictive"] = by_chain(predictions)
     return to_inference_data(groups, coords=coords, dims=dims)
 
 
@@ -132,12 +136,11 @@ def log_likelihoods(
 def _row_terms(
     model: Callable, samples: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], chunk_size: int | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """As :func:`log_likelihoods`, and which of these are data, in bool."""
+    """As :func:`log_likelihoods`, and which of these are data, bool."""
 
     def one(values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        with poutine.block(), UnvalidatedMessenger():
-            trace = poutine.trace(poutine.condition(model, values)).get_trace(*args, **kwargs)
-        nodes = {name: node for name, node in trace.nodes.items() if name not in values}
+        trace = run(model, (args, kwargs), values, validated=False)
+        nodes = {name: node for name, node in sites(trace).items() if name not in values}
         return row_terms(nodes), data_rows(nodes)
 
     with torch.no_grad(), pyro.validation_enabled(False):
@@ -150,13 +153,11 @@ def _row_terms(
             except RuntimeError:  # an operation without a batching rule: one draw after the other gives the same numbers
                 pass
         rows = [one({name: value[i] for name, value in samples.items()}) for i in range(count)]
-    values, there = zip(*rows, strict=True)
-    return tuple({name: torch.stack([row[name] for row in part]) for name in part[0]} for part in (values, there))
+    values, there = ({name: torch.stack([row[i][name] for row in rows]) for name in rows[0][i]} for i in range(2))
+    return values, there
 
 
-def _statistics(posterior: AbstractMCMC) -> dict[str, Tensor]:
-    if isinstance(posterior, SGMCMC):
-        return posterior.sample_stats()
+def _divergences(posterior: MCMC) -> dict[str, Tensor]:
     diverging = torch.zeros(posterior.num_chains, posterior.num_samples, dtype=torch.bool)
     # the public diagnostics() computes n_eff of every weight on the way, minutes for a network
     for chain, found in enumerate(posterior._diagnostics):
@@ -168,25 +169,21 @@ def _draw_guide(guide: Callable, num_samples: int, args: Sequence[Any], kwargs: 
     rows: list[dict[str, Tensor]] = []
     with torch.no_grad():
         for _ in range(num_samples):
-            trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            sites = {name: node for name, node in trace.nodes.items() if node["type"] == "sample" and not site_is_subsample(node)}
-            rows.append({name: node["value"] for name, node in sites.items() if not node["infer"].get("is_auxiliary")})
+            drawn = sites(run(guide, (args, kwargs), hidden=False))
+            rows.append({name: node["value"] for name, node in drawn.items() if not node["infer"].get("is_auxiliary")})
     return {name: torch.stack([row[name] for row in rows]).unsqueeze(0) for name in rows[0]}
 
 
-def _look(
-    model: Callable, draw: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], every_draw: bool
-) -> dict[str, Mapping[str, Any]]:
-    """The nodes of a run, without those of the draw; ``every_draw`` says that as much is to be computed for all draws."""
-    with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
-        trace = poutine.trace(poutine.condition(model, draw)).get_trace(*args, **kwargs)
-    for name, node in trace.nodes.items() if every_draw else ():
-        if node["type"] == "sample" and site_is_subsample(node) and len(node["value"]) < node["fn"].size:
-            raise ValueError(
-                f"plate {name!r} takes {len(node['value'])} of its {node['fn'].size} rows, others for every draw, so that a column of "
-                "log_likelihood or posterior_predictive would be no row's: give model=, the same one without subsample_size"
-            )
-    return {name: node for name, node in trace.nodes.items() if name not in draw}
+def _look(model: Callable, draw: Mapping[str, Tensor], call: Call, every_draw: bool) -> dict[str, Node]:
+    """The sites of a run, without those of the draw; ``every_draw`` says whether all draws will be computed, too."""
+    with torch.no_grad():
+        trace = run(model, call, draw, validated=False)
+    for name, (plate, rows) in subsampling_plates(trace).items() if every_draw else ():
+        raise ValueError(
+            f"plate {name!r} takes {len(rows)} of its {plate.size} rows, others for every draw, so that a column of "
+            "log_likelihood or posterior_predictive would be no row's: give model=, the same one without subsample_size"
+        )
+    return {name: node for name, node in sites(trace).items() if name not in draw}
 
 
 def _warn_of_factors(outside: Sequence[str]) -> None:
@@ -199,15 +196,19 @@ def _warn_of_factors(outside: Sequence[str]) -> None:
 
 
 def _data_only(values: Mapping[str, Tensor], masked: Mapping[str, Kept | None], sampled: int) -> dict[str, Tensor]:
-    """Variables without rows that are no data; ``sampled`` dimensions come before the rows."""
-    found = {name: value if masked.get(name) is None else masked[name].take(value, sampled) for name, value in values.items()}
-    return {name: value for name, value in found.items() if masked.get(name, value) is not None}
+    """Variables without masked rows; ``sampled`` dimensions come before the rows."""
+    found = {}
+    for name, value in values.items():
+        kept = masked.get(name, value)
+        if kept is not None:
+            found[name] = kept.take(value, sampled) if isinstance(kept, Kept) else value
+    return found
 
 
 def _labels(
     observed: Mapping[str, Tensor], masked: Mapping[str, Kept | None], dims: Any, coords: Any
 ) -> tuple[Mapping[str, Sequence[str]] | None, Mapping[str, Sequence[Any]] | None]:
-    """``dims`` and ``coords`` with the numbers of the rows that are left."""
+    """``dims`` and ``coords``, with the numbers of the rows that are left as labels."""
     kept = {name: rows for name, rows in masked.items() if rows is not None and name in observed}
     if not kept:
         return dims, coords

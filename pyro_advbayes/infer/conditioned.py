@@ -1,20 +1,21 @@
-"""A Pyro model with some of its sites given: what prediction, whatever its form, does with a draw."""
+"""A Pyro model with draws of some of its sites: what every form of prediction does with a draw."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Categorical, Independent
+from torch.distributions import Categorical
 
+from pyro_advbayes.kinds import Node, plate_of, without_independent
+from pyro_advbayes.model.layers import refuse_random_layers
+from pyro_advbayes.model.program import Call, run
 from pyro_advbayes.model.refusals import Given, Refused, told
-from pyro_advbayes.model.structure import refuse_random_layers
 
 
 class ConditionedModel:
@@ -24,7 +25,7 @@ class ConditionedModel:
     :param model: a callable with Pyro's primitives.
     :param samples: site -> ``[draws, *site]``.
     :param int num_samples: number of draws.
-    :param bool strict: refuse sites that the model does not have.
+    :param bool strict: whether to refuse sites that the model does not have.
     """
 
     def __init__(self, model: Callable, samples: Mapping[str, Tensor], num_samples: int, strict: bool = True) -> None:
@@ -33,24 +34,19 @@ class ConditionedModel:
 
     def look(self, *args: Any, **kwargs: Any) -> Trace:
         """
-        Runs the model on the first draw, and brings the draws into the shapes of their sites: Pyro's ``Predictive`` inserts
-        dimensions of size 1 in front, which a weight matrix must not have.
+        Runs the model on the first draw, and gives the draws the shapes of their sites: Pyro's ``Predictive`` inserts dimensions of size 1
+        in front, which a weight matrix must not have.
 
-        :raises ValueError: naming the site or the layer, if draws do not fit the model, or a layer is in training mode; or an argument in
-            whose place the model takes another form of it.
+        :raises ValueError: naming the site or the layer, if draws do not fit the model, or a layer is in training mode; or the argument
+            that the model takes in another form.
         """
         given = Given(self.model, args, kwargs)
+        return told(lambda values: self._look(given.call(values)), given.values)
 
-        def look(values: Mapping[str, Any]) -> Trace:
-            args, kwargs = given.call(values)
-            return self._look(*args, **kwargs)
-
-        return told(look, given.values)
-
-    def _look(self, *args: Any, **kwargs: Any) -> Trace:
+    def _look(self, call: Call) -> Trace:
         fit, categorical = _Fit({name: sample[0] for name, sample in self.samples.items()}), _DrawCategorical()
-        with refuse_random_layers(self.model), categorical, fit, poutine.mask(mask=False):
-            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+        handlers = refuse_random_layers(self.model), categorical, fit, poutine.mask(mask=False)
+        trace = run(self.model, call, None, *handlers, hidden=False)
         self.categories = categorical.categories
         if self.strict:
             _check_sites(self.samples, fit.shapes, trace)
@@ -72,8 +68,9 @@ class ConditionedModel:
         :param values: what :meth:`draw` gave.
         """
         data = dict(zip(self.samples, values, strict=True))
-        with _DrawCategorical(), poutine.mask(mask=False):
-            return poutine.trace(poutine.condition(self.model, data=data)).get_trace(*args, **kwargs)
+        # conditioned: a draw may hold what the model observes, too
+        handlers = _DrawCategorical(), poutine.mask(mask=False), poutine.condition(data=data)
+        return run(self.model, (args, kwargs), None, *handlers, hidden=False)
 
     def run(self, values: Sequence[Tensor], names: Sequence[str], *args: Any, **kwargs: Any) -> list[Tensor]:
         """
@@ -81,18 +78,22 @@ class ConditionedModel:
         :param names: sites, or ``"_RETURN"``.
         :return: the values of ``names``.
         """
-        trace = self.trace(values, *args, **kwargs)
-        return [trace.nodes[name]["value"] for name in names]
+        return values_of(self.trace(values, *args, **kwargs), names)
 
     def check_categories(self, results: Mapping[str, Tensor]) -> None:
-        """:raises ValueError: if a categorical site had probabilities that are not numbers."""
+        """:raises ValueError: if a categorical site had probabilities that are not finite."""
         for name, count in self.categories.items():
             if name in results and bool((results[name] >= count).any()):
                 raise ValueError(f"site {name!r}: its Categorical has probabilities that are not finite; check the draws and the data")
 
 
+def values_of(trace: Trace, names: Iterable[str]) -> list[Tensor]:
+    """The values of sites, or of ``"_RETURN"``."""
+    return [cast(Tensor, trace.nodes[name]["value"]) for name in names]
+
+
 def _check_sites(samples: Mapping[str, Tensor], used: Mapping[str, Any], trace: Trace) -> None:
-    # A guide's auxiliary sites come along where its own predictions are passed on.
+    # predictions by a guide hold its auxiliary sites
     unknown = [
         name for name in samples if name not in used and not name.startswith("_") and name.removesuffix("_unconstrained") not in trace.nodes
     ]
@@ -105,24 +106,24 @@ def _check_sites(samples: Mapping[str, Tensor], used: Mapping[str, Any], trace: 
 
 
 class _Fit(Messenger):
-    """Conditions on values after bringing them into the shapes of their sites."""
+    """Conditions on values in the shapes of their sites."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.values = values
         self.shapes: dict[str, torch.Size] = {}
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        name = msg["name"]
-        if site_is_subsample(msg) and msg["fn"].subsample_size is not None and msg["fn"].subsample_size > msg["fn"].size:
-            size, batch = msg["fn"].size, msg["fn"].subsample_size
+    def _pyro_sample(self, msg: Node) -> None:
+        name, plate = msg["name"], plate_of(msg)
+        batch = None if plate is None else plate.subsample_size
+        if plate is not None and batch is not None and batch > plate.size:
             raise ValueError(
-                f"plate {name!r} takes subsample_size={batch} of {size} rows: give it no more than there are, subsample_size=min({batch}, "
-                "len(x))"
+                f"plate {name!r} takes subsample_size={batch} of {plate.size} rows: give it no more than there are, "
+                f"subsample_size=min({batch}, len(x))"
             )
         if name in self.values:
             value = self.values[name]
-            shape = value.shape if site_is_subsample(msg) else msg["fn"].shape()
+            shape = msg["fn"].shape() if plate is None else value.shape
             if without_leading_ones(value.shape) != without_leading_ones(shape):
                 raise Refused(
                     f"site {name!r}: a draw in posterior_samples has shape {tuple(value.shape)}, the model's site has {tuple(shape)}"
@@ -133,7 +134,7 @@ class _Fit(Messenger):
 
 
 def without_leading_ones(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape without what Pyro's ``Predictive`` puts in front."""
+    """A shape without the dimensions of size 1 that Pyro's ``Predictive`` inserts in front."""
     first = next((i for i, size in enumerate(shape) if size != 1), len(shape))
     return tuple(shape[first:])
 
@@ -142,26 +143,24 @@ class _DrawCategorical(Messenger):
     """
     Draws categorical sites by the inverse of their distribution function, with one uniform number a row.
 
-    ``torch.multinomial`` takes an exponential number for every class, which on a CPU costs more than a small network does.
+    ``torch.multinomial`` draws an exponential number for every class, which on a CPU costs more than a small network.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.categories: dict[str, int] = {}
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        fn = msg["fn"]
-        while isinstance(fn, Independent):
-            fn = fn.base_dist
+    def _pyro_sample(self, msg: Node) -> None:
+        fn = without_independent(msg["fn"])
         if msg["value"] is None and isinstance(fn, Categorical):
             msg["value"] = draw_categorical(fn)
-            self.categories[msg["name"]] = fn._num_events
+            self.categories[msg["name"]] = fn.param_shape[-1]
 
 
 @torch.no_grad()
 def draw_categorical(fn: Categorical) -> Tensor:
     """
-    One draw, ``[*batch]``; the number of classes, which is none of them, where the probabilities are not numbers.
+    One draw, ``[*batch]``; the number of classes, which is no class, if the probabilities are not finite.
     """
     probs = fn.probs if "probs" in vars(fn) else fn.logits.exp()
     total = probs.to(torch.promote_types(probs.dtype, torch.float32)).cumsum(-1)

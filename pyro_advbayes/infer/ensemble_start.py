@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.arviz import log_likelihoods
-from pyro_advbayes.model.batches import Arguments, is_loader
+from pyro_advbayes.model.batches import Arguments
 from pyro_advbayes.model.initialization import init_to_fan_in
+from pyro_advbayes.model.loader import is_loader
 from pyro_advbayes.model.potential import Potential
 
 BATCH_SIZE = 32

@@ -11,9 +11,10 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_advbayes.infer.conditioned import ConditionedModel
-from pyro_advbayes.infer.predictive import RandomState
+from pyro_advbayes.model.layers import kept_statistics
 from pyro_advbayes.model.outcomes import Likelihood, find_outcomes, likelihood_at, one_outcome, rows_of
-from pyro_advbayes.model.structure import kept_statistics
+from pyro_advbayes.model.program import run
+from pyro_advbayes.tracing.guard import RandomState
 
 
 def read_likelihood(
@@ -24,19 +25,18 @@ def read_likelihood(
     site: str | None = None,
 ) -> Likelihood | None:
     """
-    Runs a model once, to see the distribution of its outcomes. ::
+    The distribution of a model's outcomes, from one run. ::
 
         likelihood = read_likelihood(model, (x,))
         if likelihood is not None and likelihood.kind == "classes":
             probs = likelihood.logits().softmax(-1)   # [N, K], under a draw from the prior
 
     :param model: a Pyro model.
-    :param args: its arguments. The first tensor among them has a row for each outcome. Observations may be there or not.
+    :param args: its arguments, with or without observations. The first tensor among them has a row for each outcome.
     :param kwargs: its keyword arguments.
-    :param posterior_samples: ``[draws, *shape]`` by site, of which the first draw is taken; by default the prior is drawn from.
-    :param site: which observed site, where there are several.
-    :return: None if no outcome is observed in a plate of as many rows: a plain network with priors, whose return value says it all, or a
-        likelihood by ``pyro.factor``.
+    :param posterior_samples: ``[draws, *shape]`` by site; the first draw is used, by default a draw from the prior.
+    :param site: name of the observed site, if there are several.
+    :return: None if no outcome is observed in a plate of as many rows: a plain network with priors, or a likelihood by ``pyro.factor``.
     :raises ValueError: if there are several, and ``site`` names none of them.
     """
     kwargs = dict(kwargs or {})
@@ -44,7 +44,7 @@ def read_likelihood(
         if posterior_samples:
             trace = ConditionedModel(model, posterior_samples, len(next(iter(posterior_samples.values())))).look(*args, **kwargs)
         else:
-            trace = poutine.trace(model).get_trace(*args, **kwargs)
+            trace = run(model, (args, kwargs))
         outcomes = find_outcomes(model, trace, args, kwargs, posterior_samples or ())
     if not outcomes:
         return None

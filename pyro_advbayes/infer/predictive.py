@@ -10,14 +10,14 @@ import pyro
 import pyro.infer
 import torch
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyro_advbayes.checked import checked
 from pyro_advbayes.given import need_tensor
-from pyro_advbayes.infer.conditioned import ConditionedModel
+from pyro_advbayes.infer.conditioned import ConditionedModel, values_of
 from pyro_advbayes.infer.subsampled import predict_all_rows, subsampling_plate
+from pyro_advbayes.kinds import latent_sites, sites
 from pyro_advbayes.tracing.guard import DIFFERS, RandomState, agree, reason, warn_of_handlers
 from pyro_advbayes.tracing.record import record
 from pyro_advbayes.tracing.replay import Interpreter, Replays, draws_together
@@ -26,22 +26,22 @@ from pyro_advbayes.tracing.replay import Interpreter, Replays, draws_together
 @checked
 class Predictive(pyro.infer.Predictive):
     """
-    Samples from the predictive distribution; takes the arguments of :class:`pyro.infer.Predictive` and gives its results,
-    without running the model anew for every draw.
+    Samples from the predictive distribution, with the arguments and results of :class:`pyro.infer.Predictive`, but without a run of the
+    model for every draw.
 
     ::
 
         probs = Predictive(model, mcmc.get_samples(), return_sites=["obs"])(x_test)["obs"]   # [draws, N]
 
-    The first draws go through Pyro's handlers. What the model did is recorded (:mod:`pyro_advbayes.tracing`), compared with a draw
-    of its own, and replayed for the others: side by side where the numbers that a draw makes are few, one after the other
-    where they are many. What comes before the first latent site (a deterministic feature extractor, say) is computed once. A
-    model that cannot be recorded, because its Python looks at drawn values, runs draw by draw as in Pyro.
+    Pyro's handlers run the model on the first draws. The operations of one run are recorded (:mod:`pyro_advbayes.tracing`), compared with
+    the handlers on another draw, and replayed for the others: side by side if a draw makes few numbers, else one after the other. What
+    comes before the first latent site (a deterministic feature extractor, say) is computed once. A model that cannot be recorded,
+    because its Python depends on drawn values, runs draw by draw as in Pyro.
 
-    All inputs are predicted, in order, by a model whose plate takes some of them, ``pyro.plate("data", N, subsample_size=B)``, too: B at
-    a time, where Pyro's class gives a random B of them for every draw. (A return value is taken for rows where its first dimension is
-    B. Without ``subsample_size`` the model predicts faster.) To choose the rows, give their numbers ``[draws, B]`` under the plate's name
-    in ``posterior_samples``.
+    A model whose plate takes some of the rows, ``pyro.plate("data", N, subsample_size=B)``, also predicts all inputs, in order, B at a
+    time; Pyro's class gives a random B of them for every draw. (A return value holds rows if its first dimension is B. Without
+    ``subsample_size`` the model predicts faster.) To choose the rows, give their numbers ``[draws, B]`` under the plate's name in
+    ``posterior_samples``.
 
     Random sites are drawn afresh for each draw, under ``pyro.set_rng_seed``. If an argument requires a gradient (and gradients
     are enabled), results are attached to it.
@@ -49,14 +49,14 @@ class Predictive(pyro.infer.Predictive):
     :param model: a Pyro model.
     :param dict posterior_samples: site -> ``[draws, *site]``. Sites of the model that are missing are drawn from the prior.
     :param guide: a guide to draw the latent sites from, in place of ``posterior_samples``.
-    :param int num_samples: number of draws, where no ``posterior_samples`` tell it.
+    :param int num_samples: number of draws, without ``posterior_samples``.
     :param return_sites: names of sites, ``"_RETURN"`` for the model's return value; by default every site that is not in
         ``posterior_samples``, and every site if there is a guide.
-    :param bool parallel: as in Pyro, where it needs a model that batches; the results are the same here.
+    :param bool parallel: accepted as in Pyro; it changes nothing here.
     :param int chunk_size: how many draws are computed side by side, >= 1; 1 means one after the other. The default is a fixed
         rule: as many as make 2²¹ numbers together, at least one.
-    :raises ValueError: at the first call, if a sample's site or shape is not the model's, if the model is in training mode
-        where that would disturb it, or if it is not known of which rows samples are.
+    :raises ValueError: at the first call, if a sample's site or shape is not the model's, if a BatchNorm or Dropout layer is in training
+        mode, or if it is unknown of which rows samples are.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Predictive(pyro.infer.Predictive):
         """
         :param args: the model's arguments.
         :param kwargs: its keyword arguments.
-        :return: site -> ``[draws, *site]``, with 1s in the place of plates that the site is not in, as in Pyro.
+        :return: site -> ``[draws, *site]``, with dimensions of size 1 for plates that the site is not in, as in Pyro.
         """
         samples, return_sites = self.posterior_samples, self.return_sites
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(_attached((args, kwargs)))):
@@ -102,7 +102,7 @@ def check_samples(samples: Mapping[str, Tensor]) -> None:
 
 
 def refuse_nan(samples: Mapping[str, Tensor]) -> None:
-    """:raises ValueError: naming the draws that hold NaN, which a mean over them would be then, too."""
+    """:raises ValueError: naming the draws that hold NaN, which would make a mean over draws NaN."""
     for name, sample in samples.items():
         bad = (
             sample.detach().isnan().flatten(1).any(1).nonzero().flatten()
@@ -128,7 +128,7 @@ def predict(
     chunk_size: int | None = None,
 ) -> dict[str, Tensor]:
     """
-    What a model returns for every draw, as :class:`Predictive` gives it.
+    The values of sites for every draw, as :class:`Predictive` gives them.
 
     :param return_sites: as there; None is every site.
     :param args: the model's arguments.
@@ -148,8 +148,8 @@ def predict(
     def run(*values: Tensor) -> list[Tensor]:
         return model.run(values, list(shapes), *args, **kwargs)
 
-    first = [trace.nodes[name]["value"] for name in shapes]
-    probes, recorded = [first], None
+    probes: list[Sequence[Tensor]] = [values_of(trace, shapes)]
+    recorded = None
     if model.num_samples > 3:
         leaves = _attached((args, kwargs)) if torch.is_grad_enabled() else []
         recorded = record_draws(model, run, probes, state, leaves)
@@ -163,14 +163,13 @@ def _attached(arguments: Any) -> list[Tensor]:
 
 
 def _shapes(trace: Trace, return_sites: Any, samples: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Which sites are returned, and with which shapes: the rules of Pyro's ``Predictive``."""
-    frames = [f for node in trace.nodes.values() if node["type"] == "sample" for f in node["cond_indep_stack"] if f.vectorized]
-    nesting = -min((frame.dim for frame in frames), default=0)
-    pruned = prune_subsample_sites(trace)
-    shapes = {}
-    for name in pruned.stochastic_nodes + pruned.observation_nodes:
+    """The sites that are returned, with their shapes, by the rules of Pyro's ``Predictive``."""
+    nodes = sites(trace)
+    stacks = [node["cond_indep_stack"] for node in trace.nodes.values() if node["type"] == "sample"]
+    nesting, shapes = -min((frame.dim for stack in stacks for frame in stack if frame.dim is not None), default=0), {}
+    for name in (*latent_sites(trace), *(name for name, node in nodes.items() if node["is_observed"])):
         if name in return_sites if return_sites else return_sites is None or name not in samples:
-            node = pruned.nodes[name]
+            node = nodes[name]
             shapes[name] = (1,) * (nesting - len(node["fn"].batch_shape)) + tuple(node["value"].shape)
     if return_sites is not None and "_RETURN" in return_sites:
         value = trace.nodes["_RETURN"]["value"]
@@ -186,7 +185,7 @@ def _shapes(trace: Trace, return_sites: Any, samples: Mapping[str, Tensor]) -> d
 def _pieces(
     model: ConditionedModel, run: Callable, probes: list[Sequence[Tensor]], recorded: Interpreter | None, chunk_size: int | None
 ) -> Iterator[Sequence[Tensor]]:
-    """What ``run`` returns for all draws, in order, in pieces ``[chunk, *site]``; ``probes`` is what it returned for the first."""
+    """The results of ``run`` for all draws, in order, in pieces ``[chunk, *site]``; ``probes`` are those of the first draws."""
     for values in probes:
         yield _alone(values)
     if recorded is None:
@@ -219,15 +218,15 @@ def record_draws(
     others: Sequence[Tensor] = (),
 ) -> Interpreter | None:
     """
-    Records what a model does with a draw, and compares the recording with Pyro's handlers on another draw.
+    Records a run on one draw, and compares the recording with Pyro's handlers on another draw.
 
-    :param run: function of a draw's values (and ``shared``) to what is wanted of it, through Pyro's handlers.
-    :param probes: what ``run`` returned for the first draw; what it returns for others is appended.
+    :param run: function of a draw's values (and ``shared``) to results, through Pyro's handlers.
+    :param probes: the result of ``run`` for the first draw; its results for others are appended.
     :param state: the state of the random generators before the first draw.
-    :param leaves: tensors whose gradients must agree, too.
+    :param leaves: tensors whose gradients must also agree.
     :param shared: further inputs of ``run``.
     :param others: other values of ``shared``, to record with.
-    :return: the recording; None, with a warning that says why, if there is none to trust.
+    :return: the recording; None, with a warning that says why, if it fails or differs.
     """
     index = [min(i, model.num_samples - 1) for i in range(3)]
     try:
@@ -237,7 +236,7 @@ def record_draws(
         recorded = Interpreter(recording)
         with state.again():
             agrees = agree(recorded.replay_all((*model.draw(0), *shared)), probes[0], leaves)
-        if not agrees:  # the first call may have drawn more: a guide makes its prototype, a model its parameters
+        if not agrees:  # the first call may have drawn more: a guide makes its prototype then, a model its parameters
             state = RandomState()
             probes.append(run(*model.draw(index[2]), *shared))
             with state.again():
@@ -251,7 +250,7 @@ def record_draws(
 
 
 def _gather(pieces: Iterator[Sequence[Tensor]], count: int, names: Sequence[str]) -> list[Tensor]:
-    """The pieces put together along their first dimension, without a second copy of them unless gradients need it."""
+    """The pieces concatenated along their first dimension, without a second copy of them unless gradients need it."""
     if torch.is_grad_enabled():
         return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
     results: list[Tensor] = []

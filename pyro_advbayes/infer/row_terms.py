@@ -8,39 +8,38 @@ from typing import Any, NamedTuple
 import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-Nodes = Mapping[str, Mapping[str, Any]]
+from pyro_advbayes.kinds import Node, is_deterministic
+
+Nodes = Mapping[str, Node]
 
 
 class Terms(NamedTuple):
     """
-    Where a model's terms belong.
+    Which variable each term of a model belongs to.
 
-    :ivar owners: observed sites and factors, each with the variable that it is a part of: a site with itself; a factor with the one site
-        that is in the same plates, and with itself if there is none or several.
-    :ivar outside: factors that are in no plate of the data, so that they belong to no row.
+    :ivar owners: the variable of every observed site and factor: a site's own; a factor's own, or the one site in the same plates.
+    :ivar outside: factors in no plate of the data, which belong to no row.
     """
 
     owners: dict[str, str]
     outside: list[str]
 
 
-def is_observed(node: Mapping[str, Any]) -> bool:
-    """Whether a node is an observed site: no plate's indices, no deterministic value and no factor."""
-    helper = node["infer"].get("_deterministic") or node["infer"].get("is_auxiliary") if node["type"] == "sample" else True
-    return not helper and node["is_observed"] and not site_is_subsample(node)
+def is_observed(node: Node) -> bool:
+    """Whether a sample site is observed, and neither a deterministic value nor a factor."""
+    return node["is_observed"] and not is_deterministic(node) and not node["infer"].get("is_auxiliary")
 
 
 def find_terms(nodes: Nodes) -> Terms:
-    """:param nodes: of a run with observations, without the sites that draws give values to."""
-    plates = {name: frozenset(f.name for f in node["cond_indep_stack"]) for name, node in nodes.items() if node["type"] == "sample"}
+    """:param nodes: the sample sites of a run with observations, without those that draws give values to."""
+    plates = {name: frozenset(frame.name for frame in node["cond_indep_stack"]) for name, node in nodes.items()}
     sites = [name for name, node in nodes.items() if is_observed(node)]
     of_data = frozenset().union(*(plates[name] for name in sites)) or frozenset().union(*plates.values())
     owners, outside = {name: name for name in sites}, []
-    for name in [name for name in plates if isinstance(nodes[name]["fn"], dist.Unit)]:
+    for name in [name for name, node in nodes.items() if isinstance(node["fn"], dist.Unit)]:
         beside = [site for site in sites if plates[site] == plates[name]]
         if not plates[name] & of_data:
             outside.append(name)
@@ -63,10 +62,10 @@ def row_terms(nodes: Nodes) -> dict[str, Tensor]:
 
 
 def data_rows(nodes: Nodes) -> dict[str, Tensor]:
-    """Whether something of a row is not masked, by variable: bool ``[rows, ...]``."""
+    """Whether a part of a row is not masked, by variable: bool ``[rows, ...]``."""
     there: dict[str, Tensor] = {}
     for term, name in find_terms(nodes).owners.items():
-        fn, value, mask = (nodes[term][key] for key in ("fn", "value", "mask"))
+        fn, value, mask = nodes[term]["fn"], nodes[term]["value"], nodes[term]["mask"]
         holds = torch.as_tensor(_unmasked(fn)).to(value.device) & torch.as_tensor(True if mask is None else mask).to(value.device)
         holds = holds.expand(torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim]))
         there[name] = there[name] | holds if name in there else holds
@@ -74,7 +73,7 @@ def data_rows(nodes: Nodes) -> dict[str, Tensor]:
 
 
 def _unmasked(fn: Distribution) -> Tensor | bool:
-    """Which of a distribution's batch its own masks leave, and of an event if they leave a part of it."""
+    """Which entries of a distribution's batch its own masks leave; an event counts if they leave a part of it."""
     if isinstance(fn, dist.MaskedDistribution):
         return torch.as_tensor(_unmasked(fn.base_dist)) & torch.as_tensor(fn._mask)  # for which Pyro has no public name
     if isinstance(fn, Independent):
@@ -96,13 +95,13 @@ class Kept(NamedTuple):
 
     @property
     def whole_rows(self) -> bool:
-        """Whether a row is there or not as a whole; else what is left is a flat list of entries."""
+        """Whether masks leave rows as a whole; otherwise a flat list of entries is left."""
         rows = self.there.flatten(1).any(1) if self.there.dim() > 1 else self.there
         return bool((self.there == rows.reshape(-1, *(1,) * (self.there.dim() - 1))).all())
 
     @property
     def numbers(self) -> Tensor:
-        """Of the rows (or entries) that are left."""
+        """The numbers of the rows (or entries) that are left."""
         if self.whole_rows:
             return self.there.reshape(len(self.there), -1)[:, 0].nonzero().flatten()
         return self.there.flatten().nonzero().flatten()
@@ -110,7 +109,7 @@ class Kept(NamedTuple):
     def take(self, values: Tensor, sampled: int = 0) -> Tensor:
         """
         :param values: ``[*sampled, rows, ..., *event]``.
-        :param int sampled: how many dimensions come before the rows.
+        :param int sampled: number of dimensions before the rows.
         """
         if self.whole_rows:
             return values.index_select(sampled, self.numbers.to(values.device))
@@ -119,10 +118,10 @@ class Kept(NamedTuple):
 
     def labels(self, name: str, rank: int, dims: Sequence[str] | None, coords: Mapping[str, Sequence[Any]]) -> tuple[list[str], list[Any]]:
         """
-        The names of a variable's dimensions, and the labels along the first: the numbers that rows had, or what is left of those given.
+        The names of a variable's dimensions, and the labels along the first: the rows' numbers, or their labels in ``coords``.
 
-        :param rank: how many dimensions the variable has.
-        :param dims: names that were given.
+        :param rank: number of dimensions of the variable.
+        :param dims: names from the user.
         """
         names = [f"{name}_dim_{i}" for i in range(rank)] if dims is None else list(dims)
         given = coords.get(names[0])
@@ -132,7 +131,7 @@ class Kept(NamedTuple):
 
 def masked_variables(there: Mapping[str, Tensor]) -> dict[str, Kept | None]:
     """
-    Variables with rows that are data in no draw; None for those of which no row is.
+    Variables with rows that are data in no draw, and what is left of them; None if nothing is.
 
     :param there: ``[draws, rows, ...]`` by variable.
     """

@@ -1,4 +1,4 @@
-"""The log-likelihood of some rows of data against those of two halves of them: the sum, if every row has a term of its own."""
+"""Compares the log-likelihood of some rows with those of two halves of them: their sum, if every row has its own term."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_advbayes.handlers import UnvalidatedMessenger, kept_random_state
+from pyro_advbayes.handlers import kept_random_state
+from pyro_advbayes.kinds import observed_sites
+from pyro_advbayes.model.program import Call, Values, run
 
 HALF = 4  # rows in each of the two halves that are compared with the whole
 
-Call = tuple[Sequence[Any], Mapping[str, Any]]
-Values = dict[str, Tensor]
-
 
 class Failed(Exception):
-    """A model does not run on some rows; the cause says why."""
+    """
+    A model does not run on some rows.
+
+    :param rows: how many.
+    :param cause: the model's error.
+    """
+
+    def __init__(self, rows: int, cause: Exception) -> None:
+        super().__init__(rows)
+        self.cause = cause
 
 
 class Parts(NamedTuple):
@@ -36,7 +42,7 @@ class Parts(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """Sums over rows by observed site; of the absolute values, too; the coarsest rounding on the way; and the sites' scales."""
+    """Sums over rows, and sums of absolute values, by observed site; the coarsest rounding on the way; and the sites' scales."""
 
     sums: dict[str, float]
     sizes: dict[str, float]
@@ -51,18 +57,18 @@ class Likelihood(NamedTuple):
 
 class Subject(NamedTuple):
     """
-    What is looked at.
+    A model under comparison.
 
     :ivar model: a Pyro model.
     :ivar cut: from row numbers to its arguments, and to the indices of a plate that subsamples itself, by the plate's name.
-    :ivar prior_factors: factors that belong to no row.
-    :ivar covering: makes the handler under which observations that a mask covers may be NaN.
+    :ivar prior_factors: ``pyro.factor`` terms that belong to no row.
+    :ivar covering: makes the handler under which masked observations may be NaN.
     """
 
     model: Callable
     cut: Callable[[Tensor], tuple[Call, Values]]
     prior_factors: Sequence[str] = ()
-    covering: Callable[[], Any] = contextlib.nullcontext
+    covering: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
     def likelihood(self, values: Values, rows: Tensor, scaled: bool = True) -> Likelihood:
         """
@@ -70,19 +76,16 @@ class Subject(NamedTuple):
         :param scaled: whether the model's own scales count.
         :raises Failed: if the model does not run on these rows.
         """
-        (args, kwargs), indices = self.cut(rows)
-        given = {**values, **indices}
+        call, indices = self.cut(rows)
         try:
-            with UnvalidatedMessenger(), self.covering():
-                trace = poutine.trace(poutine.condition(self.model, given)).get_trace(*args, **kwargs)
-            trace.compute_log_prob(lambda name, node: self._is_data(name, node, given))
+            trace = run(self.model, call, {**values, **indices}, self.covering(), validated=False)
+            nodes = {name: node for name, node in observed_sites(trace).items() if name not in self.prior_factors}
+            trace.compute_log_prob(lambda name, _: name in nodes)
         except Exception as error:  # whatever a model's Python does with other rows than it was written for
-            raise Failed(len(rows)) from error
+            raise Failed(len(rows), error) from error
         sums, sizes, scales = {}, {}, {}
         dtypes, device = {value.dtype for value in values.values()}, torch.device("cpu")
-        for name, node in trace.nodes.items():
-            if node["type"] != "sample" or not self._is_data(name, node, given):
-                continue
+        for name, node in nodes.items():
             own = 1.0
             for frame in node["cond_indep_stack"]:
                 if frame.full_size is not None:
@@ -92,31 +95,16 @@ class Subject(NamedTuple):
             scales[name] = (node["scale"], own)
             dtypes.add(node["log_prob"].dtype)
             device = node["log_prob"].device
+        args, kwargs = call
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         return Likelihood(sums, sizes, _rounding(dtypes, tensors, device), scales)
-
-    def _is_data(self, name: str, node: Mapping[str, Any], given: Mapping[str, Tensor]) -> bool:
-        return (
-            node["is_observed"]
-            and name not in given
-            and name not in self.prior_factors
-            and not site_is_subsample(node)
-            and not node["infer"].get("_deterministic")
-        )
 
 
 @contextlib.contextmanager
 def looking() -> Iterator[None]:
-    """Within it a model is run for a look: without gradients and validation, and unseen by handlers and random generators outside."""
+    """Within it, models run without gradients and validation, hidden from handlers and random generators outside."""
     with kept_random_state(), torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
         yield
-
-
-def draw(model: Callable, call: Call, strategy: Callable) -> Values:
-    """Values of a model's latent sites, by a per-site function."""
-    args, kwargs = call
-    trace = poutine.trace(InitMessenger(strategy)(model)).get_trace(*args, **kwargs)
-    return {name: trace.nodes[name]["value"].detach() for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name])}
 
 
 def pick_rows(tensors: Sequence[Tensor], size: int, half: int, odd: int = 0, seed: int = 0) -> Parts:
@@ -125,7 +113,7 @@ def pick_rows(tensors: Sequence[Tensor], size: int, half: int, odd: int = 0, see
 
     :param tensors: the data, with ``size`` rows each.
     :param half: rows in a half; some come twice where there are fewer than two halves.
-    :param odd: further rows of the whole.
+    :param odd: number of further rows of the whole.
     """
     count = 2 * half + odd
     chosen = random.Random(seed).sample(range(size), min(count, size))
@@ -141,7 +129,7 @@ def pick_rows(tensors: Sequence[Tensor], size: int, half: int, odd: int = 0, see
 
 def check(subject: Subject, rows: Parts, draws: Iterable[Values], factor: float) -> None:
     """
-    Compares at the first draw where the likelihood of the whole is finite; another tells nothing.
+    Compares at the first draw at which the likelihood of the whole is finite.
 
     :param factor: N / B, by which rows are scaled.
     :raises ValueError: with both numbers, the site, and what usually causes it.
@@ -157,8 +145,8 @@ def check(subject: Subject, rows: Parts, draws: Iterable[Values], factor: float)
 
 def means(subject: Subject, rows: Parts, values: Values) -> dict[str, tuple[float, float, bool]]:
     """
-    The sites of which the log-likelihood of the whole is the mean of those of its halves, with it, their sum, and whether the halves
-    differ (a term of the prior is the same for all rows). The model's own scales are left out: N / len(x) is 1 for all rows of the data.
+    Sites whose log-likelihood of the whole is the mean of the halves': that number, the halves' sum, and whether the halves differ (a
+    term of the prior is the same for all rows). The model's own scales are left out: N / len(x) is 1 for all rows of the data.
     """
     whole, first, second = (subject.likelihood(values, each, scaled=False) for each in (rows.whole, *rows.parts))
     tolerance, found = _tolerance(whole, first, second), {}
@@ -171,7 +159,7 @@ def means(subject: Subject, rows: Parts, values: Values) -> dict[str, tuple[floa
 
 
 def _rounding(dtypes: set[torch.dtype], tensors: Sequence[Tensor], device: torch.device) -> float:
-    """The coarsest of the numbers' precisions; on a GPU, convolutions and products round float32 to 10 bits by default."""
+    """The coarsest precision of the numbers. On a GPU, convolutions and products round float32 to 10 bits by default."""
     dtypes = {dtype for dtype in dtypes | {t.dtype for t in tensors} if dtype.is_floating_point}
     if torch.is_autocast_enabled(device.type):
         dtypes.add(torch.get_autocast_dtype(device.type))
@@ -191,19 +179,19 @@ def _compare(subject: Subject, rows: Parts, values: Values, whole: Likelihood) -
     if worst is None or _difference(whole, parts, rows.times, worst, tolerance) <= 1.0:
         return
     again = subject.likelihood(values, rows.whole)
-    if _difference(whole, [again], 1, worst, tolerance) <= 1.0:  # else it draws random numbers, which is looked at where chains start
+    if _difference(whole, [again], 1, worst, tolerance) <= 1.0:  # else the model draws random numbers, which the search for a start refuses
         raise _refusal(worst, whole, parts, rows, tolerance)
 
 
 def _difference(whole: Likelihood, parts: Sequence[Likelihood], times: int, site: str, tolerance: float) -> float:
-    """Of one site's sums, in units of what rounding may do."""
+    """The difference of one site's sums, in units of the largest difference by rounding."""
     size = times * whole.sizes.get(site, 0.0) + sum(part.sizes.get(site, 0.0) for part in parts)
     found = abs(times * whole.sums.get(site, 0.0) - sum(part.sums.get(site, 0.0) for part in parts))
     return found / (tolerance * size) if math.isfinite(found) else math.inf
 
 
 def _check_scale(factor: float, likelihood: Likelihood) -> None:
-    """Refuses a second factor N / B: one that is the same number for all batches leaves a sum over rows such a sum."""
+    """Refuses a second factor N / B: a factor that is the same for all batches keeps a sum over rows a sum over rows."""
     for name, (scale, own) in likelihood.scales.items():
         given = torch.as_tensor(scale, dtype=torch.float64, device="cpu") / own
         if factor > 1.0 and bool(torch.isclose(given, torch.full_like(given, factor), rtol=1e-5).all()):

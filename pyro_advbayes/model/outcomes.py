@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Bernoulli, Binomial, Categorical, Distribution, Independent, Multinomial, OneHotCategorical
 from torch.overrides import TorchFunctionMode
+
+from pyro_advbayes.kinds import is_deterministic, is_subsample, sites
+from pyro_advbayes.model.program import run
 
 CLASSES, LABELS, COUNTS, NUMBERS = "classes", "labels", "counts", "numbers"
 
@@ -116,7 +117,8 @@ def find_outcomes(model: Callable, trace: Trace, args: Sequence[Any], kwargs: Ma
     :param given: sites that have draws.
     """
     rows = rows_of(args, kwargs)
-    nodes = {name: node for name, node in trace.nodes.items() if name not in given and is_outcome(node)}
+    every = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
+    nodes = {name: node for name, node in sites(trace).items() if name not in given and is_outcome(node)}
     inside = {name for name, node in nodes.items() if any(f.vectorized and f.size == rows for f in node["cond_indep_stack"])}
     bare = {name for name, node in nodes.items() if not node["cond_indep_stack"] and node["value"].shape[:1] == (rows,)}
     for found in (inside, bare):
@@ -125,7 +127,6 @@ def find_outcomes(model: Callable, trace: Trace, args: Sequence[Any], kwargs: Ma
             return observed
         drawn = [name for name in nodes if name in found]
         if len(drawn) > 1:  # local latents may be among them
-            every = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
             drawn = [name for i, name in enumerate(drawn) if follower(model, every, name, drawn[i + 1 :], args, kwargs) is None]
         if drawn:
             return drawn
@@ -140,7 +141,7 @@ def follower(
         return None
     given = {other: node["value"] for other, node in nodes.items() if other != name}
     with pyro.validation_enabled(False):  # the values of others may be outside their supports now
-        runs = [poutine.trace(poutine.condition(model, given)).get_trace(*args, **kwargs).nodes for _ in range(2)]
+        runs = [sites(run(model, (args, kwargs), given)) for _ in range(2)]
         for other in after:
             one, two = (run[other]["fn"].log_prob(run[other]["value"]) if other in run else None for run in runs)
             if one is None or two is None or not torch.equal(one.nan_to_num(), two.nan_to_num()):
@@ -176,9 +177,8 @@ def without_wrappers(fn: Distribution) -> Distribution:
 
 
 def is_outcome(node: Mapping[str, Any]) -> bool:
-    """Whether a site is random: no plate's indices, no deterministic value and no factor."""
-    helper = node["type"] != "sample" or site_is_subsample(node) or bool(node["infer"].get("_deterministic"))
-    return not helper and not isinstance(node["fn"], dist.Unit)
+    """Whether a node is a random site: no plate's indices, no deterministic value and no factor."""
+    return node["type"] == "sample" and not (is_subsample(node) or is_deterministic(node) or isinstance(node["fn"], dist.Unit))
 
 
 def rows_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -15,20 +14,11 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_advbayes.given import Form, as_tensor, forms, is_array, kind
+from pyro_advbayes.handlers import Refused, without_table
 
 T = TypeVar("T")
 
 ATTEMPTS = 40  # runs of a model that look for the form of its arguments that it takes
-
-
-class Refused(ValueError):
-    """
-    A refusal from inside a model that Pyro runs, without the table of shapes that Pyro adds to errors there: it makes a new error of the
-    same class from the message and the table.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(without_table(message))
 
 
 @contextlib.contextmanager
@@ -51,11 +41,6 @@ class Mismatch(ValueError):
     def __init__(self, what: str, why: str) -> None:
         super().__init__(f"{what}: {why}")
         self.what = what
-
-
-def without_table(message: str) -> str:
-    """A message without the table of shapes that Pyro adds to errors from inside a model."""
-    return re.split(r"\s*Trace Shapes:", message)[0]
 
 
 def in_a_line(error: BaseException) -> str:

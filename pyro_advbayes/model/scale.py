@@ -1,4 +1,4 @@
-"""Models whose log-likelihood no factor N / B takes to the whole data set: what is refused of minibatches, and told of the full data."""
+"""Log-likelihoods that are no sum over rows, so that no factor N / B scales a minibatch of them: refused, or told of on the full data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import torch
@@ -15,98 +15,97 @@ from torch import Tensor
 
 from pyro_advbayes.checked import checked
 from pyro_advbayes.handlers import CoveredMessenger, MinibatchMessenger
-from pyro_advbayes.model.additivity import HALF, Call, Failed, Parts, Subject, Values, check, draw, looking, means, pick_rows
+from pyro_advbayes.model.additivity import HALF, Failed, Parts, Subject, check, looking, means, pick_rows
 from pyro_advbayes.model.batches import Arguments
+from pyro_advbayes.model.data import Data
+from pyro_advbayes.model.layers import kept_statistics, refuse_random_layers
 from pyro_advbayes.model.notices import tell_of_mean, tell_of_scales
+from pyro_advbayes.model.program import Call, Values, draw
 from pyro_advbayes.model.refusals import in_a_line, refusing
-from pyro_advbayes.model.structure import kept_statistics, refuse_random_layers
-
-if TYPE_CHECKING:
-    from pyro_advbayes.model.potential import Potential
 
 DRAWS = 5  # of each kind, until the likelihood is finite
-LOOKS = 4  # until a likelihood on the full data is said to be a mean: once may be a coincidence
+LOOKS = 4  # until a likelihood on the full data counts as a mean: once may be a coincidence
 
 
-def check_additive(potential: Potential) -> None:
+def check_additive(data: Data, strategy: Callable) -> None:
     """
     Compares, at one draw of the latent sites, the log-likelihood of eight rows with the sum over two halves of them.
 
-    Fewer rows where minibatches have fewer. A plate that subsamples itself takes one number of rows only, B: there the log-likelihood of
-    half the rows is that of the same rows twice. What depends on B alone (a mean over the minibatch) cannot show then; a second factor
-    N / B shows in the scale of the observed sites.
+    Fewer rows if minibatches have fewer. A plate that subsamples itself takes B rows only: there the log-likelihood of half the rows is
+    that of the same rows twice. A dependence on B alone (a mean over the minibatch) cannot show then; a second factor N / B shows in the
+    scale of the observed sites.
 
-    A draw at which the likelihood of the whole is not finite tells nothing, and another one is taken. Where none is finite, the search for
-    a start refuses the model. The state of the random generators stays as it is.
+    A draw at which the likelihood of the whole is not finite tells nothing, and another draw is taken. If none is finite, the search for
+    a start refuses the model. The random generators stay as they are.
 
-    :param potential: whose data plate was found.
-    :raises ValueError: with both numbers, the site, and what usually causes it.
+    :param data: whose data plate was found.
+    :param strategy: draws the latent sites; later draws are from the prior.
+    :raises ValueError: with both numbers, the site, and the usual cause.
     """
-    found, rows = potential.structure, _choose(potential)
-    if rows is None:
+    found, rows = data.structure, _choose(data)
+    if rows is None or data.batches.num_data is None:
         return
-    subject = Subject(potential.model, partial(_cut, potential), found.prior_factors, potential.covering)
-    strategies = (potential.init_strategy, init_to_sample)
+    subject = Subject(data.model, partial(_cut, data), found.prior_factors, data.covering)
     with looking():
-        draws = (draw(potential.model, potential.example_arguments(), each) for each in strategies for _ in range(DRAWS))
+        draws = (draw(data.model, data.example_arguments(), each) for each in (strategy, init_to_sample) for _ in range(DRAWS))
         try:
-            check(subject, rows, draws, potential.batches.num_data / found.plate_batch)
+            check(subject, rows, draws, data.batches.num_data / found.plate_batch)
         except Failed as failed:
             raise ValueError(
-                f"the model runs on the first {found.plate_batch} rows and fails on {failed} others: {in_a_line(failed.__cause__)}. "
+                f"the model runs on the first {found.plate_batch} rows and fails on {failed} others: {in_a_line(failed.cause)}. "
                 "It must run on any minibatch; batch_dependent=True takes it untried"
-            ) from failed.__cause__
+            ) from failed.cause
 
 
-def tell_of_tempering(potential: Potential) -> None:
+def tell_of_tempering(data: Data) -> None:
     """
     Warns of a likelihood that counts for more or less than the data: one that is scaled by a number, or, on the full data, one that is a
-    mean over rows. Whatever else makes rows depend on each other (a Gaussian process, a time series) is right on the full data.
+    mean over rows. Other models whose rows depend on each other (a Gaussian process, a time series) are right on the full data.
 
-    :param potential: whose model was looked at.
+    :param data: whose model was looked at.
     """
-    found = potential.structure
+    found = data.structure
     if found.scales:
         tell_of_scales(dict(found.scales))
-    if found.plate is not None or not any(t.dim() for t in potential.arguments.tensors):
+    if found.plate is not None or not any(t.dim() for t in data.arguments.tensors):
         return
-    places, size = potential.arguments.rows(None)
+    places, size = data.arguments.rows(None)
     if size < 2:
         return
-    subject = Subject(potential.model, partial(_cut, potential, places=places), (), potential.covering)
+    subject = Subject(data.model, partial(_cut, data, places=places), (), data.covering)
     looks: list[Mapping[str, tuple[float, float, bool]]] = []
     with contextlib.suppress(Exception), warnings.catch_warnings(), pyro.get_param_store().scope(), kept_statistics(), looking():
         warnings.simplefilter("ignore")  # whatever a model's Python does with fewer rows than all
         while len(looks) < LOOKS and (not looks or looks[-1]):
-            rows = pick_rows([potential.arguments.tensors[i] for i in places], size, min(HALF, size // 2), seed=len(looks))
+            rows = pick_rows([data.arguments.tensors[i] for i in places], size, min(HALF, size // 2), seed=len(looks))
             call, _ = subject.cut(rows.whole)
-            looks.append(means(subject, rows, draw(potential.model, call, init_to_sample)))
+            looks.append(means(subject, rows, draw(data.model, call, init_to_sample)))
     for name, (whole, total, _) in looks[-1].items() if len(looks) == LOOKS else ():
-        seen = [each.get(name, (0.0, 0.0, None))[2] for each in looks]
-        if None not in seen and sum(seen) > 1 and name not in dict(found.scales):
+        differ = [each[name][2] for each in looks if name in each]
+        if len(differ) == LOOKS and sum(differ) > 1 and name not in dict(found.scales):
             tell_of_mean(name, whole, total, size)
 
 
-def _choose(potential: Potential) -> Parts | None:
-    found = potential.structure
-    if not potential.places and found.scaling != "indices":  # rows are not cut: a plate with indices that stay
+def _choose(data: Data) -> Parts | None:
+    found = data.structure
+    if not data.places and found.scaling != "indices":  # rows are not cut: a plate with indices that stay
         return None
     if found.scaling != "indices":
-        tensors = [potential.arguments.tensors[i] for i in potential.places]
+        tensors = [data.arguments.tensors[i] for i in data.places]
         return pick_rows(tensors, len(tensors[0]), min(HALF, found.plate_batch))
     half, odd = found.plate_batch // 2, found.plate_batch % 2
     if half == 0:  # one row for every plate: no rows that could depend on each other
         return None
-    tensors = [t for t in potential.arguments.tensors if t.dim() and len(t) == found.plate_size]
+    tensors = [t for t in data.arguments.tensors if t.dim() and len(t) == found.plate_size]
     rows = pick_rows(tensors, found.plate_size, half, odd)
     (first, second), rest = rows.parts, rows.whole[2 * half :]
     return Parts(rows.whole, (torch.cat([first, first, rest]), torch.cat([second, second, rest])), 2)
 
 
-def _cut(potential: Potential, rows: Tensor, places: Sequence[int] | None = None) -> tuple[Call, Values]:
-    if potential.structure.scaling == "indices":
-        return potential.arguments.replace(potential.arguments.tensors), {potential.structure.plate: rows.to(potential.device)}
-    return _cut_arguments(potential.arguments, potential.places if places is None else places, rows), {}
+def _cut(data: Data, rows: Tensor, places: Sequence[int] | None = None) -> tuple[Call, Values]:
+    if data.structure.scaling == "indices":
+        return data.arguments.replace(data.arguments.tensors), {str(data.structure.plate): rows.to(data.device)}
+    return _cut_arguments(data.arguments, data.places if places is None else places, rows), {}
 
 
 def _cut_arguments(arguments: Arguments, places: Sequence[int], rows: Tensor) -> Call:
@@ -139,13 +138,13 @@ def minibatch(
 
         svi = SVI(minibatch(model, size=50_000), guide, optim, Trace_ELBO())
 
-    At the first call with fewer than N rows the model is run on eight of them and on two halves of these, once, to see whether its
-    log-likelihood is a sum over rows. Not where it cannot be seen: as a context manager the handler gets no arguments, a model may run on
-    its own number of rows only, and layers in training mode (BatchNorm) make rows depend on each other by intent.
+    The first call with fewer than N rows runs the model on eight of them and on two halves of these, once, to see whether its
+    log-likelihood is a sum over rows. There is no such check for a context manager, which gets no arguments, for a model that runs on its
+    own number of rows only, and for layers in training mode (BatchNorm), where rows depend on each other by intent.
 
-    :param fn: a Pyro model; without it the handler itself is returned, for use as a context manager or decorator.
+    :param fn: a Pyro model; without it, the handler itself is returned, for use as a context manager or decorator.
     :param int size: number of rows in the whole data set, >= 1.
-    :param str plate: name of the data plate; needed only where observed sites are in several nested plates.
+    :param str plate: name of the data plate; needed only if observed sites are in several nested plates.
     :param prior_factors: names of ``pyro.factor`` terms that belong to the prior, and are not scaled.
     :param bool batch_dependent: accepts a log-likelihood that is not a sum over rows, so that :math:`N / B` times it is no estimate of the
         whole data set's; refused by default.
@@ -159,7 +158,7 @@ def minibatch(
 class _CheckedMinibatch(MinibatchMessenger):
     """Looks at the first minibatch of each model that it is put around."""
 
-    def __init__(self, size: int, plate: str | None, prior_factors: Sequence[str], batch_dependent: bool) -> None:
+    def __init__(self, size: int | None, plate: str | None, prior_factors: Sequence[str], batch_dependent: bool) -> None:
         super().__init__(size, plate, prior_factors)
         self.batch_dependent = batch_dependent
 

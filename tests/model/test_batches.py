@@ -19,7 +19,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from pyro_advbayes.model.batches import Arguments, FullData, Loader, Permutations, PlateIndices, TensorRows, in_words, is_loader
+from pyro_advbayes.model.batches import Arguments, FullData, Permutations, PlateIndices, TensorRows, in_words
+from pyro_advbayes.model.loader import Loader, is_loader
 from tests.small_models import data
 
 X, Y = data()

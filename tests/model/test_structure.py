@@ -12,7 +12,8 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_advbayes.model.structure import kept_statistics, look, refuse_random_layers
+from pyro_advbayes.model.layers import kept_statistics, refuse_random_layers
+from pyro_advbayes.model.structure import look
 from tests.small_models import data, logistic, mixed, regression, subsampling, weights
 
 X, Y = data()

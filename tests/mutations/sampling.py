@@ -175,7 +175,7 @@ MUTATIONS = [
         ),
     ),
     *of(
-        "model/potential.py",
+        "model/energy.py",
         "model/test_potential.py::test_u_is_minus_the_log_joint_and_the_jacobian_is_weighted_by_the_temperature",
         (
             "potential: its sign",
@@ -186,23 +186,27 @@ MUTATIONS = [
         ("potential: the Jacobian's sign", "log_jacobian = log_jacobian + site", "log_jacobian = log_jacobian - site"),
     ),
     *of(
-        "model/potential.py",
+        "model/data.py",
         (
             "model/test_potential.py::test_a_plate_that_subsamples_itself_is_scaled_once",
             "model/test_potential.py::test_a_loaders_short_batch_is_scaled_by_its_own_length",
             "model/test_potential.py::test_minibatch_gradients_average_over_an_epoch_to_the_full_gradient",
         ),
-        ("potential: minibatches are not scaled", 'if self.structure.scaling == "minibatch":', 'if self.structure.scaling == "no":'),
+        ("potential: minibatches are not scaled", 'elif self.structure.scaling == "minibatch" and scaled:', "elif False:"),
     ),
     *of(
         "model/potential.py",
         CLIMB,
         ("potential: the sum over chains for their mean", "pieces[0] / state.shape[0] if mean", "pieces[0] if mean"),
         ("potential: the first chunk's slope for all", "pieces[0] += piece.sum(0)", "pass"),
-        ("potential: the likelihood's sign", '-sum(trace.nodes[name]["log_prob_sum"]', 'sum(trace.nodes[name]["log_prob_sum"]'),
     ),
     *of(
-        "model/potential.py",
+        "model/energy.py",
+        CLIMB,
+        ("potential: the likelihood's sign", "return -log_likelihood(", "return log_likelihood("),
+    ),
+    *of(
+        "model/energy.py",
         "model/test_potential.py::test_the_hessian_product_is_the_derivative_of_the_gradient",
         ("potential: the Hessian's direction", "torch.autograd.grad(gradient @ direction, row", "torch.autograd.grad(gradient.sum(), row"),
     ),

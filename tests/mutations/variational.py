@@ -71,11 +71,7 @@ MUTATIONS = [
             "self.kl_scale * (1 - self.mix) if self.kl_in_mix else self.kl_scale",
             "self.kl_scale * (1 - self.mix) if self.kl_in_mix else 1.0",
         ),
-        (
-            "adversarial ELBO: the adversary lowers the loss",
-            '-sum(trace.nodes[name]["log_prob_sum"]',
-            'sum(trace.nodes[name]["log_prob_sum"]',
-        ),
+        ("adversarial ELBO: the adversary lowers the loss", "return -log_likelihood(", "return log_likelihood("),
     ),
     *of(
         "infer/elbo/adversarial.py",

@@ -149,7 +149,7 @@ def test_a_models_graph_is_its_energy_and_gradient_to_the_bit(name):
 
     def inputs():
         row = potential.init()[0] + 0.1 * torch.randn(potential.size)
-        return row, torch.rand(()).to(row), *potential._inputs(potential.batches.next())
+        return row, torch.rand(()).to(row), *potential.inputs(potential.batches.next())
 
     with pyro.validation_enabled(False):
         graph = trace_graph(energy_and_gradient, inputs())

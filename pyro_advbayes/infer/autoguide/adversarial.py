@@ -24,8 +24,9 @@ from torch.distributions.transforms import AffineTransform, ComposeTransform, In
 from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int, need_tensor
 from pyro_advbayes.kinds import is_subsample, latent_sites, sample_sites
+from pyro_advbayes.model.layers import kept_statistics, refuse_inference_mode
 from pyro_advbayes.model.refusals import Given, Refused, naming, refusing
-from pyro_advbayes.model.structure import kept_statistics, refuse_inference_mode, try_model
+from pyro_advbayes.model.structure import try_model
 from pyro_advbayes.model.supports import map_onto
 
 Tensors = Sequence[Tensor]

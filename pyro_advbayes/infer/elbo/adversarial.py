@@ -7,20 +7,19 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from pyro.util import warn_if_nan
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution
 
 from pyro_advbayes.checked import checked
-from pyro_advbayes.handlers import GivenMessenger
 from pyro_advbayes.infer.autoguide.adversarial import BaseNormal, MovedNoise, NoiseAscent, joint_norm
-from pyro_advbayes.infer.elbo.objective import Graphs, NotTraceable, Objective, Weights, check_sites, latent_sites, tensors_of
-from pyro_advbayes.model.structure import kept_statistics
+from pyro_advbayes.infer.elbo.objective import Graphs, NotTraceable, Objective, Weights, check_sites, tensors_of
+from pyro_advbayes.kinds import Node, is_subsample, latent_sites, without_independent
+from pyro_advbayes.model.layers import kept_statistics
+from pyro_advbayes.model.program import log_likelihood, run
 from pyro_advbayes.tracing.guard import RandomState
 
 
@@ -288,36 +287,33 @@ class Likelihood:
         self.model, self.args, self.kwargs, self.rows = model, args, kwargs, rows
 
     def trace(self, values: Mapping[str, Tensor], weight: float = 1.0) -> Trace:
-        """The model's trace where its latent sites have other values; running statistics stay as they are."""
-        with kept_statistics(), _Weights(weight, 1.0), GivenMessenger({**self.rows, **values}):
-            trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+        """The model's trace at other values of its latent sites; running statistics stay as they are."""
+        handlers = kept_statistics(), _Weights(weight, 1.0)
+        trace = run(self.model, (self.args, self.kwargs), {**self.rows, **values}, *handlers, hidden=False)
         trace.compute_log_prob(lambda name, site: site["is_observed"])
         return trace
 
     def loss(self, values: Mapping[str, Tensor]) -> Tensor:
         """The negative log-likelihood."""
-        trace = self.trace(values)
-        return -sum(trace.nodes[name]["log_prob_sum"] for name in trace.observation_nodes)
+        return -log_likelihood(self.trace(values))
 
 
 class _Weights(Messenger):
-    """Weights observed sites by one number, latent ones by another, and notes the rows that plates take."""
+    """Weights observed and latent sites by a number each, and notes the row indices of plates."""
 
     def __init__(self, observed: float, latent: float) -> None:
         super().__init__()
         self.observed, self.latent = observed, latent
         self.rows: dict[str, Tensor] = {}
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if not site_is_subsample(msg):
+    def _pyro_sample(self, msg: Node) -> None:
+        if not is_subsample(msg):
             msg["scale"] = msg["scale"] * (self.observed if msg["is_observed"] else self.latent)
 
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if site_is_subsample(msg):
+    def _pyro_post_sample(self, msg: Node) -> None:
+        if is_subsample(msg):
             self.rows[msg["name"]] = msg["value"]
 
 
 def _is_point(fn: Distribution) -> bool:
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return isinstance(fn, pyro.distributions.Delta)
+    return isinstance(without_independent(fn), pyro.distributions.Delta)

@@ -13,14 +13,15 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.runtime import _PYRO_STACK  # Pyro tells nobody else which handlers are entered
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal, kl_divergence
+from torch.distributions import Normal, kl_divergence
 
-from pyro_advbayes.handlers import GivenMessenger, UnvalidatedMessenger
+from pyro_advbayes.handlers import UnvalidatedMessenger
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal, BaseNoise, BaseNormal, MovedNoise
+from pyro_advbayes.kinds import latent_sites, observed_sites, subsampling_plates, without_independent
 from pyro_advbayes.model.batches import Arguments
-from pyro_advbayes.model.structure import refuse_random_layers
+from pyro_advbayes.model.layers import refuse_random_layers
+from pyro_advbayes.model.program import log_likelihood, run
 from pyro_advbayes.nn.reparameterization import rows_differ
 from pyro_advbayes.tracing.guard import DIFFERS, Guard, agree, autocast_state, noting_modules, reason, roots_of, warn_of_handlers
 from pyro_advbayes.tracing.record import Recorder
@@ -180,7 +181,7 @@ class Objective:
             raise NotTraceable(reason(error)) from error
         check_sites(model_trace, guide_trace)
         for trace in (model_trace, guide_trace):
-            if any(site_is_subsample(node) for node in trace.nodes.values() if node["type"] == "sample" and _subsamples(node)):
+            if subsampling_plates(trace):
                 raise NotTraceable("a plate subsamples itself")
         self.bases = {name: BaseNormal(name, guide_trace.nodes[name]["fn"]) for name in self.names}
         self.priors = {name: _constant_prior(model_trace.nodes[name], guide_trace.nodes[name], recorder) for name in self.names}
@@ -277,15 +278,13 @@ class Objective:
         return {name: self.bases[name].value(value) for name, value in zip(self.names, values, strict=True)}
 
     def _nll(self, values: Mapping[str, Tensor], tensors: Tensors) -> Tensor:
-        model_trace = self._model_trace(values, tensors)
-        model_trace.compute_log_prob(lambda name, site: site["is_observed"])
-        return _observed(model_trace)
+        return -log_likelihood(self._model_trace(values, tensors))
 
     def _terms(self, locs: Tensors, scales: Tensors, noises: Tensors, tensors: Tensors) -> tuple[Tensor, Tensor | None]:
         """The plain draw's negative log-likelihood, and the divergence of the sites that are not in :attr:`priors`."""
         model_trace, guide_trace = self._traces(locs, scales, noises, tensors)
         divergences = [_divergence(guide_trace.nodes[name], model_trace.nodes[name]) for name in self.others]
-        return _observed(model_trace), sum(divergences) if divergences else None
+        return -log_likelihood(model_trace), sum(divergences) if divergences else None
 
     def _traces(self, locs: Tensors, scales: Tensors, noises: Tensors, tensors: Tensors) -> tuple[Trace, Trace]:
         """The model's trace at the values of these base noises; the guide's, of :attr:`others`. Both with log-densities."""
@@ -303,9 +302,7 @@ class Objective:
         return model_trace, guide_trace.trace
 
     def _model_trace(self, values: Mapping[str, Tensor], tensors: Tensors) -> Trace:
-        args, kwargs = self.arguments.replace(tensors)
-        with poutine.block(), pyro.validation_enabled(False), UnvalidatedMessenger():
-            return poutine.trace(GivenMessenger(values)(self.model)).get_trace(*args, **kwargs)
+        return run(self.model, self.arguments.replace(tensors), values, validated=False)
 
 
 def normal_divergence(
@@ -333,7 +330,7 @@ def normal_divergence(
 
 def _constant_prior(model_site: Mapping[str, Any], guide_site: Mapping[str, Any], recorder: Recorder) -> Prior | None:
     """The prior, if both distributions are plain Normals and the prior depends on no other site, argument or buffer."""
-    prior, posterior = (_without_dependence(site["fn"]) for site in (model_site, guide_site))
+    prior, posterior = (without_independent(site["fn"]) for site in (model_site, guide_site))
     weighted = any(
         site["mask"] is not None or not isinstance(site["scale"], float) or site["scale"] != 1 for site in (model_site, guide_site)
     )
@@ -345,12 +342,6 @@ def _constant_prior(model_site: Mapping[str, Any], guide_site: Mapping[str, Any]
     return Prior(*(p.flatten()[0].item() if bool((p == p.flatten()[0]).all()) else p.detach() for p in parameters))
 
 
-def _without_dependence(fn: Distribution) -> Distribution:
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return fn
-
-
 def _divergence(guide_site: Mapping[str, Any], model_site: Mapping[str, Any]) -> Tensor:
     """Analytic where it is known, else estimated at the draw: as Pyro's ``TraceMeanField_ELBO``."""
     try:
@@ -358,14 +349,6 @@ def _divergence(guide_site: Mapping[str, Any], model_site: Mapping[str, Any]) ->
     except NotImplementedError:
         return guide_site["log_prob_sum"] - model_site["log_prob_sum"]
     return scale_and_mask(divergence, scale=guide_site["scale"], mask=guide_site["mask"]).sum()
-
-
-def _observed(trace: Trace) -> Tensor:
-    return -sum(trace.nodes[name]["log_prob_sum"] for name in trace.observation_nodes)
-
-
-def _subsamples(node: Mapping[str, Any]) -> bool:
-    return site_is_subsample(node) and len(node["value"]) != node["fn"].size
 
 
 def _leaves(value: Tensor) -> list[Tensor]:
@@ -380,11 +363,6 @@ def _leaves(value: Tensor) -> list[Tensor]:
             leaves.append(node.variable)
         wanting.extend(following for following, _ in node.next_functions)
     return leaves
-
-
-def latent_sites(trace: Trace) -> dict[str, dict[str, Any]]:
-    """The latent sites of a trace."""
-    return {name: trace.nodes[name] for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name])}
 
 
 def check_sites(model_trace: Trace, guide_trace: Trace) -> None:
@@ -403,6 +381,5 @@ def check_sites(model_trace: Trace, guide_trace: Trace) -> None:
     for name in latents:
         if name not in drawn:
             raise ValueError(f"site {name!r} is neither observed nor in the guide: pass its observations, or give the guide this site")
-    observed = [n for n in model_trace.observation_nodes if not model_trace.nodes[n]["infer"].get("_deterministic")]
-    if not observed:
+    if not observed_sites(model_trace):
         raise ValueError("the model observes nothing, so that there is no likelihood to learn from: pass the observations, model(x, y)")

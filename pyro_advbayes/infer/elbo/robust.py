@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import pyro
 import torch
@@ -14,18 +14,28 @@ from pyro.infer import ELBO, JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELB
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Normal
 
 from pyro_advbayes.attacks.base import Attack
 from pyro_advbayes.checked import checked
 from pyro_advbayes.given import is_array, need_tensor
+from pyro_advbayes.kinds import Node, is_deterministic, sites
 from pyro_advbayes.model.batches import Arguments
 from pyro_advbayes.model.outcomes import without_wrappers
+from pyro_advbayes.model.program import Call, Values, run
 from pyro_advbayes.model.refusals import Given, refusing
 
 _JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
+
+
+class _Elbo(Protocol):
+    """What every ELBO of Pyro implements, and their base class does not declare."""
+
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float: ...
+    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor: ...
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float: ...
+    def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Trace, Trace]: ...
 
 
 @checked
@@ -38,22 +48,22 @@ class TraceRobust_ELBO(ELBO):
         + \sum_i \log p(y_i \mid \tilde x_i(\theta), \theta) \Bigr], \qquad
         \tilde x_i(\theta) \approx \arg\max_{\tilde x \in B(x_i)} -\log p(y_i \mid \tilde x, \theta),
 
-    where the attack says what the ball :math:`B` is and how the maximum is sought. ::
+    where the attack defines the ball :math:`B` and the search for the maximum. ::
 
         svi = SVI(minibatch(model, size=len(x)), guide, optim, loss=TraceRobust_ELBO(PGD(eps=0.1)))
 
-    The adversary sees the weights that the loss is then evaluated with: each particle draws once from the guide, is attacked, and
-    is scored on its own perturbed inputs, so that this is a lower bound of the ELBO against one adversary for all draws. With
+    The adversary sees the weights of the loss: each particle draws once from the guide, is attacked, and is scored on its own
+    perturbed inputs, so that this is a lower bound of the ELBO against one adversary for all draws. With
     ``AutoDelta`` it is adversarial training of a point estimate (Madry et al., 2018; WRM with the attack of that name), with
     ``AutoNormal`` that of a mean-field posterior (Liu et al., Adv-BNN, 2019).
 
-    What the attack ascends is the negative log-likelihood of the model's observed sites, summed over sites, per row, without the
-    scale of :func:`~pyro_advbayes.minibatch` or ``poutine.scale``; masks hold. The attack takes no gradients of parameters, sees a
-    model that is an ``nn.Module`` in eval mode, and leaves nothing in a trace or in the parameter store. With an attack that does not
-    move the inputs, and draws no random numbers, loss and gradients are those of ``elbo`` to the last bit.
+    The attack ascends the negative log-likelihood of the model's observed sites, summed over sites, per row, without the scale of
+    :func:`~pyro_advbayes.minibatch` or ``poutine.scale``; masks hold. The attack takes no gradients of parameters, runs an ``nn.Module`` in
+    eval mode, and leaves nothing in a trace or in the parameter store. With an attack that moves no inputs and draws no random numbers,
+    loss and gradients are those of ``elbo`` to the last bit.
 
-    :param attack: an attack of :mod:`pyro_advbayes.attacks`: FGSM, PGD, WRM and others that need no more than a loss.
-    :param str perturb: the name of the model's argument that is perturbed, a tensor of floating type with a row per data point.
+    :param attack: an attack of :mod:`pyro_advbayes.attacks` that needs only a loss: FGSM, PGD, WRM and others.
+    :param str perturb: name of the model's argument that is perturbed, a tensor of floating type with a row per data point.
     :param ELBO elbo: the ELBO that is evaluated on perturbed inputs; ``Trace_ELBO()`` by default.
     :raises ValueError: if ``attack`` or ``elbo`` is not of this kind; and at the first call, naming the argument or the site, if the
         model was not given ``perturb`` as such a tensor, or it lies outside the attack's range; if an observed site is not Categorical,
@@ -74,7 +84,7 @@ class TraceRobust_ELBO(ELBO):
         if elbo.vectorize_particles and elbo.num_particles > 1:
             raise ValueError("elbo: every particle is attacked by itself: leave vectorize_particles=False")
         super().__init__(num_particles=elbo.num_particles, max_plate_nesting=elbo.max_plate_nesting)
-        self.attack, self.perturb, self.elbo = attack, perturb, elbo
+        self.attack, self.perturb, self.elbo = attack, perturb, cast(_Elbo, elbo)
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """The negative ELBO on perturbed inputs, in nats."""
@@ -96,48 +106,45 @@ class TraceRobust_ELBO(ELBO):
         if isinstance(poutine.unwrap(guide), Messenger):
             raise ValueError("guide is an effect handler, which draws while the model runs: take an autoguide, or a function")
         _inputs(model, args, kwargs, self.perturb)  # before the guide fails at them
-        draw = Trace()
+        draw: Values = {}
 
         def seen_guide(*args: Any, **kwargs: Any) -> Any:
             nonlocal draw
             with poutine.trace() as seen:
                 result = guide(*args, **kwargs)
-            draw = seen.trace
-            draw.detach_()
+            nodes = {name: node["value"] for name, node in seen.trace.nodes.items() if node["type"] == "sample"}
+            draw = {name: value.detach() for name, value in nodes.items() if value is not None}
             return result
 
         def attacked_model(*args: Any, **kwargs: Any) -> Any:
             with refusing():
-                args, kwargs = self._perturbed(model, draw, args, kwargs)
-            return model(*args, **kwargs)
+                moved, others = self._perturbed(model, draw, args, kwargs)
+            return model(*moved, **others)
 
         return attacked_model, seen_guide
 
-    def _perturbed(
-        self, model: Callable, draw: Trace, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Sequence[Any], Mapping[str, Any]]:
-        """The arguments, with the perturbed inputs in the place of the clean ones."""
+    def _perturbed(self, model: Callable, draw: Values, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """The arguments, with perturbed inputs."""
         arguments, place = _inputs(model, args, kwargs, self.perturb)
-        replayed, validate = poutine.replay(model, trace=draw), is_validation_enabled()
+        validate = is_validation_enabled()
 
-        def with_inputs(value: Tensor) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        def with_inputs(value: Tensor) -> Call:
             tensors = arguments.tensors
             tensors[place] = value
             return arguments.replace(tensors)
 
         def loss(value: Tensor) -> Tensor:
             nonlocal validate
-            args, kwargs = with_inputs(value)
             with poutine.block(), pyro.validation_enabled(validate):
-                validate = False  # what holds at the first step holds at all
-                return _row_losses(poutine.trace(replayed).get_trace(*args, **kwargs), draw, len(value))
+                validate = False  # one check of the values is enough
+                return _row_losses(run(model, with_inputs(value), draw), draw, len(value))
 
         with _eval_mode(poutine.unwrap(model)):
             return with_inputs(self.attack.on_loss(loss, arguments.tensors[place]))
 
 
 def _inputs(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], perturb: str) -> tuple[Arguments, int]:
-    """The model's arguments, and where among their tensors the inputs are."""
+    """The model's arguments, and the place of the inputs among their tensors."""
     model = poutine.unwrap(model)
     arguments, given = Arguments(model, args, kwargs), Given(model, args, kwargs).values
     if is_array(given.get(perturb)):
@@ -158,11 +165,11 @@ def _inputs(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], per
     return arguments, place
 
 
-def _row_losses(trace: Trace, draw: Trace, rows: int) -> Tensor:
+def _row_losses(trace: Trace, draw: Values, rows: int) -> Tensor:
     """The negative log-likelihood of every row, ``[rows]``, unscaled."""
     losses = []
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site_is_subsample(site) or site["infer"].get("_deterministic"):
+    for name, site in sites(trace).items():
+        if is_deterministic(site):
             continue
         if site["is_observed"]:
             losses.append(-_row_log_probs(name, site, rows))
@@ -176,26 +183,26 @@ def _row_losses(trace: Trace, draw: Trace, rows: int) -> Tensor:
     return torch.stack(losses).sum(0)
 
 
-def _row_log_probs(name: str, site: Mapping[str, Any], rows: int) -> Tensor:
+def _row_log_probs(name: str, site: Node, rows: int) -> Tensor:
     fn = without_wrappers(site["fn"])
     if not isinstance(fn, (Bernoulli, Categorical, Normal)):
         raise ValueError(
             f"observed site {name!r} is {type(fn).__name__}: adversarial training is for Categorical, Bernoulli and Normal observations"
         )
-    frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized and frame.size == rows]
-    if len(frames) != 1:
+    dims = [frame.dim for frame in site["cond_indep_stack"] if frame.dim is not None and frame.size == rows]
+    if len(dims) != 1:
         sizes = ", ".join(f"{frame.name!r} of {frame.size}" for frame in site["cond_indep_stack"]) or "none"
         raise ValueError(
             f"observed site {name!r} must be in one plate of {rows} rows, as many as the perturbed inputs have (its plates: {sizes}); "
             "instead of a plate that subsamples itself, pass minibatches and scale them with minibatch(model, size)"
         )
     log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
-    return log_prob.movedim(frames[0].dim, 0).reshape(rows, -1).sum(-1)
+    return log_prob.movedim(dims[0], 0).reshape(rows, -1).sum(-1)
 
 
 @contextlib.contextmanager
 def _eval_mode(model: Any) -> Iterator[None]:
-    """Within it, no layer of a network draws a dropout mask or changes its statistics."""
+    """Within it, the layers of a network are in eval mode."""
     training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
     for module in training:
         module.training = False

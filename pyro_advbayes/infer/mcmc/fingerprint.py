@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.schedules import check_value
 from pyro_advbayes.infer.mcmc.state import AutoStepSize
-from pyro_advbayes.model.batches import Loader
+from pyro_advbayes.model.loader import Loader
 from pyro_advbayes.storage import reference
 from pyro_advbayes.storage.digests import tensor_digest
 from pyro_advbayes.storage.files import FileError, reading

@@ -32,7 +32,7 @@ from pyro_advbayes.infer.mcmc.fingerprint import (
 )
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.threads import one_thread
-from pyro_advbayes.model.batches import is_loader
+from pyro_advbayes.model.loader import is_loader
 from pyro_advbayes.storage import files
 from pyro_advbayes.storage.draws import PREFIXES, Field, FileDraws, MemoryDraws, refuse_name
 

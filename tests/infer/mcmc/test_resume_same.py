@@ -199,7 +199,7 @@ def test_a_loader_that_cannot_be_replayed_is_named_when_the_run_starts(tmp_path)
 
 def test_a_look_at_a_loader_is_short():
     """At most 16 batches, and no more than 16 MiB after the first."""
-    from pyro_advbayes.model.batches import Loader
+    from pyro_advbayes.model.loader import Loader
 
     taken = []
 
