@@ -1,4 +1,4 @@
-"""Effect handlers: scale a data plate to the whole data set, give sites values, run a model without validation; and sample sites typed."""
+"""Effect handlers: scale a data plate to the whole data set, give sites values, run a model without validation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution, biject_to
-from torch.distributions.constraints import Constraint
 
 from pyro_advbayes.kinds import Node, is_deterministic, is_subsample
 
@@ -177,7 +176,7 @@ def masks_of(fn: TorchDistribution, mask: Tensor | bool | None = None) -> list[t
     return masks
 
 
-def _inside(support: Constraint, value: Tensor) -> Tensor:
+def _inside(support: Any, value: Tensor) -> Tensor:
     """A value of a support, in the shape and dtype of ``value``."""
     if not support.is_discrete:
         transform = biject_to(support)

@@ -82,7 +82,7 @@ def to_arviz(
                     "the run was given a loader, and likelihoods and predictions are wanted of all rows: give them as args=, the model's "
                     "arguments with all the data"
                 )
-            args, kwargs = mcmc._args, kwargs or mcmc._kwargs  # Pyro has no public names for them
+            args, kwargs = mcmc._args or (), kwargs or mcmc._kwargs or {}  # Pyro has no public names for them
         samples = mcmc.get_samples(group_by_chain=True)
         groups["sample_stats"] = posterior.sample_stats() if isinstance(posterior, SGMCMC) else _divergences(mcmc)
     else:
@@ -161,7 +161,8 @@ def _divergences(posterior: MCMC) -> dict[str, Tensor]:
     diverging = torch.zeros(posterior.num_chains, posterior.num_samples, dtype=torch.bool)
     # the public diagnostics() computes n_eff of every weight on the way, minutes for a network
     for chain, found in enumerate(posterior._diagnostics):
-        diverging[chain, list((found or {}).get("divergences", []))] = True
+        if found is not None:
+            diverging[chain, list(found.get("divergences", []))] = True
     return {"diverging": diverging}
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -14,7 +14,7 @@ from torch.distributions import Categorical
 
 from pyro_advbayes.kinds import Node, plate_of, without_independent
 from pyro_advbayes.model.layers import refuse_random_layers
-from pyro_advbayes.model.program import Call, run
+from pyro_advbayes.model.program import Call, run, values_of
 from pyro_advbayes.model.refusals import Given, Refused, told
 
 
@@ -85,11 +85,6 @@ class ConditionedModel:
         for name, count in self.categories.items():
             if name in results and bool((results[name] >= count).any()):
                 raise ValueError(f"site {name!r}: its Categorical has probabilities that are not finite; check the draws and the data")
-
-
-def values_of(trace: Trace, names: Iterable[str]) -> list[Tensor]:
-    """The values of sites, or of ``"_RETURN"``."""
-    return [cast(Tensor, trace.nodes[name]["value"]) for name in names]
 
 
 def _check_sites(samples: Mapping[str, Tensor], used: Mapping[str, Any], trace: Trace) -> None:

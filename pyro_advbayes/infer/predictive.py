@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_advbayes.checked import checked
 from pyro_advbayes.given import need_tensor
-from pyro_advbayes.infer.conditioned import ConditionedModel, values_of
+from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.subsampled import predict_all_rows, subsampling_plate
 from pyro_advbayes.kinds import latent_sites, sites
+from pyro_advbayes.model.program import values_of
 from pyro_advbayes.tracing.guard import DIFFERS, RandomState, agree, reason, warn_of_handlers
 from pyro_advbayes.tracing.record import record
 from pyro_advbayes.tracing.replay import Interpreter, Replays, draws_together

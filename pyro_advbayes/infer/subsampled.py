@@ -8,8 +8,9 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_advbayes.infer.conditioned import ConditionedModel, values_of
+from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.kinds import Node, latent_sites, sites, subsampling_plates
+from pyro_advbayes.model.program import values_of
 
 
 def subsampling_plate(trace: Trace, samples: Mapping[str, Tensor]) -> str | None:

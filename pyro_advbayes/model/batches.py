@@ -58,7 +58,8 @@ class Arguments:
             return [i for i in places if len(tensors[i]) == size], size
         if isinstance(batch_args, str):
             raise ValueError(f"batch_args={batch_args!r}: a sequence of names or positions, [{batch_args!r}] for one")
-        known = {**{key: i for i, key in enumerate(self.keys)}, **{label: i for i, label in enumerate(self.labels)}}
+        known: dict[int | str, int] = {key: i for i, key in enumerate(self.keys)}
+        known.update({label: i for i, label in enumerate(self.labels)})
         unknown = [key for key in batch_args if key not in known]
         if unknown or not batch_args:
             raise ValueError(f"batch_args={list(batch_args)!r}: the model's tensor arguments are {self.labels}")

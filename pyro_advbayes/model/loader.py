@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +32,13 @@ LOOKED_AT, LOOKED_AT_BYTES = 16, 2**24
 _SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)  # these tell how many rows they choose from
 
 
+class Batched(Protocol):
+    """An iterable with a length."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def __len__(self) -> int: ...
+
+
 class Loader:
     """
     A ``torch.utils.data.DataLoader``, or any iterable of tuples of tensors with a length that can be run through again. All
@@ -50,7 +57,7 @@ class Loader:
 
     def __init__(
         self,
-        loader: Iterable[Any],
+        loader: Batched,
         num_data: int | None,
         device: torch.device | None = None,
         covers: Callable[[Batch, str], bool] | None = None,
@@ -257,6 +264,7 @@ def _rows_behind(loader: Any) -> int:
             "given, num_data=..."
         )
     sampler, dataset = _sampler(loader), getattr(loader, "dataset", None)
+    rows: Any
     if isinstance(sampler, (SequentialSampler, RandomSampler)):
         rows = sampler.data_source  # an epoch may be shorter than these (num_samples=), or longer
     elif isinstance(sampler, WeightedRandomSampler):

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_advbayes.kinds import is_deterministic, is_subsample, sites
 from pyro_advbayes.model.program import run
+from pyro_advbayes.tracing.guard import version_of
 
 CLASSES, LABELS, COUNTS, NUMBERS = "classes", "labels", "counts", "numbers"
 
@@ -49,14 +50,21 @@ class Likelihood(NamedTuple):
         if isinstance(self.fn, _BINARY + _SEVERAL) and one_trial:
             return CLASSES if self.shape.numel() == self.rows else LABELS
         try:
-            return COUNTS if self.fn.support.is_discrete else NUMBERS
+            support = self.fn.support
+            return COUNTS if support is not None and support.is_discrete else NUMBERS
         except NotImplementedError:
             return NUMBERS
 
+    @property
+    def _probs(self) -> Tensor:
+        if not isinstance(self.fn, _BINARY + _SEVERAL):
+            raise TypeError(f"{type(self.fn).__name__} has no probabilities of classes")
+        return self.fn.probs
+
     def check_classes(self, who: str, instead: str = "take Predictive for its predictions") -> None:
         """
-        :param who: takes classifiers only; begins the message.
-        :param instead: what to do with counts and numbers; ends the message.
+        :param who: beginning of the message, which takes classifiers only.
+        :param instead: end of the message, a remedy for counts and numbers.
         :raises ValueError: unless :attr:`kind` is ``"classes"``, of two classes or more.
         """
         name, kind = type(self.fn).__name__, self.kind
@@ -74,8 +82,8 @@ class Likelihood(NamedTuple):
 
     def logits(self, origins: Origins | None = None) -> Tensor:
         """
-        Logits ``[N, K]`` of the classes, those that the distribution was given if ``origins`` saw it being made. The logarithm of a
-        probability of 0 is that of the smallest number > 0, so that its gradient is finite.
+        Logits ``[N, K]`` of the classes: those that the distribution was made of, if ``origins`` saw that. The logarithm of a probability
+        of 0 is that of the smallest number > 0, so that its gradient is finite.
         """
         if type(self.fn).log_prob not in _OWN:
             logits = self._enumerated()
@@ -87,22 +95,22 @@ class Likelihood(NamedTuple):
             else:
                 logits = torch.stack([torch.zeros_like(one), one], -1)
         else:
-            logits = None if origins is None else origins.of(self.fn.probs, "softmax")
-            logits = _log(self.fn.probs) if logits is None else logits
+            given = None if origins is None else origins.of(self._probs, "softmax")
+            logits = _log(self._probs) if given is None else given
         if logits.shape[:-1].numel() != self.rows:
             logits = logits.expand(*self.shape, logits.shape[-1])
         return logits if logits.dim() == 2 else logits.reshape(self.rows, logits.shape[-1])
 
     def _enumerated(self) -> Tensor:
-        """Log-probabilities by a ``log_prob`` that is the distribution's own, of label noise, say."""
-        probs, binary = self.fn.probs, isinstance(self.fn, _BINARY)
+        """Log-probabilities by a custom ``log_prob``, of label noise, say."""
+        probs, binary = self._probs, isinstance(self.fn, _BINARY)
         count = 2 if binary else probs.shape[-1]
         if isinstance(self.fn, (OneHotCategorical, Multinomial)):
             values = torch.eye(count, dtype=probs.dtype, device=probs.device).reshape(count, *(1,) * len(self.fn.batch_shape), count)
         else:
             values = torch.arange(count, dtype=probs.dtype if binary else None, device=probs.device)
             values = values.reshape(count, *(1,) * len(self.fn.batch_shape))
-        return self.fn.log_prob(values.expand(count, *self.fn.shape())).movedim(0, -1)
+        return self.fn.log_prob(values.expand(count, *self.fn.batch_shape, *self.fn.event_shape)).movedim(0, -1)
 
 
 def _log(probs: Tensor) -> Tensor:
@@ -111,8 +119,8 @@ def _log(probs: Tensor) -> Tensor:
 
 def find_outcomes(model: Callable, trace: Trace, args: Sequence[Any], kwargs: Mapping[str, Any], given: Collection[str]) -> list[str]:
     """
-    The sites of a run that hold an outcome for each row: observed ones if there are some, and else those that would be, given ``y``: in a
-    plate of as many rows (or of as many rows without a plate), and no other site depends on them.
+    The sites of a run that hold an outcome for each row: observed ones, or without any the sites that ``y`` would observe. These are in a
+    plate of as many rows (or have as many rows without a plate), and no other site depends on them.
 
     :param given: sites that have draws.
     """
@@ -151,9 +159,9 @@ def follower(
 
 def one_outcome(trace: Trace, outcomes: Sequence[str], site: str | None, argument: str = "site") -> str:
     """
-    :param site: the value of an argument that may say which.
-    :param argument: its name.
-    :raises ValueError: if there are several, and ``site`` names none, or is not in the model.
+    :param site: the user's choice, or None.
+    :param argument: name of the argument that holds the choice.
+    :raises ValueError: if there are several outcomes and no choice, or the model has no such site.
     """
     if site is not None and site not in trace.nodes:
         raise ValueError(f"{argument}={site!r}: the model has no such site; it observes {', '.join(map(repr, outcomes))}")
@@ -163,8 +171,8 @@ def one_outcome(trace: Trace, outcomes: Sequence[str], site: str | None, argumen
 
 
 def likelihood_at(trace: Trace, site: str, rows: int) -> Likelihood:
-    """The likelihood at a site of a run with so many inputs."""
-    fn = trace.nodes[site]["fn"]
+    """The likelihood at a site of a run on ``rows`` inputs."""
+    fn = sites(trace)[site]["fn"]
     base, shape = without_wrappers(fn), fn.shape()
     return Likelihood(site, base, shape[: len(shape) - len(base.event_shape)], rows)
 
@@ -195,8 +203,8 @@ _NOTED = _SHAPES | {"broadcast_tensors", "expand", "sigmoid", "softmax", "logsum
 
 class Origins(TorchFunctionMode):
     """
-    Within it, remembers of which logits probabilities were made: a softmax of confident logits has zeros, whose logarithm has lost value
-    and gradient, and a distribution keeps none of the logits that it was given.
+    Within it, remembers the logits of probabilities: a softmax of confident logits has zeros, whose logarithm has lost value and gradient,
+    and distributions do not keep the logits that they are made of.
     """
 
     def __init__(self) -> None:
@@ -204,7 +212,7 @@ class Origins(TorchFunctionMode):
         self._found: dict[int, tuple[Tensor, str, Tensor, int | None]] = {}  # the tensors, so that no other gets their ids
 
     def of(self, probs: Tensor, function: str) -> Tensor | None:
-        """The logits of which probabilities are the ``"softmax"`` or ``"sigmoid"``; None if that is not known."""
+        """The logits whose ``"softmax"`` or ``"sigmoid"`` the probabilities are; None if unknown."""
         found = self._logits(probs, function)
         inner = None if found is None else self._logits(found, "log_softmax")
         return found if inner is None else inner
@@ -258,5 +266,5 @@ def _last(x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def _version(tensor: Tensor) -> int | None:
-    """How often it was written to; torch has no public way to tell."""
-    return None if tensor.is_inference() else tensor._version
+    """How often a tensor was written to."""
+    return None if tensor.is_inference() else version_of(tensor)

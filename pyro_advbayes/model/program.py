@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import pyro
@@ -61,3 +61,8 @@ def log_likelihood(trace: Trace) -> Tensor:
     """The log-density of the observed sites, a sum over sites and rows, scaled and masked."""
     trace.compute_log_prob(lambda _, node: node["is_observed"])
     return cast(Tensor, sum(trace.nodes[name]["log_prob_sum"] for name in trace.observation_nodes))
+
+
+def values_of(trace: Trace, names: Iterable[str]) -> list[Tensor]:
+    """The values of sites, or of ``"_RETURN"``."""
+    return [cast(Tensor, trace.nodes[name]["value"]) for name in names]

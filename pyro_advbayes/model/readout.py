@@ -1,4 +1,4 @@
-"""Where in a run of a model the logits of a classifier are."""
+"""The logits of a classifier in a run of its model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_advbayes.model.outcomes import CLASSES, Likelihood, Origins, find_outcomes, is_outcome, likelihood_at, one_outcome, rows_of
+from pyro_advbayes.model.program import values_of
 
 
 class Readout:
@@ -22,8 +23,8 @@ class Readout:
     :param kwargs: its keyword arguments.
     :param given: the sites that a draw holds.
     :param str return_site: as in :class:`~pyro_advbayes.PosteriorClassifier`.
-    :param who: takes classifiers only; begins the message.
-    :param instead: what to do with a regression, at the end of the message.
+    :param who: beginning of the message, which takes classifiers only.
+    :param instead: end of the message, a remedy for a regression.
     :raises ValueError: if there are no such logits; the message says what there is.
     """
 
@@ -54,9 +55,9 @@ class Readout:
     def logits(self, trace: Trace, origins: Origins) -> Tensor:
         """
         :param trace: a run on inputs of the same shape.
-        :param origins: what watched it, and still does.
+        :param origins: entered around the run and this call.
         """
-        return self._likelihood(trace).logits(origins) if self._observed else trace.nodes[self._site]["value"]
+        return self._likelihood(trace).logits(origins) if self._observed else values_of(trace, [self._site])[0]
 
     def _likelihood(self, trace: Trace) -> Likelihood:
         return likelihood_at(trace, self._site, self._rows)
@@ -80,7 +81,7 @@ class Readout:
 
 
 def _tells(value: Any, likelihood: Likelihood) -> bool:
-    """Whether a value is the logits, log-probabilities or probabilities of the classes, or the one logit of two."""
+    """Whether a value holds the logits, log-probabilities or probabilities of the classes, or the one logit of two classes."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return False
     value, expected = value.detach(), likelihood.logits().detach().log_softmax(-1)

@@ -87,9 +87,10 @@ def not_given(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 def check_number(model: Callable, item: Sequence[Any]) -> None:
     """:raises ValueError: if a loader's item holds more or fewer values than the model has arguments."""
     signature = signature_of(model)
+    if signature is None:
+        return
     try:
-        if signature is not None:
-            signature.bind(*item)
+        signature.bind(*item)
     except TypeError:
         names, held = list(signature.parameters), f"{len(item)} tensor" + "s" * (len(item) != 1)
         remedy = f": leave the others out, collate_fn=lambda rows: default_collate(rows)[:{len(names)}]" if len(item) > len(names) else ""

@@ -132,11 +132,11 @@ def _look(
         _check_plate(first, plate)
         found = Structure((), "minibatch", plate, num_data, rows[0])
     latents = _latent_sites(first, second)
-    if found.plate is not None and found.scaling == "minibatch" and rows is not None:
+    if found.scaling == "minibatch" and rows is not None:
         found = found._replace(prior_factors=_prior_factors(model, first, arguments, rows))
         _check_scaling(model, few, found)
         for trace, size in zip((first, second), rows, strict=True):
-            check_rows(trace, found.plate, size, lengths)
+            check_rows(trace, str(found.plate), size, lengths)
     for trace in (first, second):
         check_observations(trace, lengths)
     refuse_single(first, model, few)

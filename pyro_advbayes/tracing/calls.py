@@ -1,4 +1,4 @@
-"""The calls that an interpreter makes for the nodes of a graph, and how they are rearranged before."""
+"""The calls of an interpreter for the nodes of a graph, and rearrangements of them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Call(NamedTuple):
     args: Sequence[Any]  # nodes in place of tensors
     kwargs: dict[str, Any]
     reads: list[fx.Node]
-    made: set[int]  # memory that holds something new afterwards
+    made: set[int]  # memory that it writes
     memory: set[int]  # all memory that it reads or makes
 
 
 class Step(NamedTuple):
-    """A call as it is performed; Python's part of that takes as long as a small network."""
+    """A call in the form that runs fastest: its Python takes as long as a small network."""
 
     function: Callable[..., Any]
     args: list[Any]
@@ -37,7 +37,7 @@ class Step(NamedTuple):
     keywords: list[str]  # and which of kwargs
     output: int
     items: list[tuple[int, int]] | None  # of a result with several tensors, which one goes where
-    last: list[int]  # values that nobody reads again
+    last: list[int]  # values that no later call reads
 
 
 Places = dict[fx.Node, int]
@@ -47,7 +47,7 @@ def calls_of(nodes: Iterable[fx.Node]) -> list[Call]:
     """The calls for some nodes of a graph, in their order; an item of a result comes with the result."""
     calls = []
     for node in nodes:
-        if node.op == "call_function" and node.target is not operator.getitem:
+        if callable(node.target) and node.target is not operator.getitem:
             reads, made = node.all_input_nodes, node.meta["memory"] | node.meta["writes"]
             calls.append(Call(node, node.target, node.args, node.kwargs, reads, made, made | memory_of(reads)))
     return calls
@@ -64,10 +64,10 @@ def _results(node: fx.Node) -> Collection[fx.Node]:
 
 def plan(calls: Sequence[Call], keep: Iterable[fx.Node], places: Places) -> list[Step]:
     """
-    The calls with the values that are read for the last time, so that memory is given back as early as in Python.
+    The calls, with the values that each reads for the last time, so that memory is freed as early as in Python.
 
     :param keep: nodes whose values are needed afterwards.
-    :param places: where the values of nodes are in the list that :func:`perform` works on.
+    :param places: places of nodes' values in the list of :func:`perform`.
     """
     steps: list[Step] = []
     kept = {places[node] for node in keep}
@@ -92,8 +92,8 @@ def _fastest(function: Any) -> Any:
 
 def perform(steps: list[Step], values: list[Any]) -> None:
     """
-    :param steps: what :func:`plan` returned.
-    :param values: a tensor in the place of every node that is read before it is made; what is made is put into its place.
+    :param steps: from :func:`plan`.
+    :param values: a tensor in the place of every node that is read before a step makes it; results are put into their places.
     """
     for function, args, kwargs, places, nested, keywords, output, items, last in steps:
         args = args.copy()
@@ -134,30 +134,30 @@ def _fill(arg: Any, values: list[Any]) -> Any:
 
 
 def _threshold_backward_(gradient: Tensor, result: Tensor, threshold: float) -> Tensor:
-    if gradient.stride() != result.stride():  # what follows counts on the layout that new memory would get
+    if gradient.stride() != result.stride():  # later operations rely on the layout of new memory
         return aten.threshold_backward.default(gradient, result, threshold)
     return aten.threshold_backward.grad_input(gradient, result, threshold, grad_input=gradient)
 
 
-_IN_PLACE = {  # what writes over its first argument, in the place of what does not
+_IN_PLACE = {  # the form of an operation that overwrites its first argument
     aten.relu.default: aten.relu_.default,
     aten.tanh.default: aten.tanh_.default,
     aten.sigmoid.default: aten.sigmoid_.default,
     aten.exp.default: aten.exp_.default,
 }
-_IN_PLACE_ALONE = {aten.threshold_backward.default: _threshold_backward_}  # what vmap does not know in this form
+_IN_PLACE_ALONE = {aten.threshold_backward.default: _threshold_backward_}  # vmap does not know this form
 
-# Views that have every number of their argument once: what is written into them is not written twice.
+# Views that hold every number of their argument once: a write into them writes no number twice.
 _REARRANGED = {aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default, aten._unsafe_view.default, aten.detach.default}
 
 
 def in_place(calls: Sequence[Call], kept: set[int], together: bool) -> list[Call]:
     """
-    Lets an activation (or its derivative) write over its argument where nobody reads that again: new memory costs more than the
-    activation, since the system hands it out page by page.
+    Lets an activation (or its derivative) overwrite its argument if that is not read again: new memory, which the system hands out page
+    by page, costs more than the activation.
     """
     made: set[int] = set()
-    entire: set[fx.Node] = set()  # nodes with every number of their memory once
+    entire: set[fx.Node] = set()  # nodes that hold every number of their memory once
     for call in calls:
         made |= call.made
         rearranged = call.function in _REARRANGED and call.reads[0] in entire
@@ -167,7 +167,7 @@ def in_place(calls: Sequence[Call], kept: set[int], together: bool) -> list[Call
     later = set(kept)
     for call in reversed(calls):
         if call.function in functions:
-            argument, *others = call.args
+            argument, others = call.reads[0], call.args[1:]
             needed = later | memory_of(other for other in others if type(other) is fx.Node)
             same = argument.meta["val"].dtype == call.node.meta["val"].dtype
             if same and argument in entire and argument.meta["memory"] <= made - needed:
@@ -182,16 +182,16 @@ def _is_whole(node: fx.Node) -> bool:
 
 
 def numbers_made(calls: Iterable[Call]) -> int:
-    """How many numbers calls put into new memory."""
+    """How many numbers calls write into new memory."""
     return sum(node.meta["val"].numel for call in calls for node in _results(call.node) if _is_whole(node))
 
 
 def in_lanes(calls: Sequence[Call], moving: set[int], lane: fx.Node) -> list[Call]:
     """
-    Gives every replay memory of its own where it will write what no other replay does: noise into an empty tensor, say.
+    Gives every replay its own memory for what differs between replays: noise that is written into an empty tensor, say.
 
     :param moving: memory that differs from replay to replay.
-    :param lane: what differs for each of the replays that are computed together.
+    :param lane: a node that differs between the replays that are computed together.
     """
     result = []
     for call in calls:
@@ -209,7 +209,7 @@ def _own(lane: Tensor, function: Any, args: Sequence[Any], kwargs: dict[str, Any
     return own if function is aten.empty.memory_format else own.copy_(value)
 
 
-# Up to how many weights a layer may have for each row, so that rows last are faster. One CPU core, time with rows last / without:
+# Up to this number of weights a row of input, rows last are faster. One CPU core, time with rows last / without:
 # 784-20-20-10 at 100 rows (157 weights a row) 0.82, 784-100-100-10 at 1000 rows (78) 0.84, at 100 rows (784) 1.17, 784-400-400-10 at
 # 100 rows (3136) 1.18.
 WEIGHTS_A_ROW = 256
@@ -217,11 +217,12 @@ WEIGHTS_A_ROW = 256
 
 def rows_last(calls: Sequence[Call], moving: set[int], ends: Collection[fx.Node]) -> list[Call]:
     """
-    Brings linear layers whose weights change into the form that is fast side by side if they are small: ``[out, in] @ [in, rows]`` is
-    one product for all replays where the rows are the same, and leaves the many rows next to each other in memory.
+    Rewrites small linear layers whose weights change as ``[out, in] @ [in, rows]``, which is faster side by side: one product for all
+    replays if the rows are the same, with the many rows contiguous in memory.
     """
     layers = {call.node for call in calls if _is_layer(call, moving)}
-    if any(layer.args[-1].meta["val"].numel > WEIGHTS_A_ROW * layer.args[-2].meta["val"].shape[0] for layer in layers):
+    sizes = [[arg.meta["val"] for arg in layer.args[-2:] if isinstance(arg, fx.Node)] for layer in layers]
+    if any(weight.numel > WEIGHTS_A_ROW * rows.shape[0] for rows, weight in sizes):
         return list(calls)
     written = set().union(*[call.node.meta["writes"] for call in calls])
     result = []

@@ -65,9 +65,13 @@ class Guard:
         self.state = (
             tuple((module, module.training) for module in modules),
             tuple((id(value), value.requires_grad) for value in parameters),
-            # torch has no public way to tell that a tensor was written to
-            tuple((id(value), value._version if versions and not value.is_inference() else 0) for value in others),
+            tuple((id(value), version_of(value) if versions and not value.is_inference() else 0) for value in others),
         )
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; torch has no public name for it."""
+    return tensor._version
 
 
 DIFFERS = (

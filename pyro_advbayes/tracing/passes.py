@@ -20,7 +20,7 @@ _FUNCTIONS = ("mm", "bmm", "addmm", "baddbmm", "dot", "addcmul", "addcdiv", "add
               "unsqueeze", "squeeze", "transpose", "permute", "t", "split_with_sizes")  # fmt: skip
 _METHODS = ("view", "expand")
 
-# Operations that change nothing but a shape: without effect where the shape stays the same, as vmap leaves many.
+# Operations that change only a shape: without effect if the shape stays the same, as often under vmap.
 _RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.alias.default, aten.detach.default)
 
 
@@ -28,10 +28,10 @@ def simplify(recording: Recording) -> None:
     """
     Makes the replay of a function without autograd cheap.
 
-    The seed of a backward pass, ``ones_like(loss)``, becomes a constant, so that a forward value which nobody reads is dead; dead nodes
-    are removed; nodes that depend on nothing that changes are computed once and kept; operations that change nothing (``x - 0``,
-    ``x ** 1``, a transposition undone, a view of the same shape) are dropped: with them the gradient of a Normal prior costs as much as
-    weight decay written by hand.
+    The seed of a backward pass, ``ones_like(loss)``, becomes a constant, so that a forward value without a reader is dead. Dead nodes are
+    removed. Nodes that depend on nothing that changes are computed once. Operations that change nothing (``x - 0``, ``x ** 1``, a
+    transposition undone, a view of the same shape) are dropped: without them, the gradient of a Normal prior costs as much as weight decay
+    written by hand.
     """
     passes = _Passes(recording)
     passes.cut_seeds()
@@ -42,8 +42,14 @@ def simplify(recording: Recording) -> None:
 
 
 def memory_of(nodes: Iterable[fx.Node]) -> set[int]:
-    """The memory that nodes' results lie in."""
+    """The memory of nodes' results."""
     return set().union(*[node.meta.get("memory", ()) for node in nodes])
+
+
+def operand(node: fx.Node) -> fx.Node | None:
+    """The first argument of a node, if that is a node."""
+    first = node.args[0] if node.args else None
+    return first if isinstance(first, fx.Node) else None
 
 
 def is_random(node: fx.Node) -> bool:
@@ -52,7 +58,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def live_nodes(recording: Recording) -> set[fx.Node]:
-    """The nodes that the outputs need, as operands or because they write to memory that is read later."""
+    """The nodes that the outputs depend on, through operands or through writes to memory."""
     live: set[fx.Node] = set()
     memory: set[int] = set()
     for node in reversed(recording.graph.nodes):
@@ -74,7 +80,7 @@ def drop_dead(recording: Recording) -> None:
 
 @functools.cache
 def call_directly(target: Any) -> Any:
-    """The public function that computes what an overload computes, in less time, where there is one."""
+    """The public function that computes the same as an overload in less time, if there is one."""
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
         name = traits_of(target).name
         if name in _FUNCTIONS:
@@ -89,7 +95,7 @@ class _Passes:
 
     def __init__(self, recording: Recording) -> None:
         self.graph, self.attributes, self.changing = recording.graph, recording.attributes, recording.changing
-        self.written = recording.written  # also through a view: the value of a node in it is not its own
+        self.written = recording.written  # through views, too: a node in it does not keep its value
 
     def cut_seeds(self) -> None:
         for node in list(self.graph.nodes):
@@ -98,7 +104,7 @@ class _Passes:
                 self._replace(node, torch.ones(value.shape, dtype=value.dtype, device=value.device))
 
     def fold_constants(self) -> None:
-        """Computes the nodes that no input, live tensor, random draw or in-place write reaches, once."""
+        """Computes the nodes that depend on no input, live tensor, random number or in-place write."""
         known: dict[fx.Node, Any] = {}
         for node in list(self.graph.nodes):
             if not self.written.isdisjoint(node.meta.get("memory", ())):
@@ -113,7 +119,7 @@ class _Passes:
             read_on = any(user not in known for user in node.users)
             if node.op == "call_function" and isinstance(known[node], Tensor) and read_on:
                 value = known[node].detach()
-                # other operations than elementwise ones may read memory without a look at the strides (MKL-DNN's LSTM does)
+                # operations that are not elementwise may ignore strides (MKL-DNN's LSTM does)
                 elementwise = all(torch.Tag.pointwise in getattr(user.target, "tags", ()) for user in node.users)
                 self._replace(node, _shrink(value) if elementwise else value)
 
@@ -127,41 +133,46 @@ class _Passes:
 
     def _identical(self, node: fx.Node) -> fx.Node | None:
         """A node with the same value to the bit, made from fewer operations; None if there is none."""
-        first = node.args[0] if node.args else None
+        first = operand(node)
+        if first is None:
+            return self._scaled(node) if node.target is aten.mul.Tensor else None
         if node.target is aten.t.default and first.target is aten.t.default:
-            return first.args[0]  # the shape is that of the node, whichever it is
+            return operand(first)  # the shape is that of the node, whichever it is
         if node.target is aten.transpose.int and first.target is aten.transpose.int:
-            return first.args[0] if _dims(node) == _dims(first) else None
+            return operand(first) if _dims(node) == _dims(first) else None
         if node.target in _RESHAPES:
             return first if _alike(first, node) else None
         if node.target is aten.mul.Scalar:
             return first if node.args[1] == 1 and _alike(first, node) else None
         if node.target in (aten.sub.Tensor, aten.pow.Tensor_Scalar) and not node.kwargs:
             neutral = 0.0 if node.target is aten.sub.Tensor else 1.0
-            same = isinstance(first, fx.Node) and _alike(first, node)
-            return first if same and self._number(node.args[1]) == neutral else None
-        if node.target is aten.mul.Tensor:
-            number, factor = self._number(first), node.args[1]
-            if number is None:
-                number, factor = self._number(node.args[1]), first
-            if number is None or not isinstance(factor, fx.Node) or not _alike(factor, node):
-                return None
-            if factor.target is aten.mul.Scalar and factor.args[1] == 2.0:  # doubling is exact, so it can move into the constant
-                number, factor = 2.0 * number, factor.args[0]
-            if number == 1.0:
-                return factor
-            with self.graph.inserting_before(node):
-                product = self.graph.call_function(aten.mul.Scalar, (factor, number))
-            product.meta.update(node.meta)
-            return product
-        return None
+            return first if _alike(first, node) and self._number(node.args[1]) == neutral else None
+        return self._scaled(node) if node.target is aten.mul.Tensor else None
+
+    def _scaled(self, node: fx.Node) -> fx.Node | None:
+        """A product with a constant number as a product with that number; None for other products."""
+        first, factor = node.args
+        number = self._number(first)
+        if number is None:
+            number, factor = self._number(factor), first
+        if number is None or not isinstance(factor, fx.Node) or not _alike(factor, node):
+            return None
+        doubled = operand(factor) if factor.target is aten.mul.Scalar and factor.args[1] == 2.0 else None
+        if doubled is not None:  # doubling is exact, so it can move into the constant
+            number, factor = 2.0 * number, doubled
+        if number == 1.0:
+            return factor
+        with self.graph.inserting_before(node):
+            product = self.graph.call_function(aten.mul.Scalar, (factor, number))
+        product.meta.update(node.meta)
+        return product
 
     def _number(self, arg: Any) -> float | None:
-        """The one number that an argument holds, if it is a constant with one number."""
+        """The number of an argument that is a number, or a constant with one number everywhere."""
         if isinstance(arg, (int, float)) and not isinstance(arg, bool):
             return float(arg)
         if isinstance(arg, fx.Node) and arg.op == "get_attr" and self.changing.isdisjoint(arg.meta["memory"]):
-            value = self.attributes[arg.target]
+            value = self.attributes[str(arg.target)]
             if value.is_floating_point() and value.numel() and not any(value.stride()):
                 return value.flatten()[0].item()
         return None
@@ -178,18 +189,18 @@ class _Passes:
 
 
 def _shrink(value: Tensor) -> Tensor:
-    """One number seen everywhere, where a constant holds one number only: it costs no memory and no pass over it."""
+    """A constant with one number everywhere as a view of that number, which needs no memory and no pass over it."""
     if value.numel() > 1 and bool((value == value.flatten()[0]).all()):
         return value.flatten()[0].clone().expand(value.shape)
     return value
 
 
 def _alike(one: fx.Node, other: fx.Node) -> bool:
-    """Whether one may stand for the other: no operation between them that broadcasts or promotes."""
-    one, other = one.meta["val"], other.meta["val"]
-    return one.shape == other.shape and one.dtype == other.dtype
+    """Whether one may replace the other: the operation between them neither broadcasts nor promotes."""
+    ours, theirs = one.meta["val"], other.meta["val"]
+    return ours.shape == theirs.shape and ours.dtype == theirs.dtype
 
 
 def _dims(transposition: fx.Node) -> set[int]:
     rank = len(transposition.meta["val"].shape)
-    return {dim % rank for dim in transposition.args[1:]}
+    return {dim % rank for dim in transposition.args[1:] if isinstance(dim, int)}

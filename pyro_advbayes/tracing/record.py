@@ -31,12 +31,12 @@ class NotRecordable(RuntimeError):
 
 
 class Value(NamedTuple):
-    """What is known of a node's tensor, in ``node.meta["val"]``."""
+    """A node's tensor without its values, in ``node.meta["val"]``."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    whole: bool  # whether it is no view of another tensor
+    whole: bool  # whether it has its own memory and is no view
 
     @property
     def numel(self) -> int:
@@ -46,7 +46,7 @@ class Value(NamedTuple):
 @dataclass
 class Recording:
     """
-    What a function of tensors did in one call, in the order in which it did it.
+    The operations of one call of a function of tensors, in their order.
 
     A tensor's memory has a number, the same for all its views. ``node.meta`` holds the memory of a node's results in ``"memory"``, and in
     ``"writes"`` the memory of its arguments that it writes to.
@@ -54,7 +54,7 @@ class Recording:
     :ivar graph: its placeholders are the inputs, its ``get_attr`` nodes the tensors that the function took from elsewhere.
     :ivar attributes: these tensors, by target.
     :ivar changing: memory whose values may differ from replay to replay: inputs, live tensors, random numbers, and what depends on them.
-    :ivar moving: memory that is made in every replay: that in ``changing``, and what takes only its shape from there.
+    :ivar moving: memory that is made in every replay: that in ``changing``, and memory that takes only its shape from there.
     :ivar random: memory whose values depend on random numbers.
     :ivar written: memory that operations write to after it was made.
     """
@@ -71,13 +71,13 @@ def record(fn: Callable[..., Any], inputs: Sequence[Tensor], live: Sequence[Tens
     """
     Calls ``fn`` once and records every operation that it performs, below autograd and ``torch.func``. Nothing is simplified.
 
-    :param fn: function of tensors to a tensor, or to a tuple, list or dict of tensors. Random operations stay random. What it takes from
-        elsewhere (parameters, captured data) stays that very tensor.
-    :param inputs: what changes from replay to replay, in values only.
+    :param fn: function of tensors to a tensor, or to a tuple, list or dict of tensors. Random operations stay random. Tensors from
+        elsewhere (parameters, captured data) stay the same tensors.
+    :param inputs: whose values, and no shapes, change from replay to replay.
     :param live: tensors from elsewhere whose values may change in place between replays.
-    :return: the recording, and what this call returned.
-    :raises NotRecordable: where a Python number, an array or a shape depends on the values of an input, a live tensor or a random number,
-        where Python's or NumPy's random numbers are drawn, and where a tensor is written to that existed before.
+    :return: the recording, and the result of this call.
+    :raises NotRecordable: if a Python number, an array or a shape depends on the values of an input, a live tensor or a random number, if
+        Python's or NumPy's random numbers are drawn, or a tensor is written to that is older than the call.
     """
     times = Counter(map(id, inputs))  # the recorder knows tensors by identity: one that is given twice must become two
     inputs = [tensor if times[id(tensor)] == 1 else tensor.view_as(tensor) for tensor in inputs]
@@ -91,8 +91,8 @@ def record(fn: Callable[..., Any], inputs: Sequence[Tensor], live: Sequence[Tens
 
 
 def _other_random_states() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
-    return random.getstate(), name, keys.tobytes(), *rest
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002
+    return random.getstate(), numpy["state"]["key"].tobytes(), numpy["state"]["pos"], numpy["gauss"]
 
 
 @contextlib.contextmanager
@@ -108,7 +108,7 @@ def _no_autocast_cache() -> Iterator[None]:
 
 
 class _NoArrays(TorchFunctionMode):
-    """Refuses to turn values that change into arrays or lists, whose use no operation shows."""
+    """Refuses arrays and lists of values that change, whose use no operation shows."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -133,7 +133,8 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[Tensor], live: Sequence[Tensor] = ()) -> None:
         super().__init__()
-        self.graph, self.attributes = fx.Graph(), {}
+        self.graph = fx.Graph()
+        self.attributes: dict[str, Tensor] = {}
         # by id, with a weak reference: activations are freed as early as without a recorder
         self._nodes: dict[int, tuple[weakref.ref, fx.Node]] = {}
         self._memories: dict[Any, int] = {}
@@ -141,12 +142,14 @@ class Recorder(TorchDispatchMode):
         for i, tensor in enumerate(inputs):
             self._note(self.graph.placeholder(f"input{i}"), tensor)
         self.changing = {self._memory(tensor) for tensor in (*inputs, *live)}
-        self.moving, self.random, self.written = set(self.changing), set(), set()
+        self.moving = set(self.changing)
+        self.random: set[int] = set()
+        self.written: set[int] = set()
         self._outer = set(self.changing)  # memory that was there before the call
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # or PyTorch imports its compiler to keep it out of here, which takes seconds
+        return False  # otherwise PyTorch imports its compiler, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         traits = traits_of(func)
@@ -266,7 +269,7 @@ def _is_mask(index: Any) -> bool:
 
 
 class Traits(NamedTuple):
-    """What is known of an operation beforehand."""
+    """Properties of an operation."""
 
     name: str
     random: bool
@@ -285,7 +288,7 @@ def traits_of(func: Any) -> Traits:
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> set[int]:
-    """The memory that an operation with nodes as arguments writes to."""
+    """The memory that an operation on nodes writes to."""
     written: set[int] = set()
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

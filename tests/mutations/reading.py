@@ -143,7 +143,7 @@ MUTATIONS = [
         ),
         ("likelihood: counts are classes", "bool((torch.as_tensor(self.fn.total_count) == 1).all())", "True"),
         ("likelihood: one trial of some is one of all", "== 1).all())", "== 1).any())"),
-        ("likelihood: numbers are counts", "COUNTS if self.fn.support.is_discrete", "COUNTS if not self.fn.support.is_discrete"),
+        ("likelihood: numbers are counts", "support is not None and support.is_discrete", "support is None or not support.is_discrete"),
     ),
     *of(
         "model/outcomes.py",

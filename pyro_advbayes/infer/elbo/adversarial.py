@@ -22,6 +22,8 @@ from pyro_advbayes.model.layers import kept_statistics
 from pyro_advbayes.model.program import log_likelihood, run
 from pyro_advbayes.tracing.guard import RandomState
 
+Particle = tuple[Tensor, list[Tensor], Sequence[Tensor]]  # its share of the loss, the parameters, and their gradients
+
 
 class Moved(NamedTuple):
     """
@@ -153,9 +155,9 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
         for _, parameters, gradients in particles:
             learnt = [(parameter, g) for parameter, g in zip(parameters, gradients, strict=True) if parameter.requires_grad]
             if learnt:
-                torch.autograd.backward(*zip(*learnt, strict=True))
+                torch.autograd.backward([parameter for parameter, _ in learnt], [gradient for _, gradient in learnt])
         loss = sum(value.item() for value, _, _ in particles)
-        warn_if_nan(loss, "loss")
+        warn_if_nan(torch.tensor(loss), "loss")
         return loss
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
@@ -165,22 +167,21 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
             return super().differentiable_loss(model, guide, *args, **kwargs)
         return sum(_Attached.apply(value, gradients, *parameters) for value, parameters, gradients in particles)
 
-    def _by_graph(
-        self, model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> list[tuple[Tensor, list[Tensor], list[Tensor]]] | None:
+    def _by_graph(self, model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Particle] | None:
         """Each particle's share of the loss, the tensors it depends on, and its gradients; None where there is no graph."""
-        objective = None if self._graphs is None else self._graphs.get(model, guide, args, kwargs)
-        if objective is None:
+        graphs = self._graphs
+        objective = None if graphs is None else graphs.get(model, guide, args, kwargs)
+        if graphs is None or objective is None:
             return None
         self._moves, state = [], RandomState()
         try:
             return [self._particle(objective, args, kwargs) for _ in range(self.num_particles)]
         except NotTraceable as error:
-            self._graphs.drop(objective, error)
+            graphs.drop(objective, error)
             state.restore()
             return None
 
-    def _particle(self, objective: Objective, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def _particle(self, objective: Objective, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Particle:
         parameters = list(zip(*objective.parameters().values(), strict=True))
         tensors = tensors_of(args, kwargs)
         with torch.no_grad():
@@ -266,7 +267,7 @@ class _Attached(torch.autograd.Function):
     """A number whose gradients with respect to ``parameters`` are known."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
         return value.clone()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
@@ -18,7 +18,7 @@ from torch.distributions import Normal, kl_divergence
 
 from pyro_advbayes.handlers import UnvalidatedMessenger
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal, BaseNoise, BaseNormal, MovedNoise
-from pyro_advbayes.kinds import latent_sites, observed_sites, subsampling_plates, without_independent
+from pyro_advbayes.kinds import Node, latent_sites, observed_sites, sites, subsampling_plates, without_independent
 from pyro_advbayes.model.batches import Arguments
 from pyro_advbayes.model.layers import refuse_random_layers
 from pyro_advbayes.model.program import log_likelihood, run
@@ -148,9 +148,9 @@ class Objective:
     """
 
     def __init__(self, model: Callable, guide: Callable, arguments: Arguments, roots: list[nn.Module]) -> None:
-        self.model, self.guide, self.arguments, self.roots = model, guide, arguments, roots
         if not isinstance(guide, AutoAdversarialNormal):
             raise NotTraceable(f"the guide is {type(guide).__name__}, and only AutoAdversarialNormal is traced")
+        self.model, self.guide, self.arguments, self.roots = model, guide, arguments, roots
         if any(t.requires_grad for t in arguments.tensors):
             raise NotTraceable("an argument of the model requires a gradient")
         for value in (*arguments.args, *arguments.kwargs.values()):
@@ -183,10 +183,13 @@ class Objective:
         for trace in (model_trace, guide_trace):
             if subsampling_plates(trace):
                 raise NotTraceable("a plate subsamples itself")
-        self.bases = {name: BaseNormal(name, guide_trace.nodes[name]["fn"]) for name in self.names}
-        self.priors = {name: _constant_prior(model_trace.nodes[name], guide_trace.nodes[name], recorder) for name in self.names}
+        ours, theirs = sites(guide_trace), sites(model_trace)
+        self.bases = {name: BaseNormal(name, ours[name]["fn"]) for name in self.names}
+        self.priors = {name: _constant_prior(theirs[name], ours[name], recorder) for name in self.names}
         self.others = [name for name in self.names if self.priors[name] is None]
-        self._find_own([leaf for leaf in _leaves(model_trace.log_prob_sum()) if all(leaf is not value for value in (*locs, *scales))])
+        self._find_own(
+            [leaf for leaf in _leaves(torch.as_tensor(model_trace.log_prob_sum())) if all(leaf is not value for value in (*locs, *scales))]
+        )
         self._own_names = [name for name in model_trace.param_nodes if name in pyro.get_param_store()]
 
     def _find_own(self, leaves: list[Tensor]) -> None:
@@ -262,14 +265,15 @@ class Objective:
             nll, divergence = self._terms(locs, scales, noises, tensors)
             loss = plain * nll if divergence is None else plain * nll + kl * divergence
             if len(groups) > 3:
-                values = MovedNoise(groups[3], groups[4] if len(groups) > 4 else None).values(locs, scales)
+                values = MovedNoise(list(groups[3]), list(groups[4]) if len(groups) > 4 else None).values(locs, scales)
                 loss = loss + moved * self._nll(self._pushed(values), tensors)
             gradients = list(torch.autograd.grad(loss, [*locs, *scales, *self.own], materialize_grads=True))
         divergences, loss = [], loss.detach()
         for i, name in enumerate(self.names):
-            if self.priors[name] is not None:
+            prior = self.priors[name]
+            if prior is not None:
                 loc, scale, of_loc, of_scale = groups[0][i], groups[1][i], gradients[i], gradients[count + i]
-                value, gradients[i], gradients[count + i] = normal_divergence(loc, scale, self.priors[name], kl, of_loc, of_scale)
+                value, gradients[i], gradients[count + i] = normal_divergence(loc, scale, prior, kl, of_loc, of_scale)
                 divergences.append(value)
         return (loss + kl * sum(divergences) if divergences else loss, *gradients)
 
@@ -283,8 +287,9 @@ class Objective:
     def _terms(self, locs: Tensors, scales: Tensors, noises: Tensors, tensors: Tensors) -> tuple[Tensor, Tensor | None]:
         """The plain draw's negative log-likelihood, and the divergence of the sites that are not in :attr:`priors`."""
         model_trace, guide_trace = self._traces(locs, scales, noises, tensors)
-        divergences = [_divergence(guide_trace.nodes[name], model_trace.nodes[name]) for name in self.others]
-        return -log_likelihood(model_trace), sum(divergences) if divergences else None
+        ours, theirs = sites(guide_trace), sites(model_trace)
+        divergences = [_divergence(ours[name], theirs[name]) for name in self.others]
+        return -log_likelihood(model_trace), cast(Tensor, sum(divergences)) if divergences else None
 
     def _traces(self, locs: Tensors, scales: Tensors, noises: Tensors, tensors: Tensors) -> tuple[Trace, Trace]:
         """The model's trace at the values of these base noises; the guide's, of :attr:`others`. Both with log-densities."""
@@ -317,7 +322,8 @@ def normal_divergence(
     """
     away = loc if isinstance(prior.loc, float) and prior.loc == 0.0 else loc - prior.loc
     precision = prior.scale**-2
-    if isinstance(precision, float):
+    constant: float | Tensor
+    if isinstance(prior.scale, float):
         squares = (0.5 * precision) * (away.flatten().dot(away.flatten()) + scale.flatten().dot(scale.flatten()))
         constant = scale.numel() * (math.log(prior.scale) - 0.5)
     else:
@@ -328,7 +334,7 @@ def normal_divergence(
     return value, torch.addcmul(loc_gradient, away, pull), torch.addcmul(scale_gradient, scale, pull).addcdiv_(weight, scale, value=-1)
 
 
-def _constant_prior(model_site: Mapping[str, Any], guide_site: Mapping[str, Any], recorder: Recorder) -> Prior | None:
+def _constant_prior(model_site: Node, guide_site: Node, recorder: Recorder) -> Prior | None:
     """The prior, if both distributions are plain Normals and the prior depends on no other site, argument or buffer."""
     prior, posterior = (without_independent(site["fn"]) for site in (model_site, guide_site))
     weighted = any(
@@ -342,7 +348,7 @@ def _constant_prior(model_site: Mapping[str, Any], guide_site: Mapping[str, Any]
     return Prior(*(p.flatten()[0].item() if bool((p == p.flatten()[0]).all()) else p.detach() for p in parameters))
 
 
-def _divergence(guide_site: Mapping[str, Any], model_site: Mapping[str, Any]) -> Tensor:
+def _divergence(guide_site: Node, model_site: Node) -> Tensor:
     """Analytic where it is known, else estimated at the draw: as Pyro's ``TraceMeanField_ELBO``."""
     try:
         divergence = kl_divergence(guide_site["fn"], model_site["fn"])
