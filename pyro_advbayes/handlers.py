@@ -171,9 +171,14 @@ def masks_of(fn: TorchDistribution, mask: Tensor | bool | None = None) -> list[t
     inner: TorchDistribution | None = fn
     while inner is not None:
         if isinstance(inner, MaskedDistribution):
-            masks.append((inner._mask, inner.event_dim))  # Pyro has no public name for it
+            masks.append((own_mask(inner), inner.event_dim))
         inner = getattr(inner, "base_dist", None)
     return masks
+
+
+def own_mask(fn: MaskedDistribution) -> Tensor | bool:
+    """The mask of ``fn.mask(...)``; Pyro has no public name for it."""
+    return fn._mask
 
 
 def _inside(support: Any, value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pyro.infer
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.fx.node import map_aggregate
 
 from pyro_advbayes.checked import checked
 from pyro_advbayes.given import need_tensor
@@ -160,7 +160,9 @@ def predict(
 
 
 def _attached(arguments: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    leaves: list[Any] = []
+    map_aggregate(arguments, leaves.append)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
 def _shapes(trace: Trace, return_sites: Any, samples: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

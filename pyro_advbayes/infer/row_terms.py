@@ -11,6 +11,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
+from pyro_advbayes.handlers import own_mask
 from pyro_advbayes.kinds import Node, is_deterministic
 
 Nodes = Mapping[str, Node]
@@ -75,7 +76,7 @@ def data_rows(nodes: Nodes) -> dict[str, Tensor]:
 def _unmasked(fn: Distribution) -> Tensor | bool:
     """Which entries of a distribution's batch its own masks leave; an event counts if they leave a part of it."""
     if isinstance(fn, dist.MaskedDistribution):
-        return torch.as_tensor(_unmasked(fn.base_dist)) & torch.as_tensor(fn._mask)  # for which Pyro has no public name
+        return torch.as_tensor(_unmasked(fn.base_dist)) & torch.as_tensor(own_mask(fn))
     if isinstance(fn, Independent):
         inner = _unmasked(fn.base_dist)
         if isinstance(inner, Tensor) and fn.reinterpreted_batch_ndims:

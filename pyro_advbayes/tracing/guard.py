@@ -1,4 +1,4 @@
-"""Whether a recording still holds: whether it agrees with what it was made of, and whether that is what it was."""
+"""Whether a recording still holds: it agrees with the function that it records, and that function has not changed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def autocast_state() -> list[tuple[str, torch.dtype]]:
-    """Where autocast casts, and to what: a graph has it as it was."""
+    """The devices of autocast, and its dtypes: graphs hold them as they were."""
     return [(device, torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
 
 
 def roots_of(model: Callable) -> list[nn.Module]:
-    """The module that a model is, or is a method of, as far as that shows from outside: :func:`noting_modules` finds the others."""
+    """The module that a model is, or is a method of; :func:`noting_modules` finds other modules."""
     model = poutine.unwrap(model)
     owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
     return [owner] if isinstance(owner, nn.Module) else []
@@ -29,7 +29,7 @@ def roots_of(model: Callable) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def noting_modules(roots: list[nn.Module]) -> Iterator[None]:
-    """Within it, modules that run and are in none of ``roots`` are added to them: a function may use networks from elsewhere."""
+    """Within it, modules that run and are in none of ``roots`` are added to these: a function may use networks from elsewhere."""
     known = {module for root in roots for module in root.modules()}
 
     def note(module: nn.Module, _: Any) -> None:
@@ -46,18 +46,19 @@ def noting_modules(roots: list[nn.Module]) -> Iterator[None]:
 
 class Guard:
     """
-    What a recording took from a model's modules: which layers there are, their modes, and their tensors.
+    Fingerprint of a model's modules, to detect stale recordings: the layers, their modes, and their tensors.
 
-    :param roots: the modules; with :func:`noting_modules`, those that are used, too.
-    :param versions: whether a buffer that was written to in place is another one.
+    :param roots: the modules; with :func:`noting_modules`, all that are used.
+    :param versions: whether a write into a buffer counts as a change.
     :param attributes: whether tensors count that are attributes of modules, but no buffers.
 
-    :ivar held: all these tensors. They are held, so that no other one gets their ids.
-    :ivar state: equal to another guard's, where both recordings hold for one model.
+    :ivar held: all these tensors. The guard holds them, so that no other tensor gets their ids.
+    :ivar state: equal to another guard's if nothing has changed.
     """
 
     def __init__(self, roots: Sequence[nn.Module], versions: bool = False, attributes: bool = False) -> None:
         modules = [module for root in roots for module in root.modules()]
+        # every call of a guide makes a guard, and parameters() and buffers() take three times as long
         parameters = [value for module in modules for value in module._parameters.values() if value is not None]
         places = [place for m in modules for place in ((m._buffers, vars(m)) if attributes else (m._buffers,))]
         others = [value for place in places for value in place.values() if isinstance(value, Tensor)]
@@ -81,7 +82,7 @@ DIFFERS = (
 
 
 def warn_of_handlers(what: str, why: str) -> None:
-    """The one warning where Pyro's handlers run in place of a recording."""
+    """The one warning of the package that Pyro's handlers run in place of a recording."""
     warnings.warn(f"{what} falls back to 'handlers', which is slower, for this model: {why}", stacklevel=3)
 
 
@@ -91,7 +92,7 @@ def reason(error: BaseException) -> str:
 
 
 def agree(ours: Sequence[Tensor], theirs: Sequence[Tensor], leaves: Sequence[Tensor] = ()) -> bool:
-    """Whether results are the same to half their digits, and their gradients with respect to ``leaves``."""
+    """Whether results are equal to half their digits, and their gradients with respect to ``leaves``."""
     for a, b in zip(ours, theirs, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype or a.requires_grad != b.requires_grad or not _close(a, b):
             return False
@@ -119,7 +120,7 @@ def _gradients(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tenso
 
 
 class RandomState:
-    """The state of the random generators at one moment."""
+    """The state of PyTorch's random generators when this is made."""
 
     def __init__(self) -> None:
         self._cpu = torch.get_rng_state()
@@ -127,7 +128,7 @@ class RandomState:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Goes back to that moment, and at the end to where the generators were."""
+        """Within it, the generators continue from this state; at the end, from where they were before."""
         now = RandomState()
         self.restore()
         try:
@@ -136,7 +137,7 @@ class RandomState:
             now.restore()
 
     def restore(self) -> None:
-        """Goes back to that moment."""
+        """Sets the generators to this state."""
         torch.set_rng_state(self._cpu)
         if self._cuda:
             torch.cuda.set_rng_state_all(self._cuda)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_advbayes.tracing.record import Recording, traits_of
+from pyro_advbayes.tracing.record import Overload, Recording, traits_of
 
 aten = torch.ops.aten
 
@@ -54,7 +54,7 @@ def operand(node: fx.Node) -> fx.Node | None:
 
 def is_random(node: fx.Node) -> bool:
     """Whether a node draws random numbers."""
-    return isinstance(node.target, torch._ops.OpOverload) and traits_of(node.target).random
+    return isinstance(node.target, Overload) and traits_of(node.target).random
 
 
 def live_nodes(recording: Recording) -> set[fx.Node]:
@@ -81,7 +81,7 @@ def drop_dead(recording: Recording) -> None:
 @functools.cache
 def call_directly(target: Any) -> Any:
     """The public function that computes the same as an overload in less time, if there is one."""
-    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+    if isinstance(target, Overload) and target.namespace == "aten":
         name = traits_of(target).name
         if name in _FUNCTIONS:
             return getattr(torch, name)

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
+Overload = type(aten.t.default)
 
 _NOTHING: frozenset[int] = frozenset()
 _NO_NODE: Any = (lambda: None, None)
@@ -86,7 +87,7 @@ def record(fn: Callable[..., Any], inputs: Sequence[Tensor], live: Sequence[Tens
         outputs = fn(*inputs)
     if _other_random_states() != others:
         raise NotRecordable("random numbers are drawn that are not PyTorch's")
-    recorder.graph.output(tree_map_only(Tensor, recorder.node, outputs))
+    recorder.graph.output(map_aggregate(outputs, lambda value: recorder.node(value) if isinstance(value, Tensor) else value))
     return recorder.recording(), outputs
 
 

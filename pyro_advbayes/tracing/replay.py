@@ -1,4 +1,4 @@
-"""What computes a recorded graph: an interpreter, for a recording that is used at once, and generated code, for one that runs for hours."""
+"""Two executors of a recorded graph: an interpreter for short use, and generated code for hours of use."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pyro_advbayes.tracing.record import Recording, record
 # Recording a batched call takes as long as the Python of so many calls of vmap: 3 ms against 0.4 ms.
 RECORDED_CALLS = 8
 
-# How many numbers the draws that are computed together make: fewer leave the time to Python, more take memory without being
-# faster, and convolutions become slower. One CPU core, ms a draw: 784-100-100-10 at 100 inputs one by one 0.93, together 0.38
+# How many numbers the draws of one call make: with fewer, Python takes the time; more need memory without being faster, and
+# convolutions become slower. One CPU core, ms a draw: 784-100-100-10 at 100 inputs one by one 0.93, together 0.38
 # (2^19 numbers), 0.29 (2^21), 0.27 (2^23); two 3x3 convolutions of 64 channels at 100 16x16 images, which make 2^23 numbers a
 # draw, one by one 25, sixteen together 65.
 TOGETHER = 2**21
@@ -31,13 +31,13 @@ SIDE_BY_SIDE_WEIGHTS = 500_000
 
 def trace_graph(fn: Callable[..., Any], example_inputs: Sequence[Tensor], live: Sequence[Tensor] = ()) -> fx.GraphModule:
     """
-    Traces ``fn`` on example inputs into a graph of aten operations that computes the same numbers for other inputs of the same
-    shapes, dtypes and device, without the Python that ``fn`` consists of (Pyro's handlers, ``torch.func`` transforms) and without autograd.
+    Traces ``fn`` on example inputs into a graph of aten operations that computes the same numbers for other inputs of the same shapes,
+    dtypes and device, without the Python of ``fn`` (Pyro's handlers, ``torch.func`` transforms) and without autograd.
 
     :param fn: function of tensors to a tensor, or to a tuple or dict of tensors; random operations stay random.
     :param example_inputs: one tensor per argument.
-    :param live: tensors that ``fn`` takes from elsewhere and whose values change in place: nothing that depends on them is kept.
-    :raises NotRecordable: where ``fn`` takes a Python number (``.item()``, a branch), an array or a shape (``torch.unique``, a mask's rows)
+    :param live: tensors from elsewhere whose values change in place: results that depend on them are not constants.
+    :raises NotRecordable: if ``fn`` takes a Python number (``.item()``, a branch), an array or a shape (``torch.unique``, a mask's rows)
         from the values of inputs, live tensors or random numbers, or writes into tensors that are older than the call.
     """
     with torch.no_grad():
@@ -47,7 +47,7 @@ def trace_graph(fn: Callable[..., Any], example_inputs: Sequence[Tensor], live: 
 
 
 def generate(recording: Recording) -> fx.GraphModule:
-    """A recording as Python code. Writing and compiling it takes as long as some hundred calls of the interpreter."""
+    """A recording as Python code, which takes as long to make as some hundred calls of the interpreter."""
     for node in recording.graph.nodes:
         if node.op == "call_function":
             node.target = call_directly(node.target)
@@ -56,7 +56,7 @@ def generate(recording: Recording) -> fx.GraphModule:
 
 @contextlib.contextmanager
 def quiet_batching() -> Iterator[None]:
-    """Within it, ``vmap`` does not warn of an operation that it computes in a loop: there is nothing that a user could do about it."""
+    """Within it, ``vmap`` does not warn of operations that it computes in a loop: users cannot change that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
         yield
@@ -64,14 +64,14 @@ def quiet_batching() -> Iterator[None]:
 
 class Interpreter:
     """
-    Replays a recording without anything being generated: what a recording costs is little more than the call that it records.
+    Replays a recording without generated code, so that recording costs little more than the call itself.
 
-    Operations that no output needs are left out, and those that no input or random number reaches are performed once, by :meth:`prepare`.
+    Operations that no output depends on are left out. Operations that depend on no input or random number run once, in :meth:`prepare`.
 
     :param recording: of a function of tensors to a sequence of tensors.
 
     :ivar elements: how many numbers a replay makes.
-    :ivar random: for each output, whether random numbers reach it.
+    :ivar random: for each output, whether it depends on random numbers.
     """
 
     def __init__(self, recording: Recording) -> None:
@@ -97,14 +97,14 @@ class Interpreter:
         self.elements = numbers_made(self._each)
 
     def prepare(self) -> list[Any]:
-        """The values that stay the same from replay to replay, as they are now."""
+        """The values that are the same in every replay, computed from the tensors as they are now."""
         values = list(self._held)
         perform(self._once, values)
         return values
 
     def replay(self, values: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """
-        :param values: what :meth:`prepare` returned; it is left as it is.
+        :param values: from :meth:`prepare`; not changed.
         :param inputs: tensors of the shapes that were recorded.
         """
         return self._run(self._plan_for(together=False), list(values), inputs)
@@ -113,9 +113,9 @@ class Interpreter:
         self, values: Sequence[Any], inputs: Sequence[Tensor], count: int, shared: Sequence[Tensor] = ()
     ) -> tuple[Tensor, ...]:
         """
-        ``count`` replays side by side, each with random numbers of its own.
+        ``count`` replays side by side, each with its own random numbers.
 
-        :param values: what :meth:`prepare` returned.
+        :param values: from :meth:`prepare`.
         :param inputs: the first inputs, ``[count, *input]``.
         :param shared: the other inputs, the same for all.
         :return: ``[count, *output]``.
@@ -126,12 +126,12 @@ class Interpreter:
         def one(lane: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             return self._run(steps, [*values[:-1], lane], (*inputs, *shared))
 
-        # The function may have no input but chance, and vmap needs something to map over.
+        # vmap needs something to map over, and the function may have no input
         with quiet_batching():
             return torch.func.vmap(one, randomness="different")(torch.empty(count, 0), *inputs)
 
     def replay_all(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Every operation that was recorded, needed or not: from one state of the random generators, what the function returns."""
+        """Runs every recorded operation, so that from equal random states the result is the function's own."""
         return self._run(plan(self._calls, self._outputs, self._places), list(self._held), inputs)
 
     def _plan_for(self, together: bool) -> list[Step]:
@@ -192,9 +192,9 @@ class Replays:
         self, constants: list[Any], draws: list[Tensor], size: int, calls: int, shared: Sequence[Tensor]
     ) -> Sequence[Tensor] | None:
         """
-        One chunk; None if it cannot be batched, or not within the memory there is.
+        One chunk; None if it cannot be batched, or memory does not suffice.
 
-        The Python of ``vmap`` costs as much as a small network, so that where more chunks follow, what it does is recorded, too.
+        The Python of ``vmap`` costs as much as a small network: if many chunks follow, the batched call is recorded, too.
         """
         places = [i for i, value in enumerate(constants) if value is not None]
         inputs = (*draws, *shared, *(constants[i] for i in places))
@@ -222,13 +222,13 @@ class Replays:
 
 def draws_together(recorded: Interpreter, passes: int = 1) -> int:
     """
-    How many draws are computed side by side: a fixed rule, so that results never depend on a stopwatch.
+    How many draws are computed side by side: a fixed rule, so that results never depend on timings.
 
-    :param passes: how often the numbers of a draw are in memory; twice, where gradients are computed.
+    :param passes: how often the numbers of a draw are in memory: twice if gradients are computed.
     """
     return max(1, TOGETHER // (passes * max(1, recorded.elements)))
 
 
 def chains_together(num_chains: int, weights: int, convolutional: bool, device: torch.device) -> int:
-    """How many chains' gradients are computed side by side: a fixed rule, too."""
+    """How many chains' gradients are computed side by side: a fixed rule."""
     return 1 if device.type == "cpu" and (convolutional or weights > SIDE_BY_SIDE_WEIGHTS) else num_chains

@@ -205,7 +205,7 @@ MUTATIONS = [
             ".flatten(-fn.reinterpreted_batch_ndims).any(-1)",
             ".flatten(-fn.reinterpreted_batch_ndims).all(-1)",
         ),
-        ("rows: a distribution's own mask is ignored", "& torch.as_tensor(fn._mask)", ""),
+        ("rows: a distribution's own mask is ignored", "& torch.as_tensor(own_mask(fn))", ""),
         (
             "rows: numbers of what is masked",
             "return self.there.flatten().nonzero().flatten()",

@@ -1,0 +1,120 @@
+"""Private interfaces of PyTorch and Pyro: each is used in one file, for want of a public one, and still means what is read from it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, NUTS
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyro_advbayes as ab
+from pyro_advbayes.handlers import own_mask, unvalidated
+from pyro_advbayes.kinds import is_deterministic
+from pyro_advbayes.tracing.guard import version_of
+from pyro_advbayes.tracing.record import traits_of
+
+PACKAGE = Path(ab.__file__).parent
+
+# What model, tracing, prediction and the objectives of SVI use, by the one file that uses it.
+USED = {
+    r"\._mask\b": "handlers.py",
+    r"\._validate_args\b": "handlers.py",
+    r'"_deterministic"': "kinds.py",
+    r"\._schema\b": "tracing/record.py",
+    r"_python_dispatch\b": "tracing/record.py",
+    r"_should_skip_dynamo\b": "tracing/record.py",
+    r'"_op"': "tracing/calls.py",
+    r"\b_PYRO_STACK\b": "infer/elbo/objective.py",
+}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_a_private_interface_is_used_in_one_file(name):
+    found = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if re.search(name, path.read_text())}
+    assert found == {USED[name]}
+
+
+def test_no_other_private_module_or_name_of_pytorch_or_pyro_is_imported():
+    imported = re.compile(r"^(?:from ((?:torch|pyro)[\w.]*) import (.*)|import ((?:torch|pyro)\.[\w.]*))$", re.M)
+    for room in ("model", "tracing", "infer/elbo"):
+        for path in (PACKAGE / room).rglob("*.py"):
+            names = [part for match in imported.findall(path.read_text()) for part in re.split(r"[.,\s]+", " ".join(match))]
+            private = {part for part in names if part.startswith("_")}
+            assert private <= {"_python_dispatch", "_PYRO_STACK"}, path
+
+
+def test_a_write_into_a_tensor_raises_its_version():
+    tensor = torch.zeros(2)
+    before = version_of(tensor)
+    tensor.add_(1)
+    assert version_of(tensor) == before + 1
+
+
+def test_a_masked_distribution_tells_its_mask():
+    mask = torch.tensor([True, False])
+    assert torch.equal(own_mask(dist.Normal(torch.zeros(2), 1.0).mask(mask)), mask)
+
+
+def test_validation_can_be_switched_off_on_a_distribution_that_exists():
+    fn = dist.Normal(0.0, 1.0, validate_args=True)
+    with pytest.raises(ValueError):
+        fn.log_prob(torch.tensor(float("nan")))
+    assert unvalidated(fn).log_prob(torch.tensor(float("nan"))).isnan()
+
+
+def test_a_deterministic_site_is_known():
+    trace = poutine.trace(lambda: (pyro.deterministic("a", torch.zeros(1)), pyro.sample("b", dist.Normal(0.0, 1.0)))).get_trace()
+    assert is_deterministic(trace.nodes["a"]) and not is_deterministic(trace.nodes["b"])
+
+
+def test_the_stack_of_handlers_holds_those_that_are_entered():
+    with poutine.mask(mask=False) as handler:
+        assert any(each is handler for each in _PYRO_STACK)
+    assert not any(each is handler for each in _PYRO_STACK)
+
+
+def test_the_schema_of_an_operation_tells_what_it_writes():
+    assert traits_of(torch.ops.aten.add_.Tensor)[:4] == ("add_", False, False, True)
+    assert traits_of(torch.ops.aten.rand_like.default)[:4] == ("rand_like", True, False, False)
+    written = [argument.name for argument in torch.ops.aten.add_.Tensor._schema.arguments if argument.alias_info is not None]
+    assert written == ["self"]
+
+
+def test_an_overload_can_be_called_without_the_python_around_it():
+    function = torch.ops.aten.rsqrt.default
+    assert function._op(torch.tensor(4.0)) == function(torch.tensor(4.0)) == 0.5
+
+
+def test_a_mode_sees_operations_and_does_not_import_the_compiler():
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        torch.zeros(2) + 1
+    assert torch.ops.aten.add.Tensor in seen and hasattr(TorchDispatchMode, "_should_skip_dynamo")
+
+
+def test_modules_keep_their_tensors_under_the_names_that_guards_read():
+    norm = nn.BatchNorm1d(3)
+    assert norm._parameters.keys() == dict(norm.named_parameters()).keys() and norm._buffers.keys() == dict(norm.named_buffers()).keys()
+
+
+def test_pyros_mcmc_keeps_its_arguments_and_diagnostics_under_the_names_that_arviz_reads():
+    def model(x):
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    mcmc, x = MCMC(NUTS(model), num_samples=4, warmup_steps=1, disable_progbar=True), torch.zeros(1)
+    mcmc.run(x)
+    assert torch.equal(mcmc._args[0], x) and mcmc._kwargs == {} and "divergences" in mcmc._diagnostics[0]
