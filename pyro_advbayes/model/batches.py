@@ -16,8 +16,7 @@ Batch = tuple[Tensor, ...]
 
 class Arguments:
     """
-    A model's arguments, with the tensors among them apart, so that a graph can take them as inputs and a minibatch can replace
-    some of them.
+    A model's arguments. The tensors among them are listed, so that a graph can take them as inputs and a minibatch can replace some.
 
     :param model: the model; names its arguments in messages.
     :param args: positional arguments.
@@ -73,7 +72,7 @@ class Arguments:
         return {label: len(t) for label, t in zip(self.labels, self.tensors, strict=True) if t.dim()}
 
     def not_finite(self) -> str | None:
-        """What to say of the first tensor argument that holds NaN or infinity; None where there is none."""
+        """The message about the first tensor argument that holds NaN or infinity; None without any."""
         found = (not_finite(value, f"argument {label}", label) for label, value in zip(self.labels, self.tensors, strict=True))
         return next((message for message in found if message), None)
 
@@ -85,14 +84,14 @@ def in_words(lengths: Mapping[str, int]) -> str:
 
 def not_finite(value: Tensor, what: str, label: str | None) -> str | None:
     """
-    What to say of a tensor that holds NaN or infinity; None where it does not.
+    The message about a tensor that holds NaN or infinity; None if it holds neither.
 
-    :param what: it is, in the message.
-    :param label: its name in an expression, where a mask may cover it.
+    :param what: the tensor, in the message.
+    :param label: its name in an expression, if a mask may cover it.
     """
     if not value.is_floating_point():
         return None
-    # piece by piece: what isfinite() makes on its way is larger than the data
+    # piece by piece: isfinite() needs more memory than the data
     bad = sum(int((~piece.isfinite()).sum()) for piece in value.reshape(-1).split(2**20))
     if not bad:
         return None
@@ -101,7 +100,7 @@ def not_finite(value: Tensor, what: str, label: str | None) -> str | None:
 
 
 class FullData:
-    """No minibatches: every step sees all the data, so there is nothing to replace."""
+    """No minibatches: every step sees all the data."""
 
     per_chain = False
     num_data: int | None = None
@@ -116,24 +115,24 @@ class FullData:
         yield (), 1
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`load` needs to go on from here."""
+        """What :meth:`load` needs to continue from here."""
         return {}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from a :meth:`state`."""
+        """Continues from a :meth:`state`."""
 
 
 class Permutations:
     """
-    Rows ``t * batch_size`` to ``(t + 1) * batch_size`` of an endless row of shuffled epochs, apart for every chain: each epoch
-    holds every row once, and what is left of one goes into the next, so that a batch always has ``batch_size`` rows.
+    Rows ``t * batch_size`` to ``(t + 1) * batch_size`` of an endless sequence of shuffled epochs, one sequence for every chain. An epoch
+    holds every row once; the rest of an epoch goes into the next batch, so that a batch always has ``batch_size`` rows.
 
-    Chains see different rows in one step: minibatch noise that they share would pass for agreement between them.
+    Chains see different rows in one step: shared minibatch noise would pass for agreement between them.
 
     :param num_data: rows in the data set.
     :param batch_size: rows in a batch, 1 to ``num_data``.
     :param num_chains: number of independent rows of indices.
-    :param seed: with the position, all that the stream depends on.
+    :param seed: the sequences depend on it and the position only.
     """
 
     def __init__(self, num_data: int, batch_size: int, num_chains: int, seed: int) -> None:
@@ -176,8 +175,11 @@ class PlateIndices:
         return (self._rows.next().to(self.device),)
 
     def epoch(self) -> Iterator[tuple[Batch, int]]:
-        """The whole data set once, as ``(batch, rows)``; the plate's size is fixed, so the last batch may repeat no rows only
-        where ``batch_size`` divides ``num_data``."""
+        """
+        The whole data set once, as ``(batch, rows)``.
+
+        :raises ValueError: if ``batch_size`` does not divide ``num_data``: the plate takes no other number of rows.
+        """
         if self.num_data % self.batch_size:
             raise ValueError(
                 f"the plate subsamples {self.batch_size} of {self.num_data} rows: to visit every row once its subsample_size "
@@ -191,7 +193,7 @@ class PlateIndices:
         return {"seed": self._rows.seed, "position": self._rows.position}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from a :meth:`state`."""
+        """Continues from a :meth:`state`."""
         self._rows.seed, self._rows.position, self._rows._epochs = state["seed"], state["position"], {}
 
 

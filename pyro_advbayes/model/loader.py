@@ -41,16 +41,16 @@ class Batched(Protocol):
 
 class Loader:
     """
-    A ``torch.utils.data.DataLoader``, or any iterable of tuples of tensors with a length that can be run through again. All
-    chains see the same batch. Where shuffled rows are cut into batches, :meth:`next` leaves out the rest of an epoch that fills none.
+    Minibatches of a ``torch.utils.data.DataLoader``, or of any iterable of tuples of tensors with a length that can be iterated again. All
+    chains see the same batch. :meth:`next` leaves out a short last batch of shuffled rows.
 
     :param loader: gives the model's arguments, a tuple (or one tensor) at a time.
     :param num_data: rows in the data set; by default read off the loader.
     :param device: where the batches go.
-    :param covers: function of a batch with NaN or infinity in it, and of what to say of that, to whether the model masks those; by default
-        none is accepted. Of each place in a batch it is asked once.
+    :param covers: function of a batch with NaN or infinity in it, and of the message about it, to whether the model masks it; called once
+        for each place in a batch. By default no NaN is accepted.
 
-    :ivar labels: places in a batch, and what its tensors there must be: objects whose ``check`` raises ValueError.
+    :ivar labels: places in a batch, with the labels whose ``check`` the tensors there must pass.
     """
 
     per_chain = False
@@ -78,7 +78,7 @@ class Loader:
 
     @property
     def tensors(self) -> Batch:
-        """What the loader holds as tensors: the data behind it, or the batches themselves, and what its sampler chooses rows by."""
+        """The tensors in the loader: its data set, or its batches, and the rows and weights of its sampler."""
         if isinstance(self.loader, (list, tuple)):
             return tuple(value for number, item in enumerate(self.loader, 1) for value in self._tensors(item, number))
         dataset, sampler = getattr(self.loader, "dataset", None), _sampler(self.loader)
@@ -89,14 +89,14 @@ class Loader:
         return (*found, *(torch.tensor(rows) for rows in numbers if all(isinstance(row, int) for row in rows)))
 
     def describe(self) -> list[Any]:
-        """Plain values in which loaders that give other batches of the same data mostly differ."""
+        """Plain values in which two loaders of the same data usually differ."""
         sampler = getattr(self.loader, "sampler", None)
         return [type(self.loader).__name__, type(sampler).__name__, self.batch_size, getattr(self.loader, "drop_last", None)]
 
     def first_batches(self) -> Iterator[Batch]:
         """
-        Those of an epoch that begins under a fixed random state, up to 16 of them or 16 MiB: what tells one loader from another. Stream and
-        generators are in the end where they were. The first batches of a loader that can be replayed are always the same.
+        The first batches of an epoch under a fixed random state, up to 16 of them or 16 MiB: the fingerprint of a loader. Stream and
+        generators are restored.
         """
         shared, own = get_rng_state(), self._own_states()
         place = None if self._iterator is None else self.state()  # a loader whose workers live on has one iterator
@@ -120,9 +120,9 @@ class Loader:
 
     def next(self) -> Batch:
         """
-        The next item's tensors, from a new epoch where the last one is over.
+        The next item's tensors; a new epoch follows the last item.
 
-        :raises ValueError: if batches come in a fixed order and differ in length, so that some rows would always weigh more.
+        :raises ValueError: if batches in a fixed order differ in length, so that some rows would always weigh more.
         """
         if self._iterator is None:
             self._epoch_random = {"shared": dict(get_rng_state()), "own": self._own_states()}
@@ -146,7 +146,7 @@ class Loader:
         sampler = _sampler(self.loader)
         if isinstance(sampler, SequentialSampler) or isinstance(self.loader, (list, tuple)):
             raise self._uneven(self._taken, rows)
-        # chance chose the rows of a short last batch: to leave it out favours none, and its gradient would be the noisiest by far
+        # the rows of a short last batch are random: leaving it out favours none, and its gradient would be by far the noisiest
         cut = type(getattr(self.loader, "batch_sampler", None)) is BatchSampler and isinstance(sampler, _SAMPLERS)
         return cut and self._taken == len(self.loader) > 1
 
@@ -158,7 +158,7 @@ class Loader:
         )
 
     def check_lengths(self) -> None:
-        """:raises ValueError: as :meth:`next`, where a loader tells beforehand how long its batches are, or holds them."""
+        """:raises ValueError: as :meth:`next`, if a loader holds its batches, or their lengths are known."""
         if isinstance(self.loader, (list, tuple)):
             for number, item in enumerate(self.loader, 1):
                 rows = len(self._tensors(item, number)[0])
@@ -199,7 +199,7 @@ class Loader:
         return tuple(item) if self.device is None else tuple(value.to(self.device) for value in item)
 
     def _own_generators(self) -> list[torch.Generator]:
-        """Generators that the loader, its samplers or its data set have to themselves."""
+        """The random generators of the loader, its samplers and its data set, other than PyTorch's shared one."""
         batch_sampler, dataset = getattr(self.loader, "batch_sampler", None), getattr(self.loader, "dataset", None)
         parts = [self.loader, getattr(self.loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None), dataset]
         while isinstance(dataset, Subset):
@@ -221,11 +221,11 @@ class Loader:
             yield batch, len(batch[0])
 
     def state(self) -> dict[str, Any]:
-        """How many batches of the epoch are taken, and the random generators as they were at its start and are now."""
+        """The number of batches taken from the epoch, and the random generators at its start and now."""
         return {"taken": self._taken, **self._epoch_random, "own now": self._own_states()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Starts the epoch again and skips the batches already taken. Leaves the shared random generators at that place."""
+        """Starts the epoch again and skips the batches already taken; the shared random generators stay at that place."""
         if len(state["own"]) != len(self._own_generators()):
             raise ValueError(f"the loader has {len(self._own_generators())} random generators of its own: it had {len(state['own'])}")
         self._iterator = None
@@ -238,9 +238,9 @@ class Loader:
 
 def is_loader(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """
-    Whether ``run(*args, **kwargs)`` was given a loader: one argument that can be run through and has a length.
+    Whether the arguments of ``run(*args, **kwargs)`` are a loader: one iterable with a length.
 
-    :raises ValueError: for a loader beside other arguments, and for what can be run through only once or has no length.
+    :raises ValueError: for a loader beside other arguments, and for an iterable without a length, or for one pass only.
     """
     if len(args) != 1 or kwargs:
         if any(isinstance(value, DataLoader) for value in (*args, *kwargs.values())):
@@ -296,7 +296,7 @@ def _if_arguments(loader: Any) -> str:
 
 
 def _sampler(loader: Any) -> Any:
-    """What chooses a loader's rows, or None where nothing tells: a batch sampler takes the place of the loader's own sampler."""
+    """The sampler of a loader's rows; None if unknown. A batch sampler replaces the loader's own sampler."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     return getattr(loader if batch_sampler is None else batch_sampler, "sampler", None)
 
@@ -304,7 +304,7 @@ def _sampler(loader: Any) -> Any:
 def _check_num_data(loader: Any, num_data: int, rows: int) -> None:
     if isinstance(num_data, bool) or not isinstance(num_data, int) or num_data < rows:
         raise ValueError(f"num_data={num_data!r}: the number of rows behind the loader, an int; one batch has {rows} of them")
-    # a sampler of one's own may choose from more rows than there are in its epoch, and a function that collates may make more of them
+    # a custom sampler may choose from more rows than its epoch has, and a custom collate_fn may make more rows
     if isinstance(loader, DataLoader) and loader.collate_fn is default_collate and isinstance(_sampler(loader), _SAMPLERS):
         known = _rows_behind(loader)
         if num_data != known:

@@ -1,4 +1,4 @@
-"""Errors that say what is wrong with a model's arguments, and no more than that; remedies are tried before they are given."""
+"""Errors that name the argument at fault if a model fails, with a remedy that was tried."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pyro_advbayes.handlers import Refused, without_table
 
 T = TypeVar("T")
 
-ATTEMPTS = 40  # runs of a model that look for the form of its arguments that it takes
+ATTEMPTS = 40  # runs of a model to find the form of its arguments
 
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Within it, which runs inside a model, a ValueError becomes :class:`Refused`."""
+    """Within it, inside a model, a ValueError becomes :class:`Refused`."""
     try:
         yield
     except ValueError as error:
@@ -32,10 +32,10 @@ def refusing() -> Iterator[None]:
 
 class Mismatch(ValueError):
     """
-    A refusal of which the form of an argument (a shape, a dtype) may be the cause.
+    A refusal whose cause may be the form of an argument (a shape, a dtype).
 
-    :param what: does not fit.
-    :param why: it mostly does not, and what to do; gives way to the argument at fault where that can be shown.
+    :param what: the misfit.
+    :param why: its usual cause and remedy, for the message if no argument is found at fault.
     """
 
     def __init__(self, what: str, why: str) -> None:
@@ -49,14 +49,14 @@ def in_a_line(error: BaseException) -> str:
 
 
 def original(error: BaseException) -> BaseException:
-    """An error as it was raised inside a model, of which Pyro may have made a copy with a table of shapes."""
+    """The error that a model raised, of which Pyro may have made a copy with a table of shapes."""
     while type(error.__cause__) is type(error) and str(error).startswith(str(error.__cause__)):
         error = error.__cause__
     return error
 
 
 def signature_of(model: Callable) -> inspect.Signature | None:
-    """The signature of a model's call, where it can be told."""
+    """The signature of a model's call; None if unknown."""
     model = poutine.unwrap(model)
     try:
         return inspect.signature(model.forward if isinstance(model, nn.Module) else model)
@@ -65,7 +65,7 @@ def signature_of(model: Callable) -> inspect.Signature | None:
 
 
 def label_of(model: Callable, key: int | str) -> str:
-    """The name of an argument in messages: that of the model's parameter, or its position."""
+    """The name of an argument in messages: the name of the model's parameter, or its position."""
     if isinstance(key, str):
         return key
     signature = signature_of(model)
@@ -74,7 +74,7 @@ def label_of(model: Callable, key: int | str) -> str:
 
 
 def not_given(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
-    """Arguments that a call leaves at their default of None, where that can be told."""
+    """Arguments that a call leaves at their default of None; none if the signature is unknown."""
     signature = signature_of(model)
     try:
         bound = {} if signature is None else signature.bind(*args, **kwargs).arguments
@@ -99,7 +99,7 @@ def check_number(model: Callable, item: Sequence[Any]) -> None:
 
 class Given:
     """
-    A call's arguments, by the names that messages use.
+    A call's arguments, by their names in messages.
 
     :param model: what is called.
     :param args: positional arguments.
@@ -124,12 +124,12 @@ class Given:
 
 def told(attempt: Callable[[Mapping[str, Any]], T], given: Mapping[str, Any]) -> T:
     """
-    What an attempt returns. Where it fails, the argument at fault is named if that can be shown: what fails with the arguments as they are
-    succeeds with one of them as a tensor, or in another dtype or shape.
+    The result of an attempt. If it fails, the error names the argument at fault, if the attempt succeeds with that argument
+    as a tensor, or in another dtype or shape.
 
-    :param attempt: function of arguments by name that raises where they do not fit.
+    :param attempt: function of arguments by name that raises if they do not fit.
     :param given: the arguments.
-    :raises ValueError: naming arguments and what to give in their place, which has been tried. Else what the attempt raised goes on.
+    :raises ValueError: naming arguments and a replacement that was tried. Without one, the attempt's own error.
     """
     with naming(attempt, given):
         return attempt(given)
@@ -137,7 +137,7 @@ def told(attempt: Callable[[Mapping[str, Any]], T], given: Mapping[str, Any]) ->
 
 @contextlib.contextmanager
 def naming(attempt: Callable[[Mapping[str, Any]], Any], given: Mapping[str, Any]) -> Iterator[None]:
-    """:func:`told` of an error from within the context, where the attempt is a part of what is done there."""
+    """:func:`told` of errors within the context, of which the attempt is a part."""
     try:
         yield
     except Exception as error:  # whatever a model's Python does with arguments that it was not written for
@@ -168,7 +168,7 @@ def _explain(error: Exception, attempt: Callable[[Mapping[str, Any]], Any], give
 
 
 def _explain_arrays(error: Exception, attempt: Callable[[Mapping[str, Any]], Any], given: Mapping[str, Any]) -> None:
-    """:raises ValueError: naming arrays that are no tensors, if what is wrong changes when they are."""
+    """:raises ValueError: naming arrays that are no tensors, if the error changes when they are tensors."""
     tensors: dict[str, Form] = {}
     for name, value in given.items():
         if is_array(value):
@@ -188,7 +188,7 @@ def _explain_arrays(error: Exception, attempt: Callable[[Mapping[str, Any]], Any
 
 
 def raised_here(error: BaseException) -> bool:
-    """Whether an error is this package's own, and not one of a model's code or of PyTorch."""
+    """Whether an error was raised by this package, and not by a model's code or PyTorch."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -196,7 +196,7 @@ def raised_here(error: BaseException) -> bool:
 
 
 def _find(attempt: Callable[[Mapping[str, Any]], Any], given: Mapping[str, Any]) -> dict[str, Form] | None:
-    """The fewest changes with which an attempt succeeds."""
+    """The fewest changes of arguments with which an attempt succeeds."""
     options = {name: list(forms(name, value)) for name, value in given.items()}
     options = {name: found for name, found in options.items() if found}
     several = (names for count in range(1, len(options) + 1) for names in itertools.combinations(options, count))

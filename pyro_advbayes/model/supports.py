@@ -1,4 +1,4 @@
-"""Maps from unconstrained space onto the supports of priors, those for which PyTorch registers none included."""
+"""Maps from unconstrained space onto the supports of priors, also for supports that PyTorch registers no map for."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ Tensors = Sequence[Tensor]
 # For how many models, guides and shapes of data graphs are kept.
 KEPT = 8
 
-# On how many calls a graph is compared with the handlers: on the first, at other parameters, and on the second, with its other data.
+# The number of calls on which a graph is compared with the handlers: the first, also at other parameters, and the second, on its data.
 COMPARED = 2
 
 
@@ -47,7 +47,7 @@ class Graphs:
         self._entries: list[_Entry] = []
 
     def get(self, model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Objective | None:
-        """The graphs for such arguments; None where Pyro's handlers are to be used."""
+        """The graphs for such arguments; None if Pyro's handlers are to run."""
         if rows_differ() or _handled():  # a graph has one draw for all rows, and sees nothing of handlers that are entered around a step
             return None
         if getattr(guide, "prototype_trace", guide) is None:  # the first call of a guide tells it its sites
@@ -67,14 +67,14 @@ class Graphs:
         return entry.objective
 
     def drop(self, objective: Objective, why: NotTraceable) -> None:
-        """Pyro's handlers from now on, where this was used."""
+        """Falls back to Pyro's handlers in place of this objective."""
         for entry in self._entries:
             if entry.objective is objective:
                 entry.refuse(why)
 
 
 def _handled() -> bool:
-    """Whether effect handlers around the call may change what the model does; SVI's own only looks on."""
+    """Whether effect handlers around the call may change the model; SVI's own only records."""
     return any(not isinstance(handler, TraceMessenger) for handler in _PYRO_STACK)
 
 
@@ -102,7 +102,7 @@ class _Entry:
 
 
 def _key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What graphs hold as constants of a call: shapes and plain arguments, and the dtypes of autocast."""
+    """The constants of a call in a graph: shapes and plain arguments, and the dtypes of autocast."""
     return [_kind(value) for value in (*args, *kwargs.values())], tuple(kwargs), autocast_state()
 
 
@@ -132,7 +132,7 @@ class Prior(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What the plain draw's likelihood, the moved one's and the divergence count, numbers in tensors."""
+    """The weights of the plain draw's likelihood, the moved draw's, and the divergence, as tensors."""
 
     plain: Tensor
     moved: Tensor
@@ -163,7 +163,7 @@ class Objective:
         self._look()
 
     def _look(self) -> None:
-        """Finds the sites, and whose divergence is written down in :func:`normal_divergence`."""
+        """Finds the sites, and those with a closed form of the divergence, :func:`normal_divergence`."""
         parameters = self.parameters()
         self.names, self.bases = list(parameters), {}
         self.others = self.names
