@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_advbayes.given import check_int
 from pyro_advbayes.handlers import CoveredMessenger, MinibatchMessenger
 from pyro_advbayes.model.batches import Arguments, Batch, FullData, PlateIndices, TensorRows
-from pyro_advbayes.model.loader import Batched, Loader, is_loader
+from pyro_advbayes.model.loader import Loader, is_loader
 from pyro_advbayes.model.program import Call, run
 from pyro_advbayes.model.refusals import Given, check_number, raised_here, told
 from pyro_advbayes.model.structure import Structure, look
@@ -66,7 +66,7 @@ class Data:
             given = Given(model, args, kwargs)
             told(lambda values: self._from_arguments(Arguments(model, *given.call(values)), batch_size, batch_args, num_data), given.values)
 
-    def _from_loader(self, loader: Batched, batch_size: int | None, num_data: int | None) -> None:
+    def _from_loader(self, loader: Iterable[Any], batch_size: int | None, num_data: int | None) -> None:
         if batch_size is not None:
             raise ValueError(f"batch_size={batch_size}: a loader cuts its own batches; give batch_size to the loader")
         self.batches = batches = Loader(loader, num_data, covers=self._covers)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,13 +32,6 @@ LOOKED_AT, LOOKED_AT_BYTES = 16, 2**24
 _SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)  # these tell how many rows they choose from
 
 
-class Batched(Protocol):
-    """An iterable with a length."""
-
-    def __iter__(self) -> Iterator[Any]: ...
-    def __len__(self) -> int: ...
-
-
 class Loader:
     """
     Minibatches of a ``torch.utils.data.DataLoader``, or of any iterable of tuples of tensors with a length that can be iterated again. All
@@ -57,7 +50,7 @@ class Loader:
 
     def __init__(
         self,
-        loader: Batched,
+        loader: Iterable[Any],
         num_data: int | None,
         device: torch.device | None = None,
         covers: Callable[[Batch, str], bool] | None = None,
@@ -148,7 +141,7 @@ class Loader:
             raise self._uneven(self._taken, rows)
         # the rows of a short last batch are random: leaving it out favours none, and its gradient would be by far the noisiest
         cut = type(getattr(self.loader, "batch_sampler", None)) is BatchSampler and isinstance(sampler, _SAMPLERS)
-        return cut and self._taken == len(self.loader) > 1
+        return cut and isinstance(self.loader, Sized) and self._taken == len(self.loader) > 1
 
     def _uneven(self, number: int, rows: int) -> ValueError:
         return ValueError(
