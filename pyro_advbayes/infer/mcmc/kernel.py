@@ -22,9 +22,10 @@ from pyro_advbayes.infer.mcmc.schedules import Schedule, as_schedule, check_valu
 from pyro_advbayes.infer.mcmc.state import AutoStepSize, ChainState, Run
 from pyro_advbayes.infer.mcmc.trajectory import watch_steepest
 from pyro_advbayes.infer.mcmc.update import ChunkUpdates
-from pyro_advbayes.model.batches import Batch, Loader
+from pyro_advbayes.model.batches import Batch
 from pyro_advbayes.model.functions import BACKENDS, KEPT, Kept
 from pyro_advbayes.model.initialization import init_to_fan_in
+from pyro_advbayes.model.loader import Loader
 from pyro_advbayes.model.potential import Potential
 from pyro_advbayes.storage import reference
 from pyro_advbayes.storage.files import FileError, random_state, set_random_state
