@@ -53,9 +53,9 @@ def data_digests(kernel: SGMCMCKernel, loader: bool) -> list[Any]:
     :param loader: whether the data come from a loader.
     """
     batches = kernel.potential.batches
-    tensors = batches.tensors if loader else kernel.potential.arguments.tensors
-    digests: list[Any] = [tensor_digest(value) for value in tensors]
-    return [*digests, *batches.describe(), _batches_digest(batches)] if loader else digests
+    if loader and isinstance(batches, Loader):
+        return [*map(tensor_digest, batches.tensors), *batches.describe(), _batches_digest(batches)]
+    return [tensor_digest(value) for value in kernel.potential.arguments.tensors]
 
 
 def _batches_digest(loader: Loader) -> list[Any] | None:
