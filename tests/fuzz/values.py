@@ -135,7 +135,7 @@ def edges(value: Any) -> dict[str, Callable[[], Any]]:
 
 def is_senseless(valid: Any, given: Any) -> bool:
     """Whether a value can have no meaning where ``valid`` has one, so that accepting it is a fault."""
-    nonsense = isinstance(given, (Anything, bytes, complex, type)) or (isinstance(given, str) and given in ("nonsense", "\udcff"))
+    nonsense = isinstance(given, (Anything, bytes, complex)) or (isinstance(given, str) and given in ("nonsense", "\udcff"))
     if isinstance(valid, bool):
         return nonsense or isinstance(given, (float, list, tuple, dict, set))
     if isinstance(valid, (int, float)):

@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 def _sampling(make: Callable[[], Any], arguments: Callable[[], tuple], **options: Any) -> Case:
     def begin(path: Path) -> Result:
-        mcmc = ab.SGMCMC(make(), 150, 50, 2, checkpoint=path, checkpoint_every=7, overwrite=True, disable_progbar=True, **options)
+        mcmc = ab.SGMCMC(make(), 30, 15, 2, checkpoint=path, checkpoint_every=3, overwrite=True, disable_progbar=True, **options)
         mcmc.run(*arguments())
         return _drawn(mcmc)
 
@@ -73,7 +73,7 @@ def _apd(preset: str, **changes: Any) -> Case:
 
 
 def _online() -> Case:
-    options = {"buffer": 40, "num_samples": 80, "warmup_steps": 20, "num_chains": 2, "batch_size": 20, "num_steps": 40, "check_every": 10}
+    options = {"buffer": 40, "num_samples": 30, "warmup_steps": 10, "num_chains": 2, "batch_size": 20, "num_steps": 40, "check_every": 10}
 
     def begin(path: Path) -> Result:
         made = guide()
