@@ -113,7 +113,7 @@ def _loader(**options: Any) -> tuple[DataLoader]:
 
 
 def _bal() -> ab.BAL:
-    return ab.BAL(logistic, "x", 20, temperature=1.0, clip=(-9.0, 9.0), keep=2, backend="handlers")
+    return ab.BAL(logistic, "x", 20, temperature=1.0, clip=(-9.0, 9.0), keep=(0, 1), backend="handlers")
 
 
 ROWS = {"batch_size": 7, "backend": "handlers"}
