@@ -8,7 +8,7 @@
 #   make kill-test         kills 100 runs at random moments and resumes them
 #   make attack-files      500 damaged files of every kind
 #   make test-matrix       installs with the oldest and newest Python, PyTorch and Pyro, and tests each
-#   make lint              ruff alone
+#   make lint              ruff, the layers of the package, types
 # PYTHON=python3.12 chooses the Python that .venv is made with.
 
 PYTHON ?= python3
@@ -52,6 +52,8 @@ test-matrix:
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/python -m mypy
 
 $(INSTALLED): pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)

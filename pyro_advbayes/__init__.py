@@ -16,6 +16,7 @@ from pyro_advbayes.infer.mcmc import adversary, schedules
 from pyro_advbayes.infer.mcmc.adversary import L2, Box, Flow, Generator
 from pyro_advbayes.infer.mcmc.assessment import SamplingWarning
 from pyro_advbayes.infer.mcmc.bal import BAL
+from pyro_advbayes.infer.mcmc.mclmc import MCLMC
 from pyro_advbayes.infer.mcmc.runner import SGMCMC
 from pyro_advbayes.infer.mcmc.sgadald import SGAdaLD
 from pyro_advbayes.infer.mcmc.sghmc import SGHMC
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BAL",
     "L2",
+    "MCLMC",
     "SGHMC",
     "SGLD",
     "SGMCMC",

@@ -60,7 +60,7 @@ def ensemble_start(
     num_chains: int = 4,
     kwargs: Mapping[str, Any] | None = None,
     lr: float = 5e-3,
-    num_epochs: int = 150,
+    num_epochs: int = 500,
     patience: int = 20,
     batch_size: int = BATCH_SIZE,
     validation_share: float = 0.15,
@@ -130,7 +130,8 @@ def _split(arguments: Arguments, share: float) -> tuple[Tensor, Tensor]:
     _, size = arguments.rows(None)
     if size < 2:
         raise ValueError(f"ensemble_start holds rows out of training: it needs at least 2, here is {size}")
-    return torch.randperm(size).tensor_split([min(max(1, round(share * size)), size - 1)])[::-1]
+    order, held_out = torch.randperm(size), min(max(1, round(share * size)), size - 1)
+    return order[held_out:], order[:held_out]
 
 
 def _take(arguments: Arguments, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -192,4 +193,4 @@ class _Members:
     def _row_scores(self, theta: Tensor) -> Tensor:
         """Log-likelihood of the held-out rows, ``[members, rows]``."""
         found = log_likelihoods(self._model, self._potential.constrain(theta), *self._held_out)
-        return sum(value.flatten(2).sum(-1) if value.dim() > 2 else value for value in found.values()).cpu().double()
+        return torch.stack([value.flatten(2).sum(-1) if value.dim() > 2 else value for value in found.values()]).sum(0).cpu().double()

@@ -82,7 +82,11 @@ MUTATIONS = [
         f"{ASSESSMENT}::test_the_step_is_tried_where_a_chain_met_its_largest_gradient",
         ("steepest: the latest state", "steeper = norm > steepest.norm", "steeper = norm == norm"),
         ("steepest: the flattest state", "steeper = norm > steepest.norm", "steeper = norm < steepest.norm"),
-        ("steepest: steps of the rule, not of Hamiltonian dynamics", "leapfrog_step(step_size)", "leapfrog_step(0.5 * step_size)"),
+        (
+            "steepest: steps of the rule, not of Hamiltonian dynamics",
+            "leapfrog_step(step_size, temperature",
+            "leapfrog_step(0.5 * step_size, temperature",
+        ),
         ("steepest: any gain is too large", "temperature * (50.0 +", "temperature * (0.0 *"),
         ("steepest: no gain is too large", "(rises > allowed)", "(rises > torch.inf)"),
     ),

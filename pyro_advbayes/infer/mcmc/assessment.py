@@ -171,11 +171,12 @@ def _heat(kernel: SGMCMCKernel, about: Mapping[str, Any], temperature: float) ->
         return [f"minibatch noise heats site {site!r} to T_eff {hottest:.3g} where {temperature:.3g} was asked for: take {remedy}"]
     site, coldest = min(about["T_eff epochs"].items(), key=lambda item: item[1])
     shuffled = kernel.mixes and kernel.potential.batches.num_data is not None
+    uncorrected = ", or noise_correction=False" if hasattr(kernel.update_rule, "noise_correction") else ""
     # not where the rule's own friction makes a site cold
     if shuffled and coldest < LARGEST_COLD * min(temperature, about["T_eff"][site]):
         return [
-            f"minibatch noise is taken off that shuffled epochs take back themselves: site {site!r} may be as cold as "
-            f"{max(0.0, coldest):.3g} where {temperature:.3g} was asked for, draws too narrow: take {remedy}, or noise_correction=False"
+            f"minibatch noise is made up for that shuffled epochs take back themselves: T_eff of site {site!r} may be as low as "
+            f"{max(0.0, coldest):.3g} where {temperature:.3g} was asked for, draws too narrow: take {remedy}{uncorrected}"
         ]
     along = about["T_eff direction"]
     if along is not None and along > (1.0 + hottest_allowed(DIRECTION_SHARE, kernel.potential.size)) * temperature:

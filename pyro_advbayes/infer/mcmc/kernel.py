@@ -252,7 +252,7 @@ class SGMCMCKernel(MCMCKernel):
 
     def refuse_vanishing(self, step_size: float, dtype: torch.dtype) -> None:
         """:raises ValueError: if a step size is so small that in the state's dtype nothing would move."""
-        if float(torch.tensor(self.update_rule.leapfrog_step(step_size) ** 2 / 2.0, dtype=dtype)) == 0.0:
+        if float(torch.tensor(self.update_rule.leapfrog_step(step_size, 1.0, {}) ** 2 / 2.0, dtype=dtype)) == 0.0:
             raise ValueError(f"step_size={step_size:.3g}: updates so small are 0 in {dtype}: take a larger one")
 
     def _potential_options(self) -> dict[str, Any]:
@@ -306,17 +306,15 @@ class SGMCMCKernel(MCMCKernel):
 
     def diagnostics(self) -> dict[str, Any]:
         """
-        :return: ``"divergences"``, the numbers of the samples at which the chain was lost (a list per chain in
-            :class:`~pyro_advbayes.SGMCMC`); ``"step size"``; ``"T_eff"``, the temperature per site that the minibatch noise was
-            predicted to lead to at the end of warm-up, mean over its coordinates, of the worst chain: an upper bound where batches are
-            those of shuffled epochs, which take back the noise along all slow directions; ``"T_eff epochs"``, the temperature per site if
-            nothing is left of that noise, below T where the rule takes it off; ``"T_eff direction"``, the temperature along the
-            direction in which noise heats most (None on full data), of the worst of up to four chains;
-            ``"clamped"``, the share of coordinates where the rule was clamped; ``"restarts"``, how often each chain was started again
-            in warm-up; ``"step fell"``, by what factor ``"auto"`` made the step smaller when noise was held to its share. Temperatures
-            are None where the rule does not predict them.
+        :return: ``"divergences"``, numbers of the samples at which the chain was lost (a list per chain in
+            :class:`~pyro_advbayes.SGMCMC`); ``"step size"``; ``"T_eff"``, the predicted temperature per site with minibatch noise at the
+            end of warm-up, mean over its coordinates, of the worst chain: an upper bound with shuffled epochs, which take back the
+            noise along all slow directions; ``"T_eff epochs"``, the temperature if nothing is left of that noise; ``"T_eff direction"``,
+            that along the direction in which noise heats most, of the worst of up to four chains; ``"clamped"``, the share of coordinates
+            where the rule was clamped; ``"restarts"``, of each chain in warm-up; ``"step fell"``, by what factor ``"auto"`` made the step
+            smaller when noise was held to its share; ``"energy error"``, of each chain.
         """
-        chains = self.chains
+        chains, error = self.chains, self.chains.variables.get("energy_error")
         return {
             "divergences": chains.divergences[0] if self._single else chains.divergences,
             "step size": chains.info.get("step_size"),
@@ -326,6 +324,7 @@ class SGMCMCKernel(MCMCKernel):
             "clamped": chains.clamped,
             "restarts": chains.restarts.counts[0] if self._single else list(chains.restarts.counts),
             "step fell": None if chains.auto is None else chains.auto.fell,
+            "energy error": None if error is None else error.flatten().tolist(),
         }
 
     # ------------------------------------------------------------------------------------------------------------- sampling
@@ -339,8 +338,7 @@ class SGMCMCKernel(MCMCKernel):
         :return: unconstrained values by site, detached.
         :raises RuntimeError: if every chain is lost.
         """
-        run, chains, rule = self.run, self.chains, self.update_rule
-        counts = chains.counts
+        run, chains, counts, rule = self.run, self.chains, self.chains.counts, self.update_rule
         if params is not self._last:
             chains.theta.copy_(run.potential.join(self._with_chains(params)))
         if counts.samples == run.warmup_samples:

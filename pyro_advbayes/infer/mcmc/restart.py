@@ -94,3 +94,5 @@ def hold_lost(chains: ChainState) -> None:
         value[lost] = torch.nan_to_num(value[lost], 0.0, 0.0, 0.0)
     if "momentum" in chains.variables:
         chains.variables["momentum"][lost] = 0.0
+    if "direction" in chains.variables:
+        chains.variables["direction"][lost] = chains.theta.shape[-1] ** -0.5

@@ -66,10 +66,12 @@ class Rule(ABC):
         """
         return None
 
-    def heating(self, step_size: float, variables: Variables) -> Tensor | float | None:
+    def heating(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> Tensor | float | None:
         """
         By how much each unit of a minibatch gradient's variance raises a coordinate's temperature; broadcasts to ``[chains, size]``. None
         if unknown.
+
+        :param noise_variance: as for :meth:`injected_temperature`.
         """
         return None
 
@@ -84,7 +86,7 @@ class Rule(ABC):
             as many minibatches would. That is exact for small steps, and an upper bound where M of them go far.
         :return: ``[size]`` or ``[chains, size]``; None if unknown.
         """
-        heating = self.heating(step_size, variables)
+        heating = self.heating(noise_variance, step_size, temperature, variables)
         injected = self.injected_temperature(noise_variance, step_size, temperature, variables)
         return None if heating is None or injected is None else injected + updates_per_batch * heating * noise_variance
 
@@ -99,9 +101,37 @@ class Rule(ABC):
         """
         raise NotImplementedError
 
-    def leapfrog_step(self, step_size: float) -> float:
-        """The step of Hamiltonian dynamics with the discretisation error of one update, in the coordinates of :meth:`metric`."""
+    @property
+    def rate_power(self) -> int:
+        """The power of the step size that minibatch noise heats with: 1 where it is a rate h, 2 where it is a length."""
+        return 1
+
+    def leapfrog_step(self, step_size: float, temperature: float, variables: Variables) -> float | Tensor:
+        """
+        The step of Hamiltonian dynamics with the discretisation error of one update, in the coordinates of :meth:`metric`; broadcasts to
+        ``[chains, size]``.
+        """
         return (2.0 * step_size) ** 0.5
+
+    def target_error(self, size: int) -> float | None:
+        r"""
+        The energy error that ``step_size="auto"`` aims at, the mean of :math:`\Delta E^2 / d` over updates, for d = ``size`` weights. Needs
+        :meth:`half_kick` and :meth:`drift`. None where curvature bounds the step.
+        """
+        return None
+
+    def half_kick(self, gradient: Tensor, step_size: Tensor, temperature: float, variables: Variables) -> tuple[Variables, Tensor]:
+        """
+        The first and the last part of an update without noise, which moves no theta.
+
+        :param step_size: ``[chains, 1]``.
+        :return: variables after it, and by how much it changes the kinetic energy, in units of T, ``[chains]``.
+        """
+        raise NotImplementedError
+
+    def drift(self, theta: Tensor, step_size: Tensor, variables: Variables) -> Tensor:
+        """The part of an update that moves theta ``[chains, size]``."""
+        raise NotImplementedError
 
     def metric(self, variables: Variables) -> Tensor | None:
         """The square root of the preconditioner, ``[chains, size]``, in which curvature and noise are measured; None for none."""

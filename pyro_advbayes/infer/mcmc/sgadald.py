@@ -100,8 +100,12 @@ class SGAdaLDRule(Rule):
         # the signal in the mean square equals what discretisation adds, which is taken off too
         return injected + 0.5 * rate * (variables["moment"] - noise_variance)
 
-    def heating(self, step_size: float, variables: Variables) -> Tensor:
+    def heating(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> Tensor:
         return 0.5 * step_size**2 * variables["V"].rsqrt()
+
+    @property
+    def rate_power(self) -> int:
+        return 2
 
     def largest_step(self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables) -> float:
         squared = SGLDRule().largest_step(curvature, noise_variance, temperature, share, variables)
@@ -110,7 +114,7 @@ class SGAdaLDRule(Rule):
             squared = min(squared, float(temperature / taken)) if bool(taken > 0) else squared
         return squared**0.5
 
-    def leapfrog_step(self, step_size: float) -> float:
+    def leapfrog_step(self, step_size: float, temperature: float, variables: Variables) -> float:
         return 2.0**0.5 * step_size
 
     def metric(self, variables: Variables) -> Tensor:

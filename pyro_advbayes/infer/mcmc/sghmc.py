@@ -69,10 +69,14 @@ class SGHMCRule(Rule):
     def injected_temperature(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> Tensor:
         if not self.noise_correction:
             return torch.full_like(noise_variance, temperature)
-        return (temperature - self.heating(step_size, variables) * variables["noise"]).clamp_min(0.0)
+        return (temperature - self._rate(step_size, variables) / (2.0 * self.friction) * variables["noise"]).clamp_min(0.0)
 
-    def heating(self, step_size: float, variables: Variables) -> Tensor | float:
+    def heating(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> Tensor | float:
         return self._rate(step_size, variables) / (2.0 * self.friction)
+
+    @property
+    def rate_power(self) -> int:
+        return 2 if self.adaptive else 1
 
     def largest_step(self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables) -> float:
         # stationary variance T / lambda / (1 - h lambda / (2 (2 - a))), and temperature T + h noise / (2 a)
@@ -81,7 +85,7 @@ class SGHMCRule(Rule):
             rate = min(rate, float(2.0 * self.friction * share * temperature / noise_variance.max()))
         return rate**0.5 if self.adaptive else rate
 
-    def leapfrog_step(self, step_size: float) -> float:
+    def leapfrog_step(self, step_size: float, temperature: float, variables: Variables) -> float:
         return step_size if self.adaptive else step_size**0.5
 
     def metric(self, variables: Variables) -> Tensor | None:

@@ -30,7 +30,7 @@ class SGLDRule(Rule):
     def injected_temperature(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> Tensor:
         return torch.full_like(noise_variance, temperature)
 
-    def heating(self, step_size: float, variables: Variables) -> float:
+    def heating(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> float:
         return 0.5 * step_size
 
     def largest_step(self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from pyro_advbayes.infer.mcmc import noise_estimate
+from pyro_advbayes.infer.mcmc import energy_error, noise_estimate
 from pyro_advbayes.infer.mcmc.noise_estimate import GradientNoise
 from pyro_advbayes.infer.mcmc.rule import site_means
 from pyro_advbayes.infer.mcmc.state import AutoStepSize, Run
@@ -54,11 +56,13 @@ def adapt(run: Run, auto: AutoStepSize) -> None:
 
 def finish(run: Run, auto: AutoStepSize) -> None:
     """Called at the end of warm-up, after which the step is constant. The noise estimated since may make it smaller."""
-    if auto.value is None or auto.curvature is None:
+    if auto.value is None:
         adapt(run, auto)
     else:
         auto.value = min(auto.value, bound(run, auto.share, auto.curvature, noise_estimate.estimate(run), rest=True))
     auto.directions = {}
+    if run.rule.target_error(run.potential.size) is not None and auto.value is not None:
+        run.chains.variables["energy_error"].copy_(energy_error.measure(run, auto.value)[:, None])
 
 
 def _measure(run: Run, auto: AutoStepSize, rest: bool) -> None:
@@ -68,16 +72,20 @@ def _measure(run: Run, auto: AutoStepSize, rest: bool) -> None:
         # g² in the stiffest direction: the first moves are then those of an unscaled rule
         rule.start_metric(variables, 1.0)
         rule.start_metric(variables, max(T, 1e-3) * largest_curvature(run, auto.directions))
-    auto.curvature = largest_curvature(run, auto.directions)
-    before = auto.value
+    before, found = auto.value, math.inf
+    target = rule.target_error(run.potential.size)
+    if target is None:
+        auto.curvature = largest_curvature(run, auto.directions)
+    else:
+        found = energy_error.find_step(run, before, target)
     noise = noise_estimate.estimate(run) if run.warmup_updates == 0 else noise_estimate.fresh(run)
-    value = bound(run, auto.share, auto.curvature, noise, rest)
-    half = 0.5**0.5 if scaled else 0.5
+    value = min(found, bound(run, auto.share, auto.curvature, noise, rest))
+    half = 0.5 ** (1.0 / rule.rate_power)
     if before is not None:
         most = before / half ** (GROWTH / 2.0)
         auto.growing = most < value
         value = min(value, most)
-    for _ in range(HALVINGS):
+    for _ in range(HALVINGS if target is None else 0):
         if not energy_rises(run, value):
             break
         value *= half
@@ -89,12 +97,12 @@ def _measure(run: Run, auto: AutoStepSize, rest: bool) -> None:
         auto.warm_value = before
 
 
-def bound(run: Run, share: float, curvature: float, noise: GradientNoise, rest: bool) -> float:
+def bound(run: Run, share: float, curvature: float | None, noise: GradientNoise, rest: bool) -> float:
     """
     The largest step that curvature and noise allow.
 
     :param share: of the temperature, in (0, 1).
-    :param curvature: the largest eigenvalue of the Hessian of U, in the rule's metric.
+    :param curvature: the largest eigenvalue of the Hessian of U, in the rule's metric; None where it is no bound.
     :param rest: whether noise is held to its share.
     """
     rule, potential, T = run.rule, run.potential, run.T
@@ -106,13 +114,13 @@ def bound(run: Run, share: float, curvature: float, noise: GradientNoise, rest: 
         heat = torch.zeros_like(heat)
     elif not rest:
         # far from where it will rest, a chain has more energy to lose than noise brings: |g|² / (2 λ) at the least
-        excess = noise.slope / (2.0 * curvature)
+        excess = 0.0 if curvature is None else noise.slope / (2.0 * curvature)
         heat = heat * (share * T / (EARLY_SHARE * T + excess))
-    value = rule.largest_step(curvature, heat, T, share, alive)
+    value = rule.largest_step(curvature or 0.0, heat, T, share, alive)
     along = hottest(run, value) if rest and T > 0.0 else None
     allowed = hottest_allowed(share, potential.size) * T
     if along is not None and along - T > allowed:
-        value *= (allowed / (along - T)) ** (1.0 if metric is None else 0.5)
+        value *= (allowed / (along - T)) ** (1.0 / rule.rate_power)
     return value
 
 

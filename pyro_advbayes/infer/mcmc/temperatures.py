@@ -56,7 +56,7 @@ def hottest(run: Run, step_size: float) -> float | None:
         if not chains.alive[chain] or not bool(differences[chain].isfinite().all()):
             continue
         variables = {name: value[chain] for name, value in chains.variables.items()}
-        per_variance = rule.heating(step_size, variables)
+        per_variance = rule.heating(chains.noise.variance, step_size, run.T, variables)
         injected = rule.injected_temperature(chains.noise.variance, step_size, run.T, variables)
         if per_variance is None or injected is None:
             return None

@@ -23,8 +23,9 @@ def energy_rise(run: Run, theta: Tensor, step_size: float, temperature: float, s
     """
     potential = run.potential
     batch = potential.probe_batches[0]
-    metric = run.rule.metric(run.chains.variables)
-    step = run.rule.leapfrog_step(step_size) * (1.0 if metric is None else metric[: len(theta)])
+    variables = {name: value[: len(theta)] for name, value in run.chains.variables.items()}
+    metric = run.rule.metric(variables)
+    step = run.rule.leapfrog_step(step_size, temperature, variables) * (1.0 if metric is None else metric)
     generator = torch.Generator().manual_seed(seed)
     momentum = temperature**0.5 * torch.randn(theta.shape, generator=generator, dtype=theta.dtype, device="cpu").to(theta.device)
     gradient, energy = potential.evaluate("both", theta, batch, temperature)

@@ -25,6 +25,7 @@ KERNELS = {
     "SGLD": lambda model, **options: ab.SGLD(model, **options),
     "SGAdaLD": lambda model, **options: ab.SGAdaLD(model, **options),
     "SGHMC": lambda model, **options: ab.SGHMC(model, **options),
+    "MCLMC": lambda model, **options: ab.MCLMC(model, **options),
     "adaptive SGHMC": lambda model, **options: ab.SGHMC(model, adaptive=True, **options),
 }
 

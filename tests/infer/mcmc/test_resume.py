@@ -116,6 +116,7 @@ KERNELS = {
     "SGAdaLD": lambda **options: ab.SGAdaLD(logistic, **options),
     "SGAdaLD with a window": lambda **options: ab.SGAdaLD(logistic, averaging_window=20, clamp=True, **options),
     "SGHMC": lambda **options: ab.SGHMC(logistic, **options),
+    "MCLMC": lambda **options: ab.MCLMC(logistic, **options),
     "adaptive SGHMC, noise taken off": lambda **options: ab.SGHMC(logistic, adaptive=True, noise_correction=True, **options),
     "control variate": lambda **options: ab.SGLD(logistic, 1e-3, control_variate=ANCHOR, **options),
     "cycles": lambda **options: ab.SGLD(logistic, Cyclical(1e-3, 6), temperature=lambda step: 1.0 / (1 + step), **options),
