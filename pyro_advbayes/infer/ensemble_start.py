@@ -54,6 +54,7 @@ class EnsembleStart(Mapping[str, Tensor]):
 
 
 @checked
+@checked
 def ensemble_start(
     model: Callable,
     *args: Any,

@@ -255,4 +255,46 @@ MUTATIONS = [
         "infer/test_ensemble_start.py::test_training_ends_when_no_member_has_improved_for_a_while",
         ("members: patience is not heeded", "if all(epoch - best >= patience for best", "if all(epoch - best >= num_epochs for best"),
     ),
+    *of(
+        "infer/mcmc/mclmc.py",
+        "infer/mcmc/test_mclmc.py::test_an_update_is_the_equation_of_the_docstring",
+        (
+            "MCLMC: a step of all weights",
+            "norm * step_size / (2.0 * (gradient.shape[-1] - 1)",
+            "norm * step_size / (2.0 * gradient.shape[-1]",
+        ),
+        ("MCLMC: memory in halves", "math.expm1(2.0 / self.memory)", "math.expm1(1.0 / self.memory)"),
+        ("MCLMC: one kick", 'variables["direction"].copy_(turned(direction, downhill, delta))', 'variables["direction"].copy_(direction)'),
+    ),
+    *of(
+        "infer/mcmc/mclmc.py",
+        "infer/mcmc/test_mclmc.py::test_half_a_force_is_the_flow_of_its_differential_equation",
+        ("MCLMC: kinetic energy of d weights", "(gradient.shape[-1] - 1) * change", "gradient.shape[-1] * change"),
+        ("MCLMC: kinetic energy without its logarithm of 2", "change = delta - math.log(2.0) +", "change = delta +"),
+    ),
+    *of(
+        "infer/mcmc/mclmc.py",
+        "infer/mcmc/test_mclmc.py::test_the_predicted_temperature_under_noise_that_is_larger_where_curvature_is",
+        ("MCLMC: kappa without its half", "self.memory / (2.0 * temperature**2 * size)", "self.memory / (temperature**2 * size)"),
+        (
+            "MCLMC: noise without the mean",
+            "temperature, variables) * noise_variance.mean())",
+            "temperature, variables) * noise_variance.max())",
+        ),
+    ),
+    *of(
+        "infer/mcmc/energy_error.py",
+        "infer/mcmc/test_mclmc.py::test_the_error_is_that_of_the_energy_over_one_update",
+        ("energy error: without the last kick", "+ first.double() + last.double()", "+ first.double()"),
+    ),
+    *of(
+        "infer/mcmc/energy_error.py",
+        "infer/mcmc/test_mclmc.py::test_the_energy_error_is_near_its_target_in_every_chain",
+        ("energy error: upside down", "(target / error) **", "(error / target) **"),
+    ),
+    *of(
+        "infer/mcmc/energy_error.py",
+        "infer/mcmc/test_mclmc.py::test_chains_in_modes_of_different_width_get_steps_of_their_own",
+        ("energy error: one step for all", "relative.copy_((log - mean).exp())", "relative.fill_(1.0)"),
+    ),
 ]

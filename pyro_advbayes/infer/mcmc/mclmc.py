@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_advbayes.checked import checked
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.rule import Rule, Variables
 from pyro_advbayes.infer.mcmc.schedules import Schedule
@@ -112,6 +113,7 @@ def _unit(vector: Tensor) -> Tensor:
     return vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
 
 
+@checked
 class MCLMC(SGMCMCKernel):
     r"""
     Microcanonical Langevin Monte Carlo (Robnik et al., 2023; Sommer et al., 2025, for neural networks). A chain moves at constant speed

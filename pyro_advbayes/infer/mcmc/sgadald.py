@@ -148,6 +148,7 @@ class SGAdaLDRule(Rule):
 
 
 @checked
+@checked
 class SGAdaLD(SGMCMCKernel):
     r"""
     Scale-adapted Langevin dynamics, the sampler of weights in Bayesian Adversarial Learning (Ye and Zhu, 2018, Eq. 10). It is

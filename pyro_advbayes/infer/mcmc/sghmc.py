@@ -103,6 +103,7 @@ class SGHMCRule(Rule):
 
 
 @checked
+@checked
 class SGHMC(SGMCMCKernel):
     r"""
     Stochastic-gradient Hamiltonian Monte Carlo (Chen et al., 2014) in its momentum form,
