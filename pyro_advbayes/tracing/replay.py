@@ -21,7 +21,7 @@ RECORDED_CALLS = 8
 # convolutions become slower. One CPU core, ms a draw: 784-100-100-10 at 100 inputs one by one 0.93, together 0.38
 # (2^19 numbers), 0.29 (2^21), 0.27 (2^23); two 3x3 convolutions of 64 channels at 100 16x16 images, which make 2^23 numbers a
 # draw, one by one 25, sixteen together 65.
-TOGETHER = 2**21
+NUMBERS_TOGETHER = 2**21
 
 # Largest number of weights for which chains side by side (one batched product) beat one after the other on a CPU; with
 # convolutions they never do. Two cores, batch 100, time side by side / one by one: 2-20-20-2 0.33 (5 chains) and 0.13 (20), 3 x 100
@@ -226,7 +226,7 @@ def draws_together(recorded: Interpreter, passes: int = 1) -> int:
 
     :param passes: how often the numbers of a draw are in memory: twice if gradients are computed.
     """
-    return max(1, TOGETHER // (passes * max(1, recorded.elements)))
+    return max(1, NUMBERS_TOGETHER // (passes * max(1, recorded.elements)))
 
 
 def chains_together(num_chains: int, weights: int, convolutional: bool, device: torch.device) -> int:

@@ -54,6 +54,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "SGAdaLD": ab.SGAdaLD,
     "SGHMC": ab.SGHMC,
     "SGHMC-adaptive": partial(ab.SGHMC, adaptive=True),
+    "MCLMC": ab.MCLMC,
 }
 NUM_SAMPLES, WARMUP_STEPS, UPDATES = 1000, 1000, 10  # 20 000 updates
 RESULTS = Path(__file__).parent / "results" / "trust.jsonl"

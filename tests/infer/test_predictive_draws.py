@@ -16,7 +16,7 @@ from pyro_advbayes.infer import predictive as module
 from pyro_advbayes.infer.predictive import Predictive
 from pyro_advbayes.nn import bayesianize
 from pyro_advbayes.nn.classifier import Classifier
-from pyro_advbayes.tracing.replay import TOGETHER
+from pyro_advbayes.tracing.replay import NUMBERS_TOGETHER
 
 DRAWS = 23
 
@@ -278,7 +278,7 @@ def test_how_many_draws_go_together_follows_their_size(monkeypatch):
         (nn.Sequential(nn.Linear(4, 400), nn.ReLU(), nn.Linear(400, 3)), (4000, 4)),
     ):
         Predictive(Classifier(bayesianize(net)), draws_of(net, 6), return_sites=["_RETURN"])(torch.randn(shape))
-    assert chunks == [TOGETHER // 10 // (8 + 8 + 3), 1]
+    assert chunks == [NUMBERS_TOGETHER // 10 // (8 + 8 + 3), 1]
 
 
 # --------------------------------------------------------------------------------------------------------------- bad input

@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 
 from pyro_advbayes.checked import checked
 from pyro_advbayes.infer.autoguide.adversarial import BaseNormal, MovedNoise, NoiseAscent, joint_norm
-from pyro_advbayes.infer.elbo.objective import Graphs, NotTraceable, Objective, Weights, check_sites, tensors_of
+from pyro_advbayes.infer.elbo.objective import Graphs, NotTraceable, Objective, TermWeights, check_sites, tensors_of
 from pyro_advbayes.kinds import Node, is_subsample, latent_sites, without_independent
 from pyro_advbayes.model.layers import kept_statistics
 from pyro_advbayes.model.program import log_likelihood, run
@@ -192,7 +192,7 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
                 start = [torch.randn_like(loc) for loc in locs]
                 adversary = self.ascent.run(locs, scales, start, lambda values: objective.gradient(values, tensors))
                 self._moves.append(distances(adversary, start, scales))
-            weights = Weights(*(locs[0].new_tensor(weight / self.num_particles) for weight in self._weights))
+            weights = TermWeights(*(locs[0].new_tensor(weight / self.num_particles) for weight in self._weights))
             value, gradients = objective.loss_and_gradients(weights, locs, scales, noises, adversary, tensors)
         return value, [*parameters[0], *parameters[1], *objective.own], gradients
 

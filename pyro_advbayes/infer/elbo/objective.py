@@ -124,14 +124,14 @@ def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
 
-class Prior(NamedTuple):
+class NormalPrior(NamedTuple):
     """A Normal prior that depends on nothing: a number for each of its parameters, or a tensor of the site's shape."""
 
     loc: float | Tensor
     scale: float | Tensor
 
 
-class Weights(NamedTuple):
+class TermWeights(NamedTuple):
     """The weights of the plain draw's likelihood, the moved draw's, and the divergence, as tensors."""
 
     plain: Tensor
@@ -211,7 +211,7 @@ class Objective:
         return self._run("gradient", [*values, *tensors])
 
     def loss_and_gradients(
-        self, weights: Weights, locs: Tensors, scales: Tensors, noises: Tensors, adversary: MovedNoise | None, tensors: Tensors
+        self, weights: TermWeights, locs: Tensors, scales: Tensors, noises: Tensors, adversary: MovedNoise | None, tensors: Tensors
     ) -> tuple[Tensor, Tensors]:
         """
         :param adversary: the moved draw, if there is one.
@@ -311,7 +311,7 @@ class Objective:
 
 
 def normal_divergence(
-    loc: Tensor, scale: Tensor, prior: Prior, weight: Tensor, loc_gradient: Tensor, scale_gradient: Tensor
+    loc: Tensor, scale: Tensor, prior: NormalPrior, weight: Tensor, loc_gradient: Tensor, scale_gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""
     The divergence of a Normal from a Normal prior,
@@ -334,7 +334,7 @@ def normal_divergence(
     return value, torch.addcmul(loc_gradient, away, pull), torch.addcmul(scale_gradient, scale, pull).addcdiv_(weight, scale, value=-1)
 
 
-def _constant_prior(model_site: Node, guide_site: Node, recorder: Recorder) -> Prior | None:
+def _constant_prior(model_site: Node, guide_site: Node, recorder: Recorder) -> NormalPrior | None:
     """The prior, if both distributions are plain Normals and the prior depends on no other site, argument or buffer."""
     prior, posterior = (without_independent(site["fn"]) for site in (model_site, guide_site))
     weighted = any(
@@ -345,7 +345,7 @@ def _constant_prior(model_site: Node, guide_site: Node, recorder: Recorder) -> P
     parameters = (prior.loc, prior.scale)
     if any(p.requires_grad or recorder.changes(p) or p.shape != posterior.loc.shape or p.dtype != posterior.loc.dtype for p in parameters):
         return None
-    return Prior(*(p.flatten()[0].item() if bool((p == p.flatten()[0]).all()) else p.detach() for p in parameters))
+    return NormalPrior(*(p.flatten()[0].item() if bool((p == p.flatten()[0]).all()) else p.detach() for p in parameters))
 
 
 def _divergence(guide_site: Node, model_site: Node) -> Tensor:

@@ -274,7 +274,7 @@ def test_a_prior_that_takes_only_its_dtype_from_an_argument_is_a_constant(used):
             pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
 
     check_both_backends_learn_the_same(model, lambda step: [step(x, y) for _ in range(4)])
-    assert used[0].priors == {"w": objective.Prior(0.0, 1.0)}
+    assert used[0].priors == {"w": objective.NormalPrior(0.0, 1.0)}
 
 
 def test_weights_may_be_changed_from_step_to_step_without_new_graphs(used):
@@ -632,7 +632,7 @@ def test_the_divergence_of_normals_and_its_gradients_are_pytorchs():
         expected = torch.distributions.kl_divergence(dist.Normal(m, s), dist.Normal(*prior)).sum()
         slopes = torch.autograd.grad(weight * expected, (m, s))
         zero = torch.zeros(4, 3)
-        found = objective.normal_divergence(loc, scale, objective.Prior(*prior), weight, zero, zero)
+        found = objective.normal_divergence(loc, scale, objective.NormalPrior(*prior), weight, zero, zero)
         torch.testing.assert_close(found, (expected, *slopes))
 
 
