@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_advbayes.given import is_array, kind, need_tensor
+from pyro_advbayes.given import is_array, kind, need_dense, need_tensor
 
 F = TypeVar("F", bound=Callable)
 _ELEMENTS = 20  # of a sequence or mapping that are looked at
@@ -189,9 +189,11 @@ def _refusal(wrong: _Misfit) -> ValueError:
             need_tensor(value, name)
         except ValueError as error:
             return error
-    if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
-        what = "a tensor of the meta device, without data" if value.is_meta else f"a tensor of layout {value.layout}"
-        return ValueError(f"{name} is {what}: give a dense tensor")
+    if isinstance(value, Tensor):
+        try:
+            need_dense(value, name)
+        except ValueError as error:
+            return error
     plain = isinstance(value, (bool, int, float, complex, str, bytes, type(None)))
     given = f"{name}={value!r}"[:200] if plain else f"{name} is {kind(value)}"
     return ValueError(f"{given}: {_words(hint)} is needed")

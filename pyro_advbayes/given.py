@@ -104,6 +104,19 @@ def need_tensor(value: Any, name: str, inputs: bool = False) -> Tensor:
     raise ValueError(f"{name} is {kind(value)}: give a tensor" + ("" if form is None else f", {form.expression}"))
 
 
+def need_dense(value: Tensor, name: str) -> Tensor:
+    """
+    The tensor, if it is dense and has data.
+
+    :param name: of the argument, for the message.
+    :raises ValueError: saying what it is.
+    """
+    if value.is_meta or value.layout != torch.strided:
+        what = "a tensor of the meta device, without data" if value.is_meta else f"a tensor of layout {value.layout}"
+        raise ValueError(f"{name} is {what}: give a dense tensor")
+    return value
+
+
 def class_labels(labels: Any, count: int, of: str, name: str) -> Tensor:
     """
     Labels as int64.

@@ -818,3 +818,10 @@ def test_a_run_whose_chains_are_all_lost_says_so(driver):
     with pytest.raises(RuntimeError, match="every chain is lost"):
         mcmc.run()
     assert 0 < len(mcmc.get_samples()["w"]) < 2000, "what was drawn before is there to be looked at"
+
+
+@pytest.mark.parametrize(("form", "what"), [("meta", "of the meta device, without data"), ("sparse", "of layout torch.sparse_coo")])
+def test_a_tensor_that_is_not_dense_is_refused(form, what):
+    x = X.to("meta") if form == "meta" else X.to_sparse()
+    with pytest.raises(ValueError, match=f"argument x is a tensor {what}: give a dense tensor"):
+        run(sgld(logistic), x, Y)

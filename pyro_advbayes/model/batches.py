@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_advbayes.given import need_dense
 from pyro_advbayes.model.refusals import Mismatch, label_of
 
 Batch = tuple[Tensor, ...]
@@ -28,6 +29,8 @@ class Arguments:
         self.keys: list[int | str] = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
         self.keys += [name for name, value in kwargs.items() if isinstance(value, Tensor)]
         self.labels = [label_of(model, key) for key in self.keys]
+        for label, tensor in zip(self.labels, self.tensors, strict=True):
+            need_dense(tensor, f"argument {label}")
 
     @property
     def tensors(self) -> list[Tensor]:
