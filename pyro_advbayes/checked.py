@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
 import numpy as np
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from pyro_advbayes.given import is_array, kind, need_dense, need_tensor
@@ -35,6 +36,8 @@ _WORDS = {
     type(None): "None",
     Tensor: "a tensor",
     torch.dtype: "a dtype of PyTorch",
+    torch.nn.Module: "a torch.nn.Module",
+    TorchDistributionMixin: "a distribution of pyro.distributions",
 }
 
 

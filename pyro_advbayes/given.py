@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_INSIDE = {"pyro_advbayes", "torch", "pyro", "contextlib", "functools"}  # packages that a call of this one goes through
+
 
 def need_extra(module: str, extra: str) -> Any:
     """
@@ -102,6 +104,14 @@ def need_tensor(value: Any, name: str, inputs: bool = False) -> Tensor:
         return value
     form = as_tensor(name, value, torch.get_default_dtype() if inputs else None) if is_array(value) else None
     raise ValueError(f"{name} is {kind(value)}: give a tensor" + ("" if form is None else f", {form.expression}"))
+
+
+def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
+    """Warns at the line outside of this package, and of those that it calls itself through, that led here."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _INSIDE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def need_dense(value: Tensor, name: str) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -17,7 +16,7 @@ from pyro_advbayes.attacks.base import Attack, BallAttack
 from pyro_advbayes.attacks.geometry import flat, l2_size, linf_size
 from pyro_advbayes.attacks.problem import ClassifierProblem, check_labels, check_outputs
 from pyro_advbayes.checked import checked
-from pyro_advbayes.given import check_int
+from pyro_advbayes.given import check_int, warn
 
 ZERO_SHARE = 0.01  # a larger share of inputs without a gradient makes gradient attacks unreliable
 
@@ -155,7 +154,7 @@ def evaluate(
             right.append(after)
     found += _masked(attacks, results)
     for text in found:
-        warnings.warn(text, stacklevel=2)
+        warn(text)
     wrong = int((~clean).sum())
     return Report(len(x), wrong, *_share(clean), results, _worst(attacks, right, clean), found, clean, torch.stack(right))
 

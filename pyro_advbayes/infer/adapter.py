@@ -21,7 +21,7 @@ from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from pyro_advbayes.checked import checked
-from pyro_advbayes.given import check_int
+from pyro_advbayes.given import check_int, warn
 from pyro_advbayes.handlers import CoveredMessenger, GivenMessenger
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
 from pyro_advbayes.infer.elbo.adversarial import TraceAdversarial_ELBO
@@ -210,7 +210,7 @@ def bayes_adapter(
     if weight_decay is not None and isinstance(model, Classifier):  # made of a plain network
         unseen = [name for name, layer in model.net.named_modules() if never_seen_data(layer)]
     if unseen:
-        warnings.warn(statistics_message(unseen), stacklevel=2)
+        warn(statistics_message(unseen))
     guide = AutoAdversarialNormal(model, init_loc_fn=init_to_value(values=values), init_scale=float(init_scale))
     guide._pyro_name = f"adapted{next(_COUNT)}"  # Pyro's parameter store identifies parameters by the guide's name
     guide(*batches.example)

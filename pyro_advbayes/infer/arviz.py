@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from pyro_advbayes.checked import checked
 from pyro_advbayes.diagnostics.arviz import to_inference_data
+from pyro_advbayes.given import warn
 from pyro_advbayes.infer.mcmc.runner import SGMCMC
 from pyro_advbayes.infer.predictive import Predictive
 from pyro_advbayes.infer.row_terms import Kept, data_rows, find_terms, is_observed, masked_variables, row_terms
@@ -189,10 +189,9 @@ def _look(model: Callable, draw: Mapping[str, Tensor], call: Call, every_draw: b
 
 def _warn_of_factors(outside: Sequence[str]) -> None:
     if outside:
-        warnings.warn(
+        warn(
             f"log_likelihood leaves out the factors {', '.join(map(repr, outside))}, which are in no plate of the data and so belong to no "
             "row: right for a term of the prior; move a term of the likelihood into the plate of its rows",
-            stacklevel=3,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_advbayes.checked import checked
-from pyro_advbayes.given import check_int
+from pyro_advbayes.given import check_int, warn
 from pyro_advbayes.infer.arviz import log_likelihoods
 from pyro_advbayes.model.batches import Arguments
 from pyro_advbayes.model.initialization import init_to_fan_in
@@ -179,7 +178,7 @@ class _Members:
             message += "rows were never predicted better than at the start. Take another lr, or scale inputs and targets to about 1"
             if len(untrained) == len(self.epochs):
                 raise RuntimeError(message)
-            warnings.warn(message, stacklevel=3)
+            warn(message)
         rows = self._row_scores(self.kept)
         score = float((rows.logsumexp(0) - math.log(len(rows))).mean())
         return EnsembleStart(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.fx.node import map_aggregate
 
 from pyro_advbayes.checked import checked
-from pyro_advbayes.given import need_tensor
+from pyro_advbayes.given import need_tensor, warn
 from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.subsampled import predict_all_rows, subsampling_plate
 from pyro_advbayes.kinds import latent_sites, sites
@@ -200,10 +199,9 @@ def _pieces(
         yield from replays.run(model.draws, len(probes), model.num_samples)
         chunk = replays.chunk
     if chunk == 1 and chunk_size is not None and chunk_size > 1:
-        warnings.warn(
+        warn(
             f"chunk_size={chunk_size} was not to be had, draws were computed one by one: an operation of the model cannot be batched, "
             "or its Python looks at drawn values",
-            stacklevel=7,  # the call of the module
         )
 
 

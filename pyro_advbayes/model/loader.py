@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from pyro_advbayes.given import as_tensor, is_array, is_pandas, kind
+from pyro_advbayes.given import as_tensor, is_array, is_pandas, kind, warn
 from pyro_advbayes.model.batches import Batch, not_finite
 
 # A loader is known by so many batches at most, and by no more after so many bytes.
@@ -263,10 +262,9 @@ def _rows_behind(loader: Any) -> int:
     elif isinstance(sampler, WeightedRandomSampler):
         rows = sampler.weights
         if bool((rows != rows[0]).any()):
-            warnings.warn(
+            warn(
                 "the loader draws its rows with unequal weights (WeightedRandomSampler): the posterior is that of data in which each row "
                 "counts so often, and not of the data. Draw rows evenly (shuffle=True), or weigh their log-likelihood if that is meant",
-                stacklevel=2,
             )
     elif isinstance(dataset, IterableDataset) or (sampler is None and not isinstance(loader, DataLoader)):
         rows = dataset

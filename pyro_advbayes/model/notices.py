@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyro_advbayes.given import warn
 from pyro_advbayes.handlers import kept_random_state
 from pyro_advbayes.kinds import BATCH_NORMS
 from pyro_advbayes.model.program import Call, run
@@ -56,7 +56,7 @@ def tell_of_new_statistics(model: Any) -> Iterator[None]:
     finally:
         handle.remove()
     if found:
-        warnings.warn(statistics_message(list(found.values())), stacklevel=4)
+        warn(statistics_message(list(found.values())))
 
 
 def tell_of_held_parameters(model: Any, call: Call, names: Sequence[str]) -> None:
@@ -83,11 +83,10 @@ def tell_of_held_parameters(model: Any, call: Call, names: Sequence[str]) -> Non
     gradients = torch.autograd.grad(total, list(values.values()), allow_unused=True)
     held = [name.replace("$$$", ".") for name, gradient in zip(values, gradients, strict=True) if gradient is not None]
     if held:
-        warnings.warn(
+        warn(
             f"{_in_words('parameter', held)}: a sampler moves latent sites only, and holds parameters at the values that they have now. "
             "Give them priors (pyro.sample, PyroSample, nn.bayesianize), or fit them first (SVI with AutoDelta); .detach(), or "
             "requires_grad_(False) on a layer, says that they are meant to be fixed",
-            stacklevel=3,
         )
 
 
@@ -98,12 +97,11 @@ class TemperedLikelihoodWarning(UserWarning):
 def tell_of_scales(scales: Mapping[str, float]) -> None:
     """:param scales: factors of the log-likelihood by observed site."""
     for name, scale in scales.items():
-        warnings.warn(
+        warn(
             f"observed site {name!r}: its log-likelihood is multiplied by {scale:g} (poutine.scale), so that the posterior is that of data "
             f"which count {scale:g} times: prior x likelihood^{scale:g}. Drop the scale (minibatches are scaled already); if it is "
             f"meant, {_SILENCE}",
             TemperedLikelihoodWarning,
-            stacklevel=4,
         )
 
 
@@ -114,12 +112,11 @@ def tell_of_mean(name: str, whole: float, total: float, rows: int) -> None:
     :param total: the sum over the two halves of these rows.
     :param rows: N, the number of all rows.
     """
-    warnings.warn(
+    warn(
         f"observed site {name!r}: the log-likelihood of some rows is {whole:.6g}, the mean of those of two halves and not their sum, "
         f"{total:.6g}: a mean over rows, so that all {rows} rows count like one and the posterior is nearly the prior. Give every row its "
         f"own term (reduction='none', inside the plate), or multiply the mean by {rows}; if it is meant, {_SILENCE}",
         TemperedLikelihoodWarning,
-        stacklevel=4,
     )
 
 

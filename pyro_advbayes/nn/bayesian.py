@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from pyro_advbayes.checked import checked
+from pyro_advbayes.given import warn
 from pyro_advbayes.kinds import BATCH_NORMS, DROPOUTS, NORMALIZATIONS
 from pyro_advbayes.model.notices import never_seen_data, statistics_message
 
@@ -106,8 +106,6 @@ def bayesianize(
         parameters cannot become sites (lazy, parametrised, compiled, already Pyro's) or whose output for one row
         depends on the rest of the batch even in eval mode.
     """
-    if not callable(prior):
-        raise ValueError(f"prior must be a distribution of pyro.distributions or a function of (name, tensor), got {prior!r}.")
     _check_modules(net)
     if eval_only:
         _tell_of_eval_mode(net)
@@ -292,14 +290,13 @@ def _tell_of_eval_mode(net: torch.nn.Module) -> None:
     layers = {name or type(module).__name__: module for name, module in net.named_modules()}
     dropping = [repr(name) for name, module in layers.items() if module.training and _drops(module)]
     if dropping:
-        warnings.warn(
+        warn(
             f"Dropout is off in the copy (layers {', '.join(dropping)}): it stays in eval mode, since a log-density must not be "
             "random. mc_dropout(net) makes the masks latent sites; call net.eval() before bayesianize to silence this warning",
-            stacklevel=3,
         )
     unseen = [name for name, module in layers.items() if never_seen_data(module)]
     if unseen:
-        warnings.warn(statistics_message(unseen), stacklevel=3)
+        warn(statistics_message(unseen))
 
 
 def _drops(module: torch.nn.Module) -> bool:

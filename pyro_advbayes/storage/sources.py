@@ -8,7 +8,6 @@ import hashlib
 import platform
 import sysconfig
 import types
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_advbayes.given import warn
 from pyro_advbayes.storage.digests import tensor_digest
 from pyro_advbayes.storage.files import FileError
 from pyro_advbayes.storage.reference import parameters
@@ -49,10 +49,9 @@ def check(now: Mapping[str, str], then: Mapping[str, Any], name: str, path: Path
     if not all(isinstance(each, str) for each in (then.get(_PYTHON), *then.values())):
         raise FileError(f"{path}: what it says of its {name} is no text: it is spoilt")
     if now[_PYTHON] != then[_PYTHON]:
-        warnings.warn(
+        warn(
             f"{path} was written by Python {then[_PYTHON][:20]}, here it is {now[_PYTHON]}: whether {name} is the same function "
             "cannot be told",
-            stacklevel=4,
         )
         return
     for part, digest in then.items():

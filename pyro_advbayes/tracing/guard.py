@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,8 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pyro_advbayes.given import warn
 
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -83,7 +84,7 @@ DIFFERS = (
 
 def warn_of_handlers(what: str, why: str) -> None:
     """The one warning of the package that Pyro's handlers run in place of a recording."""
-    warnings.warn(f"{what} falls back to 'handlers', which is slower, for this model: {why}", stacklevel=3)
+    warn(f"{what} falls back to 'handlers', which is slower, for this model: {why}")
 
 
 def reason(error: BaseException) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from torch.distributions import Distribution
 from torch.distributions.kl import register_kl
 
 from pyro_advbayes.checked import checked
-from pyro_advbayes.given import check_int
+from pyro_advbayes.given import check_int, warn
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import MLPGenerator, NetworkGenerator, RowGenerator
 from pyro_advbayes.infer.autoguide.hyper import HyperGenerator
@@ -258,10 +257,9 @@ class AutoImplicit(AutoGuide):
         draw = sum(site.shape.numel() * site.dtype.itemsize for site in self.sites)
         found = Storage(size, draw, math.floor(size / draw) + 1)
         if (self.num_draws or 0) < found.pays_from:
-            warnings.warn(
+            warn(
                 f"{type(self.network).__name__} takes {size} bytes, more than the {self.num_draws} draws of {draw} bytes that it "
                 f"replaces; it pays from {found.pays_from} draws on: keep the draws, or take a smaller generator, FactoredGenerator",
-                stacklevel=2,
             )
         return found
 
@@ -306,9 +304,8 @@ class AutoImplicit(AutoGuide):
         for site in self.sites:
             moved = float(shift[:, site.start : site.start + site.numel].square().mean().sqrt())
             if moved > 0.1:
-                warnings.warn(
+                warn(
                     f"{dtype} moves the draws of site {site.name!r} by {moved:.2g} of their standard deviation: save without dtype",
-                    stacklevel=3,
                 )
 
     @classmethod

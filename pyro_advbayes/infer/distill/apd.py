@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_advbayes.checked import checked
-from pyro_advbayes.given import check_int
+from pyro_advbayes.given import check_int, warn
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import RowGenerator, mlp_numbers
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
@@ -275,10 +274,9 @@ class APD:
             if not converged:
                 distance = self._keep_best(training, stopping)
         elif stopping is not None:
-            warnings.warn(
+            warn(
                 f"APD has not measured its distance from the draws by step {training.steps}: judge the guide with distill.compare, or take "
                 f"more num_steps or a check_every below {settings.check_every}",
-                stacklevel=4,
             )
         scale = self._finish(rows, num_draws, potential)
         return Fit(training.steps, distance, floor, converged, scale)
@@ -301,10 +299,9 @@ class APD:
             with torch.no_grad():
                 for kept, new in zip(parameters, self.guide.network.parameters(), strict=True):
                     new.copy_(kept)
-        warnings.warn(
+        warn(
             f"APD has not come down to the draws by step {training.steps}: two-sample distance {distance:.3g}, where two halves of the "
             f"draws are {stopping.floor:.3g} apart. Judge it with distill.compare; more num_steps or a larger generator may help",
-            stacklevel=5,
         )
         return distance
 

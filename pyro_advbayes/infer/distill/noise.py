@@ -10,11 +10,10 @@ well as the draws,
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
+from pyro_advbayes.given import warn
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.rows import Rows
 from pyro_advbayes.model.potential import Potential
@@ -58,11 +57,10 @@ def _warn_of_misfit(made: Tensor, drawn: Tensor) -> None:
     """Warns if the misfits ``[n]`` of samples without noise exceed those of the draws by more than three standard errors."""
     excess = made.mean() - drawn.mean()
     if excess > 3.0 * (made.var() / len(made) + drawn.var() / len(drawn)).sqrt():
-        warnings.warn(
+        warn(
             f"FactoredGenerator misfits the data by {excess:.3g} nats more than the draws do, although all of its noise was removed: its "
             "directions or its network do not represent combinations of weights that the data determine. Judge its predictions with "
             "distill.compare; take a larger rank, or hidden=None, which keeps the draws' codes",
-            stacklevel=2,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_advbayes.given import warn
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.schedules import check_value
 from pyro_advbayes.infer.mcmc.state import AutoStepSize
@@ -64,11 +64,10 @@ def _batches_digest(loader: Loader) -> list[Any] | None:
         return first
     data = getattr(loader.loader, "dataset", None)
     name = type(loader.loader).__name__ + ("" if data is None else f" of {type(data).__name__}")
-    warnings.warn(
+    warn(
         f"the loader cannot be replayed: {name} gave other batches the second time, from the same random state. A resumed run will not see "
         "the data that this one would have seen, and cannot check that they are the same data. Draw random numbers from the global "
         "generators of PyTorch, NumPy or Python, or from a torch.Generator that is an attribute of the loader, its sampler or its data set",
-        stacklevel=6,
     )
     return None
 
@@ -105,9 +104,8 @@ def check_fingerprint(now: dict[str, Any], then: dict[str, Any], path: Path) -> 
             raise ValueError(f"{path} is of another run: its {key} is {_shorten(there)}, here it is {_shorten(here)}")
     for key in ("threads", "torch"):
         if now[key] != then.get(key):
-            warnings.warn(
+            warn(
                 f"{path} was written with {key}={then.get(key)}, here it is {now[key]}: results may differ in the last bits",
-                stacklevel=4,
             )
 
 

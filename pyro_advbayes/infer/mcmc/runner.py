@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_advbayes.checked import checked
-from pyro_advbayes.given import check_int
+from pyro_advbayes.given import check_int, warn
 from pyro_advbayes.infer.mcmc import summary
 from pyro_advbayes.infer.mcmc.assessment import Assessment, Finished, SamplingWarning, assess
 from pyro_advbayes.infer.mcmc.fingerprint import (
@@ -282,7 +281,7 @@ class SGMCMC(AbstractMCMC):
         """Assesses the draws, and says in one warning what is wrong with them."""
         self._assessment = assess(self.finished())
         if self._assessment.findings:
-            warnings.warn(SamplingWarning(self._assessment.text()), stacklevel=3)
+            warn(SamplingWarning(self._assessment.text()))
 
     def finished(self) -> Finished:
         """The finished run, to be assessed."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_advbayes.given import warn
 from pyro_advbayes.infer.mcmc.control_variate import ControlVariate
 from pyro_advbayes.infer.mcmc.noise_estimate import ESTIMATE_FROM
 from pyro_advbayes.infer.mcmc.rule import Rule, Variables
@@ -132,6 +132,6 @@ def compile_update(update: Callable, example: Sequence[Any]) -> Callable | None:
         compiled(*example)
     except Exception as error:  # no C++ compiler, or an operation that it does not support: the graph runs all the same
         reason = str(error).strip().splitlines()[0]
-        warnings.warn(f"backend='compile' falls back to 'graph', which is slower: torch.compile failed ({reason})", stacklevel=2)
+        warn(f"backend='compile' falls back to 'graph', which is slower: torch.compile failed ({reason})")
         return None
     return compiled

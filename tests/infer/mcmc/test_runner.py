@@ -106,6 +106,7 @@ def test_diagnostics_hold_every_site_and_what_the_kernel_found():
         "divergences",
         "step size",
         "step fell",
+        "energy error",
         "T_eff",
         "T_eff direction",
         "T_eff epochs",
