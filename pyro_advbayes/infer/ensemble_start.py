@@ -53,7 +53,6 @@ class EnsembleStart(Mapping[str, Tensor]):
 
 
 @checked
-@checked
 def ensemble_start(
     model: Callable,
     *args: Any,
@@ -153,7 +152,7 @@ class _Members:
         self._theta = potential.init().detach().clone()
         self._optim = torch.optim.Adam([self._theta], lr)
         self.kept, self.epochs = self._theta.clone(), [0] * len(self._theta)
-        self.start = self.best = self._row_scores(self._theta).mean(-1)
+        self.best = self._row_scores(self._theta).mean(-1)
 
     def step(self, size: int) -> None:
         """One update of every member."""
@@ -171,14 +170,15 @@ class _Members:
 
     def finish(self, lr: float, held_out: Tensor) -> EnsembleStart:
         """The members where each was best."""
-        untrained = [i for i, epoch in enumerate(self.epochs) if epoch == 0]
+        untrained, count = [str(i) for i, epoch in enumerate(self.epochs) if epoch == 0], len(self.epochs)
+        why = (
+            f"at lr={lr:.3g} the held-out rows were never predicted better than at the start. Take another lr, or scale inputs and targets "
+            "to about 1"
+        )
+        if len(untrained) == count:
+            raise RuntimeError(f"no member has trained: {why}")
         if untrained:
-            which = f"members {', '.join(map(str, untrained))} of {len(self.epochs)}" if len(untrained) < len(self.epochs) else "no member"
-            message = f"{which} {'have not trained' if len(untrained) < len(self.epochs) else 'has trained'}: at lr={lr:.3g} the held-out "
-            message += "rows were never predicted better than at the start. Take another lr, or scale inputs and targets to about 1"
-            if len(untrained) == len(self.epochs):
-                raise RuntimeError(message)
-            warn(message)
+            warn(f"members {', '.join(untrained)} of {count} have not trained: {why}")
         rows = self._row_scores(self.kept)
         score = float((rows.logsumexp(0) - math.log(len(rows))).mean())
         return EnsembleStart(

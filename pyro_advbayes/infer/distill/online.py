@@ -85,7 +85,9 @@ class OnlineAPD:
         **changes: Any,
     ) -> None:
         if not isinstance(kernel, SGMCMCKernel):
-            raise ValueError(f"kernel={type(kernel).__name__}: SGLD, SGAdaLD, SGHMC or BAL; draws of others go to APD(guide).fit(...)")
+            raise ValueError(
+                f"kernel={type(kernel).__name__}: SGLD, SGAdaLD, SGHMC, MCLMC or BAL; draws of others go to APD(guide).fit(...)"
+            )
         warmup_steps = num_samples if warmup_steps is None else warmup_steps
         for name, value in {"num_samples": num_samples, "num_chains": num_chains, "buffer": buffer}.items():
             check_int(value, name, 1)

@@ -95,7 +95,9 @@ class SGMCMC(AbstractMCMC):
         for name, (value, least) in counts.items():
             check_int(value, name, least)
         if not isinstance(kernel, SGMCMCKernel):
-            raise ValueError(f"kernel={type(kernel).__name__}: SGLD, SGAdaLD, SGHMC or BAL; for Pyro's own kernels use pyro.infer.MCMC")
+            raise ValueError(
+                f"kernel={type(kernel).__name__}: SGLD, SGAdaLD, SGHMC, MCLMC or BAL; for Pyro's own kernels use pyro.infer.MCMC"
+            )
         if draws_dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"draws_dtype={draws_dtype}: a floating-point dtype")
         self._left_out: list[int] = []
