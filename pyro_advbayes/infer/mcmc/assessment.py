@@ -288,7 +288,7 @@ def _mixing(run: Finished, energy: Tensor, constant: bool) -> list[str]:
         if largest > worst:
             worst, where_worst = largest, name
     if worst > LARGEST_R_HAT:
-        findings.append(f"the chains have not mixed: R-hat of {where_worst} is {worst:.2f}: {slow}")
+        findings.append(f"the chains have not mixed: R-hat of {where_worst} is {worst:.3g}: {slow}")
     return findings
 
 
