@@ -13,7 +13,7 @@ import sys
 import types
 import typing
 from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin
@@ -46,8 +46,9 @@ def checked(function: F) -> F:
     Decorates a public function, or a class, whose constructor is then checked.
 
     An argument fits its annotation if it is of that kind: ``bool`` is True or False (or 0 or 1), ``float`` a finite number, ``Tensor`` a
-    dense tensor with data, ``Callable`` and ``Sequence`` whatever can be called or indexed. Ranges, shapes and ``*args`` are the
-    function's own. Its own message goes first where a constructor has one.
+    dense tensor with data, ``Callable`` and ``Sequence`` whatever can be called or indexed. A number of another kind (of NumPy, in a
+    tensor) is passed on as a Python float where a ``float`` is wanted. Ranges, shapes and ``*args`` are the function's own. Its own
+    message goes first where a constructor has one. A count for which there is no memory is refused, too.
     """
     if isinstance(function, type):
         # __init__ of the class itself: a subclass has its own, or inherits this one
@@ -66,12 +67,23 @@ def _wrapped(function: Callable, modules: Sequence[str], constructor: bool) -> C
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
-            given = signature.bind(*args, **kwargs).arguments
+            bound = signature.bind(*args, **kwargs)
         except TypeError:
             return function(*args, **kwargs)  # Python's own error names the argument
+        given = bound.arguments
         wrong = next((each for each in (_misfit(name, value, hints()[name]) for name, value in given.items()) if each is not None), None)
         if wrong is None:
-            return function(*args, **kwargs)
+            numbers = {name: float(value) for name, value in given.items() if hints()[name] in _FLOATS and _is_other_number(value)}
+            if numbers:
+                given |= numbers
+                args, kwargs = bound.args, bound.kwargs
+            try:
+                return function(*args, **kwargs)
+            except (MemoryError, RuntimeError) as error:
+                count = _too_many(error, given)
+                if count is None:
+                    raise
+                raise ValueError(f"{count}={given[count]}: more than there is memory for, take fewer") from error
         array = _is_array_for_tensor(wrong)
         if not constructor and not array and int not in (wrong.hint, *get_args(wrong.hint)):
             raise _refusal(wrong) from None
@@ -87,6 +99,21 @@ def _wrapped(function: Callable, modules: Sequence[str], constructor: bool) -> C
         raise _refusal(wrong)
 
     return wrapper
+
+
+_FLOATS = (float, float | None)
+_MUCH = 10**6  # a count from which on it is what takes the memory
+
+
+def _is_other_number(value: Any) -> bool:
+    return value is not None and not isinstance(value, (int, float))
+
+
+def _too_many(error: Exception, given: Mapping[str, Any]) -> str | None:
+    """The name of the largest count, if there was no memory for it."""
+    counts = {name: value for name, value in given.items() if isinstance(value, int) and value >= _MUCH}
+    short = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    return max(counts, key=lambda name: counts[name]) if short and counts else None
 
 
 class _Misfit(NamedTuple):
@@ -150,7 +177,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is bool:
         return isinstance(value, (bool, np.bool_)) or (isinstance(value, int) and value in (0, 1))
     if hint is int:
-        return isinstance(value, (int, np.integer))
+        return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if hint is float:
         scalar = isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta and not value.is_complex()
         return (isinstance(value, Real) or scalar) and math.isfinite(value)
@@ -174,8 +201,11 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _elements_fit(value: Any, arguments: tuple[Any, ...], base: Any) -> bool:
-    if isinstance(value, (Tensor, np.ndarray)) and not (value.ndim and arguments and arguments[0] in (int, float)):
-        return False  # args=x is a slip of args=(x,)
+    if hasattr(value, "ndim"):  # a tensor or an array, also of pandas: args=x is a slip of args=(x,)
+        dense = not isinstance(value, Tensor) or _fits(value, Tensor)
+        numbers = bool(dense and value.ndim == 1 and arguments and arguments[0] in (int, float))
+        long = numbers and (base is not tuple or arguments[-1] is ... or len(value) == len(arguments))
+        return long and all(_fits(each, float) for each in value[:_ELEMENTS].tolist())
     if base is tuple and arguments and arguments[-1] is not ...:
         return len(value) == len(arguments) and all(_fits(each, hint) for each, hint in zip(value, arguments, strict=True))
     return not arguments or not isinstance(value, (list, tuple)) or all(_fits(each, arguments[0]) for each in value[:_ELEMENTS])

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SEEDS = 2**32 - 1  # the largest of NumPy and scikit-learn
 _INSIDE = {"pyro_advbayes", "torch", "pyro", "contextlib", "functools"}  # packages that a call of this one goes through
 
 
@@ -78,7 +79,8 @@ def kind(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return "a numpy array"
     root = type(value).__module__.split(".")[0]
-    return f"a {type(value).__name__}" if root == "builtins" else f"a {root} {type(value).__name__}"
+    name = type(value).__name__ if root == "builtins" else f"{root} {type(value).__name__}"
+    return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
 
 
 def is_pandas(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ GOOD = {
     "path": ["x", Path("x")],
     "many": [[0.1, 1], (0.5,), DENSE, np.ones(2), range(3)],
     "rows": [(DENSE, DENSE), [DENSE]],
-    "pair": [(0.0, 1.0), [0, 1], None],
+    "pair": [(0.0, 1.0), [0, 1], None, torch.ones(2)],
     "by_name": [{"a": DENSE}, {}],
     "call": [len, torch.nn.Linear(1, 1)],
     "draws": [DENSE, [DENSE], (DENSE for _ in range(2))],
@@ -62,14 +63,14 @@ GOOD = {
 }
 BAD = {
     "flag": ["nonsense", 2, 0.5, None, [], DENSE],
-    "count": [1.5, "1", DENSE],
+    "count": [1.5, "1", DENSE, True],
     "rate": ["1", None, float("nan"), float("inf"), 1j, [], DENSE, torch.tensor(1.0, device="meta")],
     "name": [1, None, b"x"],
     "values": [DENSE.to("meta"), DENSE.to_sparse(), 1.0],
     "path": [None, 3, b"x", DENSE],
-    "many": [3, "abc", ["a"], [None], {1: 2}, torch.tensor(1.0)],
+    "many": [3, "abc", ["a"], [None], {1: 2}, torch.tensor(1.0), torch.ones(2, 2), np.array(["a"]), torch.ones(2, device="meta")],
     "rows": [DENSE, np.ones(2), "x"],
-    "pair": [(1.0,), (1.0, "x"), 3, "ab"],
+    "pair": [(1.0,), (1.0, "x"), 3, "ab", torch.ones(3)],
     "by_name": [[DENSE], {"a": "x"}, {1: DENSE}, DENSE],
     "call": [3, "len"],
     "draws": [3, "abc", DENSE.to_sparse(), DENSE.to("meta")],
@@ -100,6 +101,38 @@ def test_a_message_says_what_is_needed():
         function(many=[1, "a"])
     with pytest.raises(ValueError, match=r"^by_name\['w'\]='x': a tensor is needed$"):
         function(by_name={"w": "x"})
+
+
+@checked
+def half(rate: float, other: float | None = None, call: float | Callable = 1.0) -> Any:
+    return rate, other, call
+
+
+@pytest.mark.parametrize("value", [Fraction(1, 2), np.float32(0.5), torch.tensor(0.5)], ids=["fraction", "numpy", "tensor"])
+def test_a_number_of_another_kind_becomes_a_float_where_one_is_wanted(value):
+    assert [type(each) for each in half(value, other=value, call=value)] == [float, float, type(value)]
+    assert half(value) == (0.5, None, 1.0)
+    assert type(half(1)[0]) is int, "which Python takes for a float itself"
+
+
+@checked
+def takes_memory(count: int, error: Any, other: int = 10**7) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("no")]
+)
+def test_a_count_for_which_there_is_no_memory_is_refused_by_name(error):
+    with pytest.raises(ValueError, match=r"^count=1000000000: more than there is memory for"):
+        takes_memory(10**9, error)
+    with pytest.raises(type(error)):
+        takes_memory(3, error, other=5)
+
+
+def test_another_error_of_a_large_count_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="something inside"):
+        takes_memory(10**9, RuntimeError("something inside"))
 
 
 @checked

@@ -7,7 +7,7 @@ import torch
 
 from pyro_advbayes.checked import checked
 from pyro_advbayes.datasets.examples import Examples, check_split, image_examples
-from pyro_advbayes.given import need_extra
+from pyro_advbayes.given import SEEDS, check_int, need_extra
 
 
 @checked
@@ -33,6 +33,7 @@ def digits(
     train = check_split(split)
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction must be between 0 and 1, got {test_fraction}")
+    check_int(seed, "seed", 0, most=SEEDS)
     found = need_extra("sklearn.datasets", "sklearn").load_digits()
     pixels, labels = found.images, found.target
     cut = need_extra("sklearn.model_selection", "sklearn").train_test_split

@@ -6,7 +6,7 @@ import torch
 
 from pyro_advbayes.checked import checked
 from pyro_advbayes.datasets.examples import Examples
-from pyro_advbayes.given import check_int, need_extra
+from pyro_advbayes.given import SEEDS, check_int, need_extra
 
 
 @checked
@@ -18,11 +18,14 @@ def two_moons(num_data: int = 200, noise: float = 0.1, seed: int | None = None) 
     :param seed: ``None`` draws from torch's global generator, which ``pyro.set_rng_seed`` governs.
     :return: ``x`` is ``[num_data, 2]``, ``y`` is 0 (upper moon) or 1 (lower).
     :raises ModuleNotFoundError: without scikit-learn, the extra ``sklearn``.
-    :raises ValueError: if ``num_data`` is below 2 or ``noise`` negative.
+    :raises ValueError: if ``num_data`` is below 2 or ``noise`` or ``seed`` negative.
     """
     check_int(num_data, "num_data", 2, "one point of each class or more")
+    if noise < 0.0:
+        raise ValueError(f"noise={noise!r}: a standard deviation, >= 0")
     if seed is None:
         seed = int(torch.randint(2**31 - 1, ()))
+    check_int(seed, "seed", 0, most=SEEDS)
     x, y = need_extra("sklearn.datasets", "sklearn").make_moons(num_data, noise=noise, random_state=seed)
     return Examples(torch.from_numpy(x).float(), torch.from_numpy(y).long())
 

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_advbayes.checked import checked
+from pyro_advbayes.given import kind
 
 Array = Tensor | np.ndarray
 
@@ -67,8 +68,13 @@ def save_netcdf(data: Any, path: str | Path, *, overwrite: bool = False) -> Path
     :return: the path.
     :raises FileExistsError: if there is such a file and ``overwrite`` is false.
     :raises FileNotFoundError: if its folder does not exist.
+    :raises ValueError: if ``data`` is something else.
     """
     path = Path(path)
+    if not hasattr(data, "to_netcdf"):
+        raise ValueError(f"data is {kind(data)}: give what to_inference_data or to_arviz returned")
+    if not path.name:
+        raise ValueError(f"path={str(path)!r}: the name of a file is needed")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: choose another path, or pass overwrite=True to replace it")
     if not path.parent.is_dir():

@@ -280,7 +280,11 @@ def plot_uncertainty_map(
     :raises ValueError: if the scores do not fit the coordinates, or one is not finite.
     """
     for name, values in (("scores", scores), ("x1", x1), ("x2", x2)):
-        need_tensor(values, name)
+        if need_tensor(values, name).is_complex():
+            raise ValueError(f"{name} is a tensor of complex numbers: real ones are needed")
+    for name, values in (("x1", x1), ("x2", x2)):
+        if values.dim() != 1 or not bool(values.isfinite().all()):
+            raise ValueError(f"{name} must be a tensor of finite numbers, of one dimension, not {list(values.shape)}")
     if scores.shape != (len(x1) * len(x2),) or not bool(scores.isfinite().all()):
         raise ValueError(
             f"scores must be {len(x1) * len(x2)} finite numbers, one for each of cartesian_prod(x1, x2), not {list(scores.shape)}"

@@ -152,8 +152,8 @@ def gradient_norms(gradients: Tensor | Iterable[Tensor], draws: Sequence[int] | 
     seen, rows = 0, []
     total = squares = torch.zeros((), dtype=torch.float64)
     for chunk in in_chunks(gradients, "gradients"):
-        if chunk.dim() < 2:
-            raise ValueError("gradients must be a tensor [draws, N, *input], or chunks of draws of this form")
+        if chunk.dim() < 2 or 0 in chunk.shape:
+            raise ValueError(f"gradients must be a tensor [draws, N, *input], or chunks of draws of this form, not {list(chunk.shape)}")
         if not chunk.isfinite().all():
             raise ValueError(f"gradients has entries that are NaN or infinite, among the draws after {seen}")
         flat = chunk.detach().reshape(*chunk.shape[:2], -1).double()

@@ -87,7 +87,9 @@ def to_arviz(
         groups["sample_stats"] = posterior.sample_stats() if isinstance(posterior, SGMCMC) else _divergences(mcmc)
     else:
         if model is None or args is None:
-            raise ValueError("a guide needs model= and args=, the arguments with the data, to be drawn from and compared with the data")
+            raise ValueError(
+                "posterior is a guide, which needs model= and args=, the arguments with the data, to be drawn from and compared"
+            )
         samples = _draw_guide(posterior, num_samples, args, kwargs)
     num_chains = next(iter(samples.values())).shape[0]
     flat = {name: value.flatten(0, 1) for name, value in samples.items()}

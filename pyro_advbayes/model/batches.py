@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_advbayes.given import need_dense
+from pyro_advbayes.given import kind, need_dense
 from pyro_advbayes.model.refusals import Mismatch, label_of
 
 Batch = tuple[Tensor, ...]
@@ -29,6 +29,8 @@ class Arguments:
         self.keys: list[int | str] = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
         self.keys += [name for name, value in kwargs.items() if isinstance(value, Tensor)]
         self.labels = [label_of(model, key) for key in self.keys]
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        self._kinds = {label_of(model, key): kind(value) for key, value in given}
         for label, tensor in zip(self.labels, self.tensors, strict=True):
             need_dense(tensor, f"argument {label}")
 
@@ -55,7 +57,8 @@ class Arguments:
         if batch_args is None:
             places = [i for i, value in enumerate(tensors) if value.dim() > 0]
             if not places:
-                raise Mismatch("batch_size: none of the model's arguments is a tensor with rows to take a minibatch from", "give one")
+                given = "".join(f", {name} is {what}" for name, what in self._kinds.items())
+                raise Mismatch(f"batch_size: none of the model's arguments is a tensor with rows for a minibatch{given}", "give one")
             size = len(tensors[places[0]])
             return [i for i in places if len(tensors[i]) == size], size
         if isinstance(batch_args, str):

@@ -36,6 +36,8 @@ def init_to_fan_in(site: dict[str, Any]) -> Tensor:
     :param site: a Pyro sample message.
     :return: a value of the site's shape.
     """
+    if not {"name", "fn"} <= set(site):
+        raise ValueError(f"site holds {sorted(site)}: a Pyro sample message is needed, with name and fn")
     fn = site["fn"]
     support = fn.support
     while hasattr(support, "base_constraint"):  # of to_event, of a mixture

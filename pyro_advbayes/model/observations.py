@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_advbayes.given import is_array, kind
+from pyro_advbayes.given import kind
 from pyro_advbayes.handlers import covered, unvalidated
 from pyro_advbayes.kinds import Node, observed_sites
 from pyro_advbayes.model.batches import in_words
@@ -135,7 +136,7 @@ def check_densities(trace: Trace) -> None:
     """
     with torch.no_grad():
         for name, node in observed_sites(trace).items():
-            if is_array(node["value"]):
+            if not isinstance(node["value"], (Tensor, Real)):
                 raise Mismatch(f"observed site {name!r} is given {kind(node['value'])}", "give a tensor")
         for node in observations(trace).values():
             unvalidated(node["fn"]).log_prob(covered(node["fn"], node["mask"], node["value"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -155,6 +156,7 @@ def _explain(error: Exception, attempt: Callable[[Mapping[str, Any]], Any], give
         return
     found = _find(attempt, given)
     if found is None:
+        _explain_no_rows(error, given)
         return _explain_arrays(error, attempt, given)
     causes = " and ".join(_cause(name, given[name], form.value) for name, form in found.items())
     remedies = ", ".join(form.expression for form in found.values())
@@ -165,6 +167,15 @@ def _explain(error: Exception, attempt: Callable[[Mapping[str, Any]], Any], give
     else:
         message = f"{causes}, which the model cannot take ({in_a_line(error)}): give {remedies}"
     raise ValueError(message) from original(error)
+
+
+def _explain_no_rows(error: Exception, given: Mapping[str, Any]) -> None:
+    """:raises ValueError: naming a tensor without elements, or a single number whose rows were asked for."""
+    scalar = re.search(r"\b0-d|no dimensions|dimension 0$", in_a_line(error)) is not None
+    for name, value in given.items():
+        if isinstance(value, Tensor) and (value.numel() == 0 or (scalar and value.dim() == 0)):
+            message = f"argument {name} is a tensor {list(value.shape)}, without rows, which the model cannot take ({in_a_line(error)})"
+            raise ValueError(message) from original(error)
 
 
 def _explain_arrays(error: Exception, attempt: Callable[[Mapping[str, Any]], Any], given: Mapping[str, Any]) -> None:

@@ -43,10 +43,11 @@ ALSO = {
     "posterior_samples": ("samples", "site"),
     "samples": ("site",),
     "labels": ("classes",),
-    "x": ("inputs", "data"),
+    "x": ("input", "inputs", "data"),
     "y": ("labels", "obs", "data"),
     "args": ("data", "obs"),
     "net": ("layer",),
+    "model": ("plate", "site"),
 }
 
 
@@ -102,7 +103,7 @@ def _outcome(function: Callable, arguments: dict[str, Any], valid: dict[str, Any
         return SLOW, f"longer than {limit:.0f} s"
     except CLEAR as error:
         missing = isinstance(error, FileNotFoundError) and any(str(path) in str(error) for path in (EXTERNAL, *_paths(arguments)))
-        right = missing or _of_model(error) or _names(str(error), given)
+        right = missing or _begins_with_path(error, arguments) or _of_model(error) or _names(str(error), given)
         return (RIGHT, "") if right else (OBSCURE, _described(error))
     except Exception as error:
         return (RIGHT, "") if _of_model(error) else (OBSCURE, _described(error))
@@ -118,6 +119,12 @@ def _outcome(function: Callable, arguments: dict[str, Any], valid: dict[str, Any
 def _names(message: str, given: dict[str, str]) -> bool:
     names = {word for name in given for word in (name, *ALSO.get(name, ()))}
     return any(re.search(rf"\b{re.escape(name)}\b", message) for name in names)
+
+
+def _begins_with_path(error: BaseException, arguments: dict[str, Any]) -> bool:
+    """Whether a message says what is wrong with a file that was given."""
+    paths = [arguments.get(name) for name in ("path", "root", "samples")]
+    return any(isinstance(path, (str, Path)) and str(error).startswith(f"{Path(path)} ") for path in paths)
 
 
 def _paths(arguments: dict[str, Any]) -> list[Any]:

@@ -35,7 +35,7 @@ def read_samples(samples: Mapping[str, Tensor] | str | Path) -> tuple[dict[str, 
     for name, value in values.items():
         if not need_tensor(value, f"{source}[{name!r}]").is_floating_point() or value.dim() < 1 + grouped:
             raise ValueError(f"{source}: site {name!r} must be a tensor [draws, *shape] of floating type")
-    values = {name: value if grouped else value.unsqueeze(0) for name, value in values.items()}
+    values = {name: (value if grouped else value.unsqueeze(0)).detach() for name, value in values.items()}
     lengths = {name: value.shape[0] * value.shape[1] for name, value in values.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{source}: there must be equally many draws of every site, got {lengths}")

@@ -153,7 +153,7 @@ class BAL(SGMCMCKernel):
         self.perturb, self.learners, self.copies, self.clip = perturb, learners, copies, clip
         self.cost = as_cost((Box(0.1 * extent) if pixels else L2(0.0)) if cost is None else cost)
         self.adversary = Pixels() if adversary is None else adversary
-        self.input_temperature = check_value(as_schedule(input_temperature, "temperature")(0), "temperature", 0)
+        self.input_temperature = check_value(as_schedule(input_temperature, "input_temperature")(0), "input_temperature", 0)
         self.clean_share, self.loss, self.keep = clean_share, loss, tuple(keep)
         if self.adversary.lasting and learners == "independent":
             raise ValueError(f"{self.adversary!r} is shared by all rows and chains: take learners='mean' or 'sum'")

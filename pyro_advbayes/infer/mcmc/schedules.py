@@ -86,7 +86,11 @@ def as_schedule(value: Any, name: str) -> Schedule:
     if isinstance(value, bool) or not (callable(value) or isinstance(value, (int, float))):
         raise ValueError(f"{name}={value!r}: a number or a function of the step is needed")
     schedule = value if callable(value) else Constant(float(value))
-    check_value(schedule(0), name, 0)
+    try:
+        first = schedule(0)
+    except Exception as error:  # whatever a function raises that is none of the step
+        raise ValueError(f"{name} is a function that fails at step 0 ({error}): give one of the update's number, an int") from error
+    check_value(first, name, 0)
     return schedule
 
 
@@ -96,8 +100,8 @@ def check_value(value: Any, name: str, step: int) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} is {value!r} at step {step}: a schedule must return a number") from None
-    if not math.isfinite(number) or number < 0.0 or (number == 0.0 and name != "temperature"):
-        raise ValueError(f"{name} is {number} at step {step}: it must be finite and {'>= 0' if name == 'temperature' else '> 0'}")
+    if not math.isfinite(number) or number < 0.0 or (number == 0.0 and not name.endswith("temperature")):
+        raise ValueError(f"{name} is {number} at step {step}: it must be finite and {'>= 0' if name.endswith('temperature') else '> 0'}")
     return number
 
 
