@@ -200,6 +200,9 @@ class PlateIndices:
 
     def load(self, state: dict[str, Any]) -> None:
         """Continues from a :meth:`state`."""
+        for name in ("seed", "position"):
+            if type(state[name]) is not int or state[name] < 0:
+                raise ValueError(f"the {name} of its batches is {str(state[name])[:100]}")
         self._rows.seed, self._rows.position, self._rows._epochs = state["seed"], state["position"], {}
 
 

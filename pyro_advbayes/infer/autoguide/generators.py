@@ -146,6 +146,13 @@ class StandardizedGenerator(RowGenerator):
     def prepare(self, rows: Rows, mean: Tensor, sd: Tensor) -> None:
         self.standardize(mean.clone(), sd.clone())
 
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for name in {"loc", "scale"} & set(state):
+            value = state[name]
+            if tuple(value.shape) not in ((), (self.size,)) or not bool(value.isfinite().all()):
+                raise ValueError(f"{name} is {str(value)[:100]}, for rows of {self.size} numbers")
+        super().restore(state)
+
     def standardize(self, loc: Tensor, scale: Tensor) -> None:
         """Sets the units, ``[P]`` each or one number for all."""
         self.loc, self.scale = loc, scale

@@ -323,8 +323,8 @@ class AutoImplicit(AutoGuide):
         content = files.load(Path(path), f"file of {cls.__name__}")
         kinds = {"model": str, "generator": str, "settings": dict, "sites": list, "state": dict, "num_draws": int, "reference": dict}
         files.check_fields(Path(path), content, kinds)
-        if not content["sites"]:
-            raise files.FileError(f"{path}: its sites are []: it is spoilt")
+        if not content["sites"] or content["num_draws"] == 0:
+            raise files.FileError(f"{path}: its {'num_draws is 0' if content['sites'] else 'sites are []'}: it is spoilt")
         if content["model"] != model_name(model):
             raise ValueError(f"{path} is of another model: it was saved for {content['model']!r}, here is {model_name(model)!r}")
         kind = content["generator"]
@@ -332,6 +332,9 @@ class AutoImplicit(AutoGuide):
             raise ValueError(f"{path} holds a custom generator ({content['settings']}): pass generator=, a module like it")
         with files.reading(Path(path)):
             sites = unpack_sites(content["sites"])
+            for name, value in content["state"].items():
+                if not isinstance(value, Tensor):
+                    raise ValueError(f"its state[{name!r}] is {str(value)[:100]}, no tensor")
             if generator is None:
                 generator = GENERATORS[kind](**content["settings"])
                 held = sum(value.numel() for value in content["state"].values())
@@ -348,6 +351,8 @@ class AutoImplicit(AutoGuide):
             guide.network.restore(content["state"])
         except RuntimeError as error:
             raise ValueError(f"{path} does not fit the generator given: {error}") from error
+        except ValueError as error:
+            raise files.FileError(f"{path}: its state is spoilt: {error}") from error
         with files.reading(Path(path)):
             then = {name: torch.tensor(value, dtype=torch.float64) for name, value in content["reference"].items()}
         reference.check(guide.network.reference(), then, Path(path))

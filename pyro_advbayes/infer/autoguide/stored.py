@@ -25,6 +25,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "SoftplusTransform": (),
     "StickBreakingTransform": (),
 }
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def pack_sites(sites: Sequence[Site]) -> list[dict[str, Any]]:
@@ -49,18 +50,35 @@ def pack_sites(sites: Sequence[Site]) -> list[dict[str, Any]]:
 
 
 def unpack_sites(packed: Sequence[Mapping[str, Any]]) -> tuple[Site, ...]:
-    """The inverse of :func:`pack_sites`."""
-    return tuple(
-        Site(
-            entry["name"],
-            torch.Size(entry["shape"]),
-            getattr(torch, entry["dtype"]),
-            torch.Size(entry["unconstrained_shape"]),
-            _unpack(entry["transform"]),
-            entry["start"],
-        )
-        for entry in packed
-    )
+    """
+    The inverse of :func:`pack_sites`.
+
+    :raises ValueError: naming an entry that no site has.
+    """
+    sites: list[Site] = []
+    for number, entry in enumerate(packed):
+        site, start = _unpack_site(entry, f"site {number}"), sum(site.numel for site in sites)
+        if site.name in {each.name for each in sites}:
+            raise ValueError(f"site {number}: its name {site.name!r} is that of another")
+        if type(site.start) is not int or site.start != start:
+            raise ValueError(f"site {number}: its start is {str(site.start)[:100]}, and it begins at {start}")
+        sites.append(site)
+    return tuple(sites)
+
+
+def _unpack_site(entry: Mapping[str, Any], where: str) -> Site:
+    for name in ("shape", "unconstrained_shape"):
+        if not isinstance(entry[name], list) or not all(type(size) is int and size >= 0 for size in entry[name]):
+            raise ValueError(f"{where}: its {name} is {str(entry[name])[:100]}")
+    shape, flat = torch.Size(entry["shape"]), torch.Size(entry["unconstrained_shape"])
+    if not isinstance(entry["name"], str) or not entry["name"]:
+        raise ValueError(f"{where}: its name is {str(entry['name'])[:100]}")
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"{where}: its dtype is {str(entry['dtype'])[:100]}")
+    transform = _unpack(entry["transform"])
+    if not isinstance(transform, torch.distributions.Transform) or torch.Size(transform.inverse_shape(shape)) != flat:
+        raise ValueError(f"{where}: its transform is none from the shape {list(flat)} to the shape {list(shape)}")
+    return Site(entry["name"], shape, getattr(torch, entry["dtype"]), flat, transform, entry["start"])
 
 
 def _pack(value: Any) -> Any:
@@ -82,5 +100,9 @@ def _unpack(value: Any) -> Any:
     if "inverse" in value:
         return _unpack(value["inverse"]).inv
     kind = value["transform"]
+    if not isinstance(value["arguments"], list):
+        raise ValueError(f"{kind} has no list of arguments")
     arguments = [_unpack(part) for part in value["arguments"]]
+    if any(not bool(torch.as_tensor(each).isfinite().all()) for each in arguments if isinstance(each, (float, torch.Tensor))):
+        raise ValueError(f"{kind} has an argument that is not finite")
     return getattr(transforms, kind)(**dict(zip(_ARGUMENTS[kind], arguments, strict=True)))

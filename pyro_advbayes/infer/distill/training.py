@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -128,7 +129,8 @@ class Training:
     def load(self, state: dict[str, Any]) -> None:
         """Restores a :meth:`state`."""
         self.generator.restore(state["generator"])
-        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+        for i, (optimizer, kept) in enumerate(zip(self.optimizers, state["optimizers"], strict=True)):
+            _check_optimizer(optimizer, kept, f"optimizers[{i}]")
             optimizer.load_state_dict({**kept, "state": {int(place): value for place, value in kept["state"].items()}})
         with torch.no_grad():
             for kept, value in zip(self.average, state["average"], strict=True):
@@ -136,3 +138,29 @@ class Training:
                     raise ValueError(f"an average has shape {list(value.shape)}, its parameter {list(kept.shape)}")
                 kept.copy_(value)
         self.steps = state["steps"]
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, kept: dict[str, Any], where: str) -> None:
+    """
+    Refuses a saved state of Adam whose tensors have other shapes than the parameters: the fused kernel would write past their ends.
+
+    :raises ValueError: naming what differs.
+    """
+    for i, (group, own) in enumerate(zip(kept["param_groups"], optimizer.state_dict()["param_groups"], strict=True)):
+        for name in own.keys() & group.keys() - {"lr"}:  # which follows from the step
+            if type(group[name]) is not type(own[name]) or group[name] != own[name]:
+                raise ValueError(f"{where}, param_groups[{i}][{name!r}] is {str(group[name])[:100]}, not {own[name]}")
+        if not isinstance(group["lr"], float) or not 0.0 < group["lr"] < math.inf:
+            raise ValueError(f"{where}, param_groups[{i}]['lr'] is {str(group['lr'])[:100]}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if kept["state"] and set(kept["state"]) != set(map(str, range(len(parameters)))):
+        raise ValueError(f"{where}: its state is of parameters {', '.join(kept['state'])[:100]}, of {len(parameters)}")
+    for i, parameter in enumerate(parameters) if kept["state"] else ():
+        moments = kept["state"][str(i)]
+        if set(moments) != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"{where}, state[{i}] holds {', '.join(moments)[:100]}, not step, exp_avg, exp_avg_sq")
+        for name, value in moments.items():
+            shape = torch.Size() if name == "step" else parameter.shape
+            fits = isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
+            if not fits or (name == "step" and not 0 <= float(value) < math.inf) or (name == "exp_avg_sq" and bool((value < 0).any())):
+                raise ValueError(f"{where}, state[{i}][{name!r}] is {str(value)[:100]}, for a parameter {list(parameter.shape)}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -150,6 +153,7 @@ class ChainState:
         :raises LookupError, TypeError, ValueError: if it is not that of chains like these.
         """
         _load(self, {name: content[name] for name in _saved(self)})
+        _check(self)
         self.some_lost = not bool(self.alive.all())
 
 
@@ -167,23 +171,95 @@ def _content(value: Any) -> Any:
     return value
 
 
-def _load(value: Any, content: Mapping[str, Any]) -> None:
+def _load(value: Any, content: Mapping[str, Any], within: str = "") -> None:
+    """:param within: of which field the value is, for messages."""
+    hints = get_type_hints(type(value))
     for name, new in content.items():
-        old = getattr(value, name)
+        old, where = getattr(value, name), within + name
         if isinstance(old, NormalNoise):
             old.load(new)
         elif isinstance(old, torch.Generator):
             old.set_state(new.cpu())
         elif is_dataclass(old):
-            _load(old, dict(zip(_saved(old), new, strict=True)))
-        elif isinstance(old, Tensor) and not (isinstance(new, Tensor) and new.shape == old.shape and new.dtype == old.dtype):
-            raise ValueError(f"{name} is not of shape {list(old.shape)} and {old.dtype}")
-        elif isinstance(old, list):
-            setattr(value, name, [] if new is None else list(new))
-            if old and len(getattr(value, name)) != len(old):
-                raise ValueError(f"{name} is of {len(getattr(value, name))} chains, not {len(old)}")
+            if not isinstance(new, (list, tuple)) or len(new) != len(_saved(old)):
+                raise ValueError(f"{where} is not the list {', '.join(_saved(old))}")
+            _load(old, dict(zip(_saved(old), new, strict=True)), f"{where}.")
+        elif isinstance(old, Tensor):
+            if not isinstance(new, Tensor) or _form(new) != _form(old):
+                raise ValueError(f"{where} is not of shape {list(old.shape)} and {old.dtype}")
+            setattr(value, name, new)
         else:
-            setattr(value, name, dict(new) if isinstance(old, dict) else new)
+            new = [] if isinstance(old, list) and new is None else new
+            if not _is_of(new, hints[name]):
+                raise ValueError(f"{where} is {str(new)[:100]}")
+            if isinstance(old, list) and old and len(new) != len(old):
+                raise ValueError(f"{where} is of {len(new)} chains, not {len(old)}")
+            if where == "variables" and isinstance(new, dict) and _forms(new) != _forms(old):
+                raise ValueError(f"variables are {', '.join(new) or 'none'}, not {', '.join(old) or 'any'}, or are of other shapes")
+            setattr(value, name, list(new) if isinstance(old, list) else dict(new) if isinstance(old, dict) else new)
+
+
+def _form(value: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return value.shape, value.dtype
+
+
+def _forms(values: Variables) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: _form(value) for name, value in values.items()}
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type, and its elements are."""
+    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    for option in options:
+        kind, inner = get_origin(option) or option, get_args(option)
+        if kind is Any or (kind in (int, float) and isinstance(value, (int, kind)) and not isinstance(value, bool)):
+            return True
+        if kind in (list, tuple) and isinstance(value, (list, tuple)) and all(_is_of(each, inner[0]) for each in value):
+            return True
+        if kind is dict and isinstance(value, dict) and all(_is_of(each, inner[1]) for each in value.values()):
+            return True
+        if kind not in (int, float, list, tuple, dict) and isinstance(value, kind):
+            return True
+    return False
+
+
+def _check(state: ChainState) -> None:
+    """:raises ValueError: naming a value that no run has."""
+    chains, size = state.theta.shape
+    numbers: dict[str, tuple[float | None, float, float]] = {"clamped": (state.clamped, 0.0, 1.0)}  # with their bounds
+    shapes: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
+        "restarts.theta": (state.restarts.theta, [(chains, size)]),
+        "restarts.energy": (state.restarts.energy, [(chains,)]),
+        "steepest.theta": (state.steepest.theta, [(chains, size)]),
+        "steepest.norm": (state.steepest.norm, [(chains,)]),
+        "effective": (state.effective, [(n, m) for n in range(1, chains + 1) for m in (1, size)] + [(1,), (size,)]),  # of chains alive
+        **{f"noise.differences[{i}]": (each, [(chains, size)]) for i, each in enumerate(state.noise.differences)},
+    }
+    counts = [
+        state.counts.updates,
+        state.counts.samples,
+        state.noise.count,
+        *state.restarts.counts,
+        *(each for rows in state.divergences for each in rows),
+    ]
+    if state.auto is not None:
+        least = torch.finfo(torch.float64).tiny
+        for name in ("value", "ceiling", "warm_value"):
+            numbers[f"auto.{name}"] = getattr(state.auto, name), least, sys.float_info.max
+        numbers |= {"auto.curvature": (state.auto.curvature, 0.0, math.inf), "auto.measured_at": (state.auto.measured_at, 0.0, 1.0)}
+        shapes |= {f"auto.directions[{name!r}]": (each, [(size,)]) for name, each in state.auto.directions.items()}
+        counts.append(state.auto.measured)
+    for name, (number, low, high) in numbers.items():
+        if number is not None and not low <= number <= high:
+            raise ValueError(f"{name} is {number}")
+    for name, (tensor, allowed) in shapes.items():
+        if tensor is not None and not (tuple(tensor.shape) in allowed and tensor.is_floating_point()):
+            raise ValueError(f"{name} is of shape {list(tensor.shape)} and {tensor.dtype}, with {chains} chains of {size} numbers")
+    if any(count < 0 for count in counts):
+        raise ValueError("counts, or those of noise, restarts, divergences or auto, are negative")
+    for name, value in state.info.items():
+        if not _is_of(value, float) and not (isinstance(value, Tensor) and value.shape[:1] == (chains,)):
+            raise ValueError(f"info[{name!r}] is {str(value)[:100]}")
 
 
 @dataclass
