@@ -227,13 +227,14 @@ def _check(state: ChainState) -> None:
     """:raises ValueError: naming a value that no run has."""
     chains, size = state.theta.shape
     numbers: dict[str, tuple[float | None, float, float]] = {"clamped": (state.clamped, 0.0, 1.0)}  # with their bounds
+    some = range(chains + 1)  # where only the first chains are followed
     shapes: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
         "restarts.theta": (state.restarts.theta, [(chains, size)]),
         "restarts.energy": (state.restarts.energy, [(chains,)]),
-        "steepest.theta": (state.steepest.theta, [(chains, size)]),
-        "steepest.norm": (state.steepest.norm, [(chains,)]),
-        "effective": (state.effective, [(n, m) for n in range(1, chains + 1) for m in (1, size)] + [(1,), (size,)]),  # of chains alive
-        **{f"noise.differences[{i}]": (each, [(chains, size)]) for i, each in enumerate(state.noise.differences)},
+        "steepest.theta": (state.steepest.theta, [(n, size) for n in some]),
+        "steepest.norm": (state.steepest.norm, [(n,) for n in some]),
+        "effective": (state.effective, [(1,), (size,), *((n, m) for n in some for m in (1, size))]),  # of the chains alive
+        **{f"noise.differences[{i}]": (each, [(n, size) for n in some]) for i, each in enumerate(state.noise.differences)},
     }
     counts = [
         state.counts.updates,

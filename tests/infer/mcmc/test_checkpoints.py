@@ -67,7 +67,7 @@ def automatic():
 
 
 def sample_automatic(path):
-    ab.SGMCMC(automatic(), 4, 8, 2, checkpoint=path, checkpoint_every=3, disable_progbar=True).run(X, Y)
+    ab.SGMCMC(automatic(), 4, 8, 6, checkpoint=path, checkpoint_every=3, disable_progbar=True).run(X, Y)
 
 
 def write_guide(path):
@@ -471,6 +471,7 @@ NAMED = [  # the last name of the place is in the message
             (("restarts",), [[0, 0]]),
             (("noise",), {}),
             (("steepest",), [torch.zeros(3), None]),
+            (("steepest",), [None, torch.zeros(2, 5)]),
             (("steepest",), ["x", None]),
             (("batches", "seed"), [1]),
             (("batches", "seed"), -1),
