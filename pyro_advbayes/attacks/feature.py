@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_advbayes.attacks.base import Attack, BallAttack, ascend
@@ -16,6 +15,7 @@ from pyro_advbayes.attacks.problem import Ascent, ClassifierProblem, Problem, ch
 from pyro_advbayes.checked import checked
 from pyro_advbayes.kinds import sample_sites
 from pyro_advbayes.model.layers import refuse_inference_mode
+from pyro_advbayes.model.program import run
 
 
 @checked
@@ -108,8 +108,7 @@ class _Layer:
         self._name, self._layer = name, layers[name]
         self._draws: list[dict[str, Tensor]] = [{}]
         if samples:
-            with torch.no_grad(), poutine.block():
-                sites = sample_sites(poutine.trace(model).get_trace(x))
+            sites = sample_sites(run(model, ((x,), {}), None, torch.no_grad()))
             count = len(next(iter(samples.values())))
             # Pyro's Predictive puts dimensions of size 1 in front, which a weight matrix must not have
             self._draws = [{n: v[i].reshape(sites[n]["fn"].shape()) for n, v in samples.items() if n in sites} for i in range(count)]
@@ -120,8 +119,7 @@ class _Layer:
             kept: list[Any] = []
             handle = self._layer.register_forward_hook(lambda module, inputs, output, kept=kept: kept.append(_as_it_is(output)))
             try:
-                with poutine.block():
-                    poutine.condition(self._model, data=draw)(x)
+                run(self._model, ((x,), {}), draw)
             finally:
                 handle.remove()
             if not kept or not isinstance(kept[-1], Tensor) or kept[-1].shape[:1] != x.shape[:1]:

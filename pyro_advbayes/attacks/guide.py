@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int, need_tensor
 from pyro_advbayes.model.outcomes import Origins
+from pyro_advbayes.model.program import run
 from pyro_advbayes.model.readout import Readout
 from pyro_advbayes.model.refusals import told
 
@@ -55,8 +56,8 @@ class GuideClassifier(nn.Module):
     def _drawn(self, given: Mapping[str, Tensor]) -> Tensor:
         x = given["x"]
         with poutine.block(), poutine.mask(mask=False), Origins() as origins:
-            drawn = poutine.trace(self.guide).get_trace(x)
-            trace = poutine.trace(poutine.replay(self.model, trace=drawn)).get_trace(x)
+            drawn = run(self.guide, ((x,), {}), hidden=False)
+            trace = run(poutine.replay(self.model, trace=drawn), ((x,), {}), hidden=False)
             if len(x) not in self._readouts:
                 self._readouts = {len(x): Readout(self.model, trace, (x,), {}, drawn.nodes, self.return_site, type(self).__name__)}
             return self._readouts[len(x)].logits(trace, origins)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int, warn
-from pyro_advbayes.handlers import CoveredMessenger, GivenMessenger
+from pyro_advbayes.handlers import CoveredMessenger
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
 from pyro_advbayes.infer.elbo.adversarial import TraceAdversarial_ELBO
 from pyro_advbayes.infer.predictive import RandomState
@@ -33,6 +33,7 @@ from pyro_advbayes.model.loader import Loader
 from pyro_advbayes.model.notices import never_seen_data, statistics_message
 from pyro_advbayes.model.outcomes import Origins
 from pyro_advbayes.model.potential import Potential
+from pyro_advbayes.model.program import run
 from pyro_advbayes.model.readout import Readout
 from pyro_advbayes.model.refusals import Given, check_number, told
 from pyro_advbayes.model.scale import minibatch
@@ -112,7 +113,7 @@ class UncertaintyRegularizer:
     def _logits(self, model: Callable, guide: Callable, *batch: Tensor) -> Tensor:
         with poutine.block(), kept_statistics(), Origins() as origins:
             values = guide(*batch)
-            trace = poutine.trace(GivenMessenger(values)(model)).get_trace(*batch)
+            trace = run(model, (batch, {}), values, hidden=False)
             instead = "leave uncertainty= out, which asks two draws for different classes"
             return Readout(model, trace, batch, {}, values, self.return_site, "uncertainty", instead).logits(trace, origins)
 
@@ -317,8 +318,7 @@ def _fitting_values(model: Callable, pretrained: Pretrained, batch: Batch) -> di
     """
     given = dict(pretrained.state_dict() if isinstance(pretrained, nn.Module) else pretrained)
     # draws from the prior may overflow a deep network, but only names and shapes are needed
-    with torch.no_grad(), poutine.block(), refuse_random_layers(model), pyro.validation_enabled(False):
-        trace = poutine.trace(model).get_trace(*batch)
+    trace = run(model, (batch, {}), None, torch.no_grad(), refuse_random_layers(model), pyro.validation_enabled(False))
     sites = {name: node["value"] for name, node in latent_sites(trace).items()}
     module = poutine.unwrap(model)
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())} if isinstance(module, nn.Module) else {}

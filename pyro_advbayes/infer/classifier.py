@@ -20,6 +20,7 @@ from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.predictive import Predictive, predict, record_draws, refuse_nan
 from pyro_advbayes.kinds import sample_sites
 from pyro_advbayes.model.outcomes import Origins
+from pyro_advbayes.model.program import run
 from pyro_advbayes.model.readout import Readout
 from pyro_advbayes.tracing.guard import Guard, RandomState, agree, autocast_state, roots_of
 from pyro_advbayes.tracing.record import record
@@ -197,7 +198,7 @@ def _draw(guide: Callable, num_samples: int) -> dict[str, Tensor]:
     try:
         with torch.no_grad():
             draws = predict(ConditionedModel(guide, {}, num_samples), None)
-            sites = sample_sites(poutine.trace(guide).get_trace())
+            sites = sample_sites(run(guide, ((), {}), hidden=False))
     except TypeError as error:
         raise ValueError(
             "the guide cannot be called without arguments: draw with Predictive(guide, num_samples=...)(...) and pass the result as "

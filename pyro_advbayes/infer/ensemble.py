@@ -8,7 +8,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta
 from pyro.optim import PyroOptim
@@ -23,6 +22,7 @@ from pyro_advbayes.infer.predictive import RandomState
 from pyro_advbayes.model.batches import Arguments, TensorRows
 from pyro_advbayes.model.initialization import init_to_fan_in
 from pyro_advbayes.model.potential import Potential
+from pyro_advbayes.model.program import run
 from pyro_advbayes.model.refusals import Given, told
 from pyro_advbayes.model.scale import minibatch
 from pyro_advbayes.model.structure import prior_factors, try_model
@@ -97,9 +97,9 @@ def _examined(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], b
 
 
 def _refuse_parameters(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    with poutine.block(), pyro.get_param_store().scope(), RandomState().again():  # looking takes no random numbers from the members
-        nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes
-    values = {name: node["value"] for name, node in nodes.items() if node["type"] == "param"}
+    # looking takes no random numbers from the members
+    trace = run(model, (args, kwargs), None, pyro.get_param_store().scope(), RandomState().again())
+    values = {name: node["value"] for name, node in trace.nodes.items() if node["type"] == "param"}
     own = [name for name, value in values.items() if value is not None and value.requires_grad]
     if own:
         raise ValueError(

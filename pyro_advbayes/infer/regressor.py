@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 from torch.distributions import Normal
 
@@ -15,6 +14,7 @@ from pyro_advbayes.infer.likelihood import read_likelihood
 from pyro_advbayes.infer.predictive import Predictive, refuse_nan
 from pyro_advbayes.kinds import sample_sites
 from pyro_advbayes.model.outcomes import Likelihood, without_wrappers
+from pyro_advbayes.model.program import run
 
 
 @checked
@@ -78,7 +78,7 @@ class _Moments:
         self.model, self.site = model, site
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        sites = sample_sites(poutine.trace(self.model).get_trace(*args, **kwargs))
+        sites = sample_sites(run(self.model, (args, kwargs), hidden=False))
         assert self.site is not None  # by now it is known
         fn = sites[self.site]["fn"]
         normal = without_wrappers(fn)

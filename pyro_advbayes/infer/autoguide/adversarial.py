@@ -25,6 +25,7 @@ from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int, need_tensor
 from pyro_advbayes.kinds import is_subsample, latent_sites, sample_sites
 from pyro_advbayes.model.layers import kept_statistics, refuse_inference_mode
+from pyro_advbayes.model.program import run
 from pyro_advbayes.model.refusals import Given, Refused, naming, refusing
 from pyro_advbayes.model.structure import try_model
 from pyro_advbayes.model.supports import map_onto
@@ -361,5 +362,4 @@ def _bound(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> i
 
 
 def _traced(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Trace:
-    with torch.no_grad(), poutine.block(), kept_statistics():
-        return poutine.trace(model).get_trace(*args, **kwargs)
+    return run(model, (args, kwargs), None, torch.no_grad(), kept_statistics())

@@ -29,6 +29,7 @@ from pyro_advbayes.infer.conditioned import without_leading_ones
 from pyro_advbayes.infer.mcmc.fingerprint import model_name
 from pyro_advbayes.infer.predictive import RandomState
 from pyro_advbayes.model.potential import Potential
+from pyro_advbayes.model.program import run
 from pyro_advbayes.model.refusals import Refused, refusing
 from pyro_advbayes.model.structure import Site
 from pyro_advbayes.model.supports import map_onto
@@ -220,7 +221,7 @@ class AutoImplicit(AutoGuide):
     def _compare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Compares the sites in a run of the model, which leaves the random generators unchanged."""
         with torch.no_grad(), RandomState().again(), poutine.block():
-            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+            trace = run(self.model, (args, kwargs), hidden=False)
             missing = missing_sites(self.model, trace, {site.name for site in self.sites}, args, kwargs)
         sites = []
         for site in self.sites:

@@ -19,6 +19,7 @@ from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, read_samples
 from pyro_advbayes.infer.predictive import Predictive
 from pyro_advbayes.model.outcomes import Origins
+from pyro_advbayes.model.program import run
 from pyro_advbayes.model.readout import Readout
 from pyro_advbayes.model.refusals import signature_of
 
@@ -162,7 +163,7 @@ class _Probabilities:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         with Origins() as origins:
-            trace = poutine.trace(self._model).get_trace(*args, **kwargs)
+            trace = run(self._model, (args, kwargs), hidden=False)
             if self._readout is None:
                 with poutine.block():
                     self._readout = Readout(

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -16,6 +15,7 @@ from pyro_advbayes.infer.mcmc.state import AutoStepSize
 from pyro_advbayes.infer.mcmc.step_size import hottest_allowed
 from pyro_advbayes.infer.mcmc.summary import effective_size, function_values, shrink_factor, spaced, stands_still
 from pyro_advbayes.infer.mcmc.trajectory import LEAPFROG_STEPS, TRAJECTORIES, unstable_share
+from pyro_advbayes.model import program
 from pyro_advbayes.model.batches import Arguments
 
 LEAST_DRAWS = 20  # per chain; fewer are not assessed
@@ -320,7 +320,7 @@ def _means(model: Callable, latent: set[str]) -> Callable[..., Tensor]:
     """A model that returns the means of its observed sites, for classes their probabilities, in one row ``[k]``."""
 
     def means(*args: Any, **kwargs: Any) -> Tensor:
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
+        trace = program.run(model, (args, kwargs), hidden=False)
         parts: list[Tensor] = []
         for name in trace.observation_nodes:
             law = trace.nodes[name]["fn"]
