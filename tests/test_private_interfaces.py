@@ -10,20 +10,25 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import MCMC, NUTS
+from pyro.infer import ELBO, MCMC, NUTS, Trace_ELBO
+from pyro.infer.autoguide import AutoGuide, AutoNormal
+from pyro.nn import PyroModule, PyroSample
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import nn
+from torch.distributions.transforms import AffineTransform, ComposeTransform, ExpTransform
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_advbayes as ab
 from pyro_advbayes.handlers import own_mask, unvalidated
 from pyro_advbayes.kinds import is_deterministic
+from pyro_advbayes.nn.bayesian import declared_sites, map_tensors, own_names, rename
 from pyro_advbayes.tracing.guard import version_of
 from pyro_advbayes.tracing.record import traits_of
 
 PACKAGE = Path(ab.__file__).parent
 
-# What model, tracing, prediction and the objectives of SVI use, by the one file that uses it.
+# What is used, by the one file that uses it. Hooks of Pyro's classes (a guide's _setup_prototype, an ELBO's _get_trace) are overridden in
+# subclasses.
 USED = {
     r"\._mask\b": "handlers.py",
     r"\._validate_args\b": "handlers.py",
@@ -33,6 +38,15 @@ USED = {
     r"_should_skip_dynamo\b": "tracing/record.py",
     r'"_op"': "tracing/calls.py",
     r"\b_PYRO_STACK\b": "infer/elbo/objective.py",
+    r"\._version\b": "tracing/guard.py",
+    r"\._buffers\b": "tracing/guard.py",
+    r"\._parameters\b": "tracing/guard.py",
+    r"\._modules\b": "nn/dropout.py",
+    r"\b(?!self)\w+\._pyro_name\b": "nn/bayesian.py",
+    r"\._pyro_samples\b": "nn/bayesian.py",
+    r'"_inv"': "nn/bayesian.py",
+    r"\b_create_plates\b": "infer/autoguide/adversarial.py",
+    r"\b(?!self)\w+\._(?:args|kwargs|diagnostics)\b": "infer/arviz.py",
 }
 
 
@@ -44,11 +58,10 @@ def test_a_private_interface_is_used_in_one_file(name):
 
 def test_no_other_private_module_or_name_of_pytorch_or_pyro_is_imported():
     imported = re.compile(r"^(?:from ((?:torch|pyro)[\w.]*) import (.*)|import ((?:torch|pyro)\.[\w.]*))$", re.M)
-    for room in ("model", "tracing", "infer/elbo"):
-        for path in (PACKAGE / room).rglob("*.py"):
-            names = [part for match in imported.findall(path.read_text()) for part in re.split(r"[.,\s]+", " ".join(match))]
-            private = {part for part in names if part.startswith("_")}
-            assert private <= {"_python_dispatch", "_PYRO_STACK"}, path
+    for path in PACKAGE.rglob("*.py"):
+        names = [part for match in imported.findall(path.read_text()) for part in re.split(r"[.,\s]+", " ".join(match))]
+        private = {part for part in names if part.startswith("_")}
+        assert private <= {"_python_dispatch", "_PYRO_STACK"}, path
 
 
 def test_a_write_into_a_tensor_raises_its_version():
@@ -56,6 +69,8 @@ def test_a_write_into_a_tensor_raises_its_version():
     before = version_of(tensor)
     tensor.add_(1)
     assert version_of(tensor) == before + 1
+    with torch.inference_mode():
+        assert version_of(torch.zeros(2)) == 0
 
 
 def test_a_masked_distribution_tells_its_mask():
@@ -118,3 +133,54 @@ def test_pyros_mcmc_keeps_its_arguments_and_diagnostics_under_the_names_that_arv
     mcmc, x = MCMC(NUTS(model), num_samples=4, warmup_steps=1, disable_progbar=True), torch.zeros(1)
     mcmc.run(x)
     assert torch.equal(mcmc._args[0], x) and mcmc._kwargs == {} and "divergences" in mcmc._diagnostics[0]
+
+
+def test_pyros_elbo_asks_its_hook_for_the_traces_of_every_particle():
+    asked = []
+
+    class Counting(Trace_ELBO):
+        def _get_trace(self, model, guide, args, kwargs):
+            asked.append((args, kwargs))
+            return super()._get_trace(model, guide, args, kwargs)
+
+    def model(x, scale):
+        pyro.sample("obs", dist.Normal(pyro.sample("w", dist.Normal(0.0, 1.0)), scale), obs=x)
+
+    def guide(x, scale):
+        pyro.sample("w", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    elbo, x = Counting(num_particles=3), torch.tensor(1.0)
+    for each in (elbo.loss, elbo.differentiable_loss, elbo.loss_and_grads):
+        asked.clear()
+        each(model, guide, x, scale=2.0)
+        assert asked == [((x,), {"scale": 2.0})] * 3
+    assert ELBO.__abstractmethods__ == {"_get_trace"}
+
+
+def test_a_guide_of_pyro_makes_plates_for_each_call():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    guide = ab.AutoAdversarialNormal(model)
+    guide(torch.zeros(3))
+    assert [(name, plate.size) for name, plate in guide.plates_of(torch.zeros(3)).items()] == [("data", 3)]
+    assert isinstance(guide, AutoNormal) and AutoNormal._create_plates is AutoGuide._create_plates
+
+
+@pytest.mark.parametrize("transform", [ExpTransform(), ExpTransform().inv, ComposeTransform([ExpTransform(), AffineTransform(0.0, 2.0)])])
+def test_a_transform_remembers_its_inverse_under_the_name_that_copies_leave_out(transform):
+    inverse = transform.inv
+    assert "_inv" in vars(transform)
+    copied = map_tensors(transform, torch.Tensor.double)
+    assert type(copied) is type(transform) and copied.inv is not inverse
+    x = torch.tensor([0.5, 2.0])
+    assert torch.equal(copied(x), transform(x)) and torch.equal(copied.inv(transform(x)), inverse(transform(x)))
+
+
+def test_a_module_of_pyro_keeps_its_name_and_its_samples_under_the_names_that_are_read():
+    net = PyroModule[nn.Sequential](PyroModule[nn.Linear](3, 2))
+    net[0].weight = PyroSample(dist.Normal(0.0, 1.0).expand([2, 3]).to_event(2))
+    assert list(declared_sites(net)) == ["0.weight"] and own_names(net[0]) == ["bias", "weight"]
+    rename(net, "renamed")
+    assert set(declared_sites(net)) == {"0.weight"} and net._pyro_name == "renamed"

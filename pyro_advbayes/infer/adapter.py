@@ -39,7 +39,7 @@ from pyro_advbayes.model.refusals import Given, check_number, told
 from pyro_advbayes.model.scale import minibatch
 from pyro_advbayes.model.structure import prior_factors, try_model
 from pyro_advbayes.nn import Classifier, bayesianize
-from pyro_advbayes.nn.bayesian import declared_sites
+from pyro_advbayes.nn.bayesian import declared_sites, own_names, rename
 
 Pretrained = nn.Module | Mapping[str, Tensor]
 Groups = list[dict[str, Any]]
@@ -213,7 +213,7 @@ def bayes_adapter(
     if unseen:
         warn(statistics_message(unseen))
     guide = AutoAdversarialNormal(model, init_loc_fn=init_to_value(values=values), init_scale=float(init_scale))
-    guide._pyro_name = f"adapted{next(_COUNT)}"  # Pyro's parameter store identifies parameters by the guide's name
+    rename(guide, f"adapted{next(_COUNT)}")  # guides of one name would share their parameters
     guide(*batches.example)
     own = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     groups = [{"params": [*guide.locs.parameters(), *own], "lr": lr}, {"params": list(guide.scales.parameters()), "lr": scale_lr}]
@@ -355,8 +355,7 @@ def _other_names(module: Any) -> dict[str, set[str]]:
         places.setdefault(part, []).append(name)
     found: dict[str, set[str]] = {}
     for part, names in places.items():
-        own = [*part._parameters, *part._buffers, *(part._pyro_samples if isinstance(part, PyroModule) else ())]
-        for attribute in own if len(names) > 1 else ():
+        for attribute in own_names(part) if len(names) > 1 else ():
             every = {f"{name}.{attribute}".lstrip(".") for name in names}
             found.update({name: every - {name} for name in every})
     return found

@@ -22,7 +22,7 @@ from pyro_advbayes.kinds import sample_sites
 from pyro_advbayes.model.outcomes import Origins
 from pyro_advbayes.model.program import run
 from pyro_advbayes.model.readout import Readout
-from pyro_advbayes.tracing.guard import Guard, RandomState, agree, autocast_state, roots_of
+from pyro_advbayes.tracing.guard import Guard, RandomState, agree, autocast_state, roots_of, version_of
 from pyro_advbayes.tracing.record import record
 from pyro_advbayes.tracing.replay import Interpreter, Replays, draws_together
 
@@ -242,8 +242,8 @@ class _Logits:
             return self._run(*self.model.draw(index), x)[0].unsqueeze(0)
 
     def versions(self) -> list[int]:
-        """How often the draws and the model's tensors were written to; torch has no public way to tell."""
-        return [tensor._version for tensor in self._held if not tensor.is_inference()]
+        """How often the draws and the model's tensors were written to."""
+        return [version_of(tensor) for tensor in self._held]
 
     def chunks(self, x: Tensor) -> Iterator[Tensor]:
         """Logits ``[chunk, N, K]`` of all draws; chunks are independent."""

@@ -248,7 +248,7 @@ class Origins(TorchFunctionMode):
         return result
 
     def _note(self, value: Tensor, made_by: str, of: Tensor) -> None:
-        self._found[id(value)] = value, made_by, of, _version(of)
+        self._found[id(value)] = value, made_by, of, version_of(of)
 
     def _pass_on(self, old: Tensor, new: Tensor) -> None:
         if id(old) in self._found:
@@ -256,15 +256,10 @@ class Origins(TorchFunctionMode):
 
     def _logits(self, value: Tensor, function: str) -> Tensor | None:
         found = self._found.get(id(value))
-        return found[2] if found is not None and found[1] == function and _version(found[2]) == found[3] else None
+        return found[2] if found is not None and found[1] == function and version_of(found[2]) == found[3] else None
 
 
 def _last(x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a reduction is over the last dimension."""
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     return dim in (-1, x.dim() - 1, (-1,), [-1])
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to."""
-    return None if tensor.is_inference() else version_of(tensor)

@@ -17,7 +17,7 @@ from pyro.nn import PyroModule, PyroSample
 from pyro.nn.module import to_pyro_module_
 from torch.distributions import Distribution, Transform
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import _InverseTransform
+from torch.distributions.transforms import ExpTransform
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -27,6 +27,8 @@ from pyro_advbayes.kinds import BATCH_NORMS, DROPOUTS, NORMALIZATIONS
 from pyro_advbayes.model.notices import never_seen_data, statistics_message
 
 Prior = TorchDistributionMixin | Callable[[str, torch.Tensor], TorchDistributionMixin | None]
+
+_INVERSE = type(ExpTransform().inv)  # the class of most inverses, which PyTorch does not export
 
 
 @checked
@@ -181,9 +183,8 @@ def _empty(plain: type[torch.nn.Module]) -> PyroModule:
 def _named_parameters(net: PyroModule) -> Iterator[tuple[str, tuple[PyroModule, str, torch.nn.Parameter]]]:
     """Every parameter, with its module and attribute, under the name of its site: of a shared module the last one, unlike PyTorch's."""
     for module in _pyro_modules(net):
-        for attribute, value in module._parameters.items():
-            if value is not None:
-                yield f"{module._pyro_name}.{attribute}".lstrip("."), (module, attribute, value)
+        for attribute, value in module.named_parameters(recurse=False, remove_duplicate=False):
+            yield f"{module._pyro_name}.{attribute}".lstrip("."), (module, attribute, value)
 
 
 def _pyro_modules(model: torch.nn.Module) -> list[PyroModule]:
@@ -199,6 +200,17 @@ def declared_sites(model: PyroModule) -> dict[str, Any]:
         for module in _pyro_modules(model)
         for attribute, prior in module._pyro_samples.items()
     }
+
+
+def own_names(module: torch.nn.Module) -> list[str]:
+    """The names of a module's own parameters, buffers and sites, without those of its submodules."""
+    tensors = [f(recurse=False, remove_duplicate=False) for f in (module.named_parameters, module.named_buffers)]
+    return [*(name for each in tensors for name, _ in each), *(module._pyro_samples if isinstance(module, PyroModule) else ())]
+
+
+def rename(module: PyroModule, name: str) -> None:
+    """Sets the name under which Pyro's parameter store keeps a module's parameters; Pyro's guides take no name."""
+    module._pyro_name = name
 
 
 def _matches(patterns: str | Sequence[str], names: list[str]) -> set[str]:
@@ -236,12 +248,13 @@ def map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         # An expanded tensor stays expanded: a prior on a million weights holds two numbers.
         core = value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
         return fn(core).expand(value.shape)
+    if isinstance(value, _INVERSE):
+        return map_tensors(value.inv, fn).inv
     if isinstance(value, Distribution | Transform | Constraint):
         mapped = object.__new__(type(value))
         for name, item in vars(value).items():
             # A transform caches its inverse, which holds the old tensors; it makes a new one on request.
-            remembered = name == "_inv" and not isinstance(value, _InverseTransform)
-            vars(mapped)[name] = None if remembered else map_tensors(item, fn)
+            vars(mapped)[name] = None if name == "_inv" else map_tensors(item, fn)
         return mapped
     if type(value) in (list, tuple):
         return type(value)(map_tensors(item, fn) for item in value)
@@ -274,7 +287,7 @@ def _check_modules(net: torch.nn.Module) -> None:
                 f"{what} has parametrised tensors ({', '.join(module.parametrizations)}): remove the parametrisation "
                 "(torch.nn.utils.parametrize.remove_parametrizations) and bayesianize then."
             )
-        if any(is_lazy(value) for value in module._parameters.values()):
+        if any(map(is_lazy, module.parameters(recurse=False))):
             raise ValueError(f"{what} is lazy and has no shape yet: call the network once on a batch, then bayesianize.")
         if isinstance(module, BATCH_NORMS) and not module.track_running_stats:
             raise ValueError(

@@ -67,13 +67,13 @@ class Guard:
         self.state = (
             tuple((module, module.training) for module in modules),
             tuple((id(value), value.requires_grad) for value in parameters),
-            tuple((id(value), version_of(value) if versions and not value.is_inference() else 0) for value in others),
+            tuple((id(value), version_of(value) if versions else 0) for value in others),
         )
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor was written to; torch has no public name for it."""
-    return tensor._version
+    """How often a tensor was written to; 0 for one of ``torch.inference_mode``, which does not count. PyTorch has no public name for it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 DIFFERS = (

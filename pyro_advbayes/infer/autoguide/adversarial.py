@@ -271,8 +271,12 @@ class AutoAdversarialNormal(AutoNormal):
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        plates = self._create_plates(*args, **kwargs)
+        plates = self.plates_of(*args, **kwargs)
         return {name: self.sample(name, plates) for name in self._prototype.stochastic_nodes}
+
+    def plates_of(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """The plates of a call with these arguments of the model, by name."""
+        return self._create_plates(*args, **kwargs)
 
     @property
     def _prototype(self) -> Trace:

@@ -28,6 +28,7 @@ from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
 from pyro_advbayes.infer.conditioned import without_leading_ones
 from pyro_advbayes.infer.mcmc.fingerprint import model_name
 from pyro_advbayes.infer.predictive import RandomState
+from pyro_advbayes.kinds import sample_sites
 from pyro_advbayes.model.potential import Potential
 from pyro_advbayes.model.program import run
 from pyro_advbayes.model.refusals import Refused, refusing
@@ -222,11 +223,12 @@ class AutoImplicit(AutoGuide):
         """Compares the sites in a run of the model, which leaves the random generators unchanged."""
         with torch.no_grad(), RandomState().again(), poutine.block():
             trace = run(self.model, (args, kwargs), hidden=False)
+            nodes = sample_sites(trace)
             missing = missing_sites(self.model, trace, {site.name for site in self.sites}, args, kwargs)
         sites = []
         for site in self.sites:
-            node = trace.nodes.get(site.name)
-            if node is None or node["type"] != "sample":
+            node = nodes.get(site.name)
+            if node is None:
                 raise ValueError(f"site {site.name!r} is the guide's, but not the model's, which has {trace.stochastic_nodes}")
             shape = node["value"].shape
             if without_leading_ones(shape) != without_leading_ones(site.shape):

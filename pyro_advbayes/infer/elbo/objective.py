@@ -296,7 +296,7 @@ class Objective:
         args, kwargs = self.arguments.replace(tensors)
         values = {}
         with poutine.block(), pyro.validation_enabled(False), UnvalidatedMessenger():
-            plates = self.guide._create_plates(*args, **kwargs)
+            plates = self.guide.plates_of(*args, **kwargs)
             with poutine.trace() as guide_trace, BaseNoise({n: v for n, v in zip(self.names, noises, strict=True) if n in self.others}):
                 for name, loc, scale, noise in zip(self.names, locs, scales, noises, strict=True):
                     alone = name not in self.others
