@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.predictive import Predictive, predict, record_draws, refuse_nan
 from pyro_advbayes.kinds import sample_sites
+from pyro_advbayes.model.functions import Kept
 from pyro_advbayes.model.outcomes import Origins
 from pyro_advbayes.model.program import run
 from pyro_advbayes.model.readout import Readout
@@ -91,7 +91,7 @@ class PosteriorClassifier(nn.Module):
         self.sites = tuple(samples)
         for i, sample in enumerate(samples.values()):
             self.register_buffer(f"draws{i}", sample.detach().contiguous())
-        self._recorded: OrderedDict[Hashable, _Logits] = OrderedDict()
+        self._recorded = Kept(SHAPES)
         self.register_load_state_dict_pre_hook(_make_room)
 
     @property
@@ -163,25 +163,23 @@ class PosteriorClassifier(nn.Module):
         others = [*self.posterior_samples.values(), *(value for _, value in pyro.get_param_store().named_parameters())]
         slopes = attached and (x.requires_grad, *map(id, leaves))  # a recording of a model that differentiates depends on these
         key = (x.shape, x.dtype, x.device, tuple(autocast_state()), slopes, guard.state, tuple(map(id, others)))
-        if key not in self._recorded:
+        found: _Logits | None = self._recorded.get(key)
+        if found is None:
             model = ConditionedModel(self.model, self.posterior_samples, self.num_samples)
             with torch.set_grad_enabled(attached), RandomState().again():  # no prediction takes random numbers from its caller
-                logits = _Logits(model, self.return_site, self.chunk_size, x, leaves, [*guard.held, *others])
+                found = _Logits(model, self.return_site, self.chunk_size, x, leaves, [*guard.held, *others])
             if self._check is not None:
                 self._check(x)
                 self._check = None
-            self._recorded[key] = logits
-        self._recorded.move_to_end(key)
-        if len(self._recorded) > SHAPES:
-            self._recorded.popitem(last=False)
-        return self._recorded[key]
+            self._recorded[key] = found
+        return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PosteriorClassifier:
         self._recorded.clear()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_recorded": OrderedDict()}
+        return {**self.__dict__, "_recorded": Kept(SHAPES)}
 
 
 def _make_room(classifier: PosteriorClassifier, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
