@@ -172,7 +172,7 @@ MUTATIONS = [
             f"{LIKELIHOOD}::test_a_share_of_sigmoids_is_not_taken_for_a_softmax",
             f"{LIKELIHOOD}::test_a_softmax_over_rows_is_not_taken_for_one_over_classes",
         ),
-        ("origins: logits that were written to", "and _version(found[2]) == found[3] else None", "else None"),
+        ("origins: logits that were written to", "and version_of(found[2]) == found[3] else None", "else None"),
         ("origins: a share of anything", 'elif whole is x and self._logits(x, "softmax") is not None:', "elif whole is x:"),
         ("origins: over any dimension", "return dim in (-1, x.dim() - 1, (-1,), [-1])", "return True"),
     ),
