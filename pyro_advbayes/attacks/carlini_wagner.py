@@ -62,6 +62,7 @@ class CarliniWagner(Attack[Region]):
             raise ValueError(f"confidence={self.confidence!r}: a finite number >= 0")
 
     def run(self, problem: Problem, region: Region) -> Tensor:
+        """Searches c by bisection, for each example, and keeps the nearest success."""
         clean = region.center
         # half precision holds neither a squared distance nor the squares that Adam keeps
         dtype = torch.promote_types(clean.dtype, torch.float32)
@@ -124,6 +125,7 @@ class OneStepCarliniWagner(Attack[Region]):
             raise ValueError("OneStepCarliniWagner has one published form: leave targeted, eot and objective at their defaults")
 
     def run(self, problem: Problem, region: Region) -> Tensor:
+        """One step from the clean inputs along the draws' mean gradient."""
         assert isinstance(problem, ClassifierProblem)  # since needs_classifier
         refuse_inference_mode("the attack")
         problem.examine(region.center)  # raises for anything but a classifier

@@ -63,6 +63,7 @@ class FeatureAttack(BallAttack):
             raise ValueError("FeatureAttack uses no labels and the model's own draws: leave targeted, eot and objective at their defaults")
 
     def run(self, problem: Problem, region: Ball) -> Tensor:
+        """PGD on the distance of the activations, from a random point of the ball."""
         assert isinstance(problem, ClassifierProblem)  # since needs_classifier
         problem.examine(region.center)  # raises for anything but a classifier
         reference = region.center if self.towards is None else self.towards.to(region.center)
@@ -83,6 +84,7 @@ class _Distance:
             self._references = list(layer.activations(reference))
 
     def gradient(self, x: Tensor) -> Ascent:
+        """The distance at inputs ``[N, ...]``, averaged over draws, and its gradient."""
         refuse_inference_mode("the attack")
         x, losses, gradients = x.detach().requires_grad_(), torch.zeros((), device=x.device), torch.zeros_like(x)
         with torch.enable_grad():

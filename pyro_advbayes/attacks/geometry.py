@@ -98,6 +98,7 @@ class L2Ball(Ball):
     r""":math:`\|\tilde x - x\|_2 \le \epsilon`."""
 
     def restrict(self, x: Tensor) -> Tensor:
+        """Projects onto the ball, then clips to the range."""
         delta = x - self.center
         size = l2_size(delta)
         inside = self.center + delta * rows(self.eps / size.clamp_min(self.eps), delta)

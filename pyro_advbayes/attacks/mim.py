@@ -45,6 +45,7 @@ class MIM(GradientAttack):
             self.check_positive("step_size")
 
     def run(self, problem: Problem, region: Ball) -> Tensor:
+        """Steps along the accumulated gradients."""
         # half precision cannot hold what most entries of an image's gradient are of their sum
         x, dtype = region.center, torch.promote_types(region.center.dtype, torch.float32)
         total = torch.zeros_like(x, dtype=dtype)

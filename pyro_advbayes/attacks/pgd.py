@@ -49,6 +49,7 @@ class PGD(GradientAttack):
             raise ValueError(f"restarts={self.restarts} would all be the same: set random_start=True")
 
     def run(self, problem: Problem, region: Ball) -> Tensor:
+        """Ascends from every start, and returns the best point of each example."""
         step_size, best = self.step_size or 2.5 * self.eps / self.steps, Best()
         for _ in range(self.restarts):
             start = region.random() if self.random_start else region.center

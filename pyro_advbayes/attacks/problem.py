@@ -71,6 +71,7 @@ class LossProblem(Problem):
         self._loss = loss
 
     def gradient(self, x: Tensor, success: bool = False) -> Ascent:
+        """One pass through the custom loss and back."""
         refuse_inference_mode("the attack")
         x = x.detach().requires_grad_()
         with torch.enable_grad():
@@ -127,6 +128,7 @@ class ClassifierProblem(Problem):
         self._seen = False
 
     def gradient(self, x: Tensor, success: bool = False) -> Ascent:
+        """One pass over the draws, chunk by chunk, and back."""
         refuse_inference_mode("the attack")
         x = x.detach().requires_grad_()
         if self._several and not self._mean_loss and self._loss is not cross_entropy:
@@ -176,6 +178,7 @@ class ClassifierProblem(Problem):
 
     @torch.no_grad()
     def examine(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """One pass over the draws, chunk by chunk, without gradients."""
         mean, total, count = _LogMean(), torch.zeros((), device=x.device), 0
         for log_probs in self.draws(x):
             mean.add(log_probs)
@@ -284,6 +287,7 @@ class _Sum:
         self._count = 0
 
     def add(self, part: Tensor, gradient: Tensor, count: int) -> None:
+        """Adds the part ``[N]`` of ``count`` draws in the loss, and its gradient ``[N, ...]``."""
         self._count += count
         if self._sums is None:
             self._sums = part, gradient.contiguous()  # what autograd gives may be an expanded view

@@ -53,6 +53,7 @@ class Square(BallAttack):
             raise ValueError(f"share={self.share!r}: a number in (0, 1]")
 
     def run(self, problem: Problem, region: Ball) -> Tensor:
+        """Random search, which keeps a proposal where it is better."""
         best, clean = Best(), region.center
         images = clean.dim() == 4
         signs = _signs(clean, (len(clean), clean.shape[1], 1, clean.shape[3]) if images else clean.shape)

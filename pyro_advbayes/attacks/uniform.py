@@ -34,6 +34,7 @@ class Uniform(BallAttack):
         self.check_count("tries")
 
     def run(self, problem: Problem, region: Ball) -> Tensor:
+        """The best of random points of the ball."""
         best = Best()
         for _ in range(self.tries):
             x = region.random()

@@ -45,6 +45,7 @@ class WRM(Attack[Region]):
         self.check_count("steps")
 
     def run(self, problem: Problem, region: Region) -> Tensor:
+        """Ascends the loss less the cost of the distance, without a bound."""
         clean = region.center
         x = region.restrict(clean + self.strength * problem.gradient(clean).gradient)
         for t in range(self.steps):

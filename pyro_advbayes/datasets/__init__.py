@@ -1,6 +1,7 @@
-"""Data as tensors: every function returns :class:`Examples`, which unpacks to ``x, y``, but for :func:`mnist_ood`, whose
-images have no labels, and for the regression sets :func:`uci` and :func:`metro_traffic`, which return a :class:`RegressionSplit`:
-training and test rows, standardised.
+"""
+Data sets as tensors. The functions return :class:`Examples`, which unpacks to ``x, y``, with three exceptions: :func:`mnist_ood` returns
+images without labels, and the regression sets :func:`uci` and :func:`metro_traffic` return a :class:`RegressionSplit` of standardised
+training and test rows.
 
 :func:`digits` and :func:`two_moons` come from scikit-learn, the extra ``sklearn``. The image and regression sets are read from files in a
 data folder, ``root=`` or the environment variable ``PYRO_ADVBAYES_DATA``; image sets need the extra ``images``. Nothing is downloaded, and

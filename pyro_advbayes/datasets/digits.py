@@ -20,12 +20,12 @@ def digits(
     flatten: bool = False,
 ) -> Examples:
     """1797 handwritten digits, 8x8, in ten classes: the test part of the UCI set "Optical Recognition of Handwritten
-    Digits", as scikit-learn ships it, cut into a training and a test split with the same share of each class.
+    Digits", as scikit-learn ships it, split into training and test images with the same share of each class.
 
     :param split: ``"train"`` (1437 images by default) or ``"test"`` (360).
     :param test_fraction: share of the images in the test split, in (0, 1).
-    :param seed: of the cut, so that both splits of one seed are disjoint; the rows come shuffled.
-    :param scale: ``(low, high)``, what a white and a full pixel become.
+    :param seed: of the split and of the order of its rows. The two splits of one seed are disjoint.
+    :param scale: ``(low, high)``, the values of a pixel without ink and of a full one.
     :param flatten: ``[N, 64]`` instead of ``[N, 1, 8, 8]``.
     :raises ModuleNotFoundError: without scikit-learn, the extra ``sklearn``.
     :raises ValueError: on a split of another name, or a ``test_fraction`` outside (0, 1).

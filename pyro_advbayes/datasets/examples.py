@@ -1,4 +1,4 @@
-"""What every data set is returned as, and how pixels become inputs."""
+"""The return value of data sets, and the scaling of pixels."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def image_examples(pixels: Tensor, labels: Tensor, *, white: int, scale: tuple[f
     :param pixels: ``[N, H, W]`` or ``[N, C, H, W]``, from 0 to ``white``.
     :param labels: ``[N]``, integers.
     :param white: the largest value that a pixel can take.
-    :param scale: ``(low, high)``, what 0 and ``white`` become.
+    :param scale: ``(low, high)``, the values of pixels 0 and ``white``.
     :param flatten: one row per image, ``[N, C*H*W]``, instead of ``[N, C, H, W]``.
     :raises ValueError: if ``scale`` is not two finite numbers, the smaller first.
     """
     if len(scale) != 2 or not all(map(math.isfinite, scale)) or scale[0] >= scale[1]:
         raise ValueError(f"scale must be (low, high), finite and in this order, got {scale!r}")
     low, high = scale
-    # Divided first, so that 0 and white become low and high to the last bit, as lerp makes sure; in place, since sets are large.
+    # Dividing first and lerp give low at 0 and high at white to the last bit. In place, since sets are large.
     x = pixels.to(torch.float32, copy=True).div_(white)
     torch.lerp(x.new_tensor(low), x.new_tensor(high), x, out=x)
     if x.dim() == 3:

@@ -1,4 +1,4 @@
-"""Data files: where they are searched for, and errors for missing or broken ones."""
+"""Data files: where they are, and errors for missing or broken ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_advbayes.given import need_extra
 
 DATA_VARIABLE = "PYRO_ADVBAYES_DATA"
-EXPANDED = 2**28  # bytes to which any array of a file may expand
+EXPANDED = 2**28  # bytes to which an array of any file may expand
 
 
 def find_file(root: str | Path | None, file: str, *, remedy: str) -> Path:
@@ -61,20 +61,20 @@ def read_npz(path: Path, num_dims: dict[str, int]) -> dict[str, Tensor]:
 
     :param path: the file.
     :param num_dims: the arrays to read, by name, with the number of dimensions that each must have.
-    :raises ValueError: if the file is truncated, an array is absent, of another rank, or not of integers, or the file expands to far more
-        than it is (over 256 MiB and a hundred times its size), before there is memory for it.
+    :raises ValueError: if the file is truncated, or an array is absent, of another rank, or not of integers; and, before any memory is
+        allocated, if an array would take over 256 MiB and a hundred times its size in the file.
     """
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not a whole npz file: delete it and fetch it again")
     try:
         with np.load(path, allow_pickle=False) as file:
             if absent := sorted(set(num_dims) - set(file.files)):
-                raise ValueError(f"it lacks {', '.join(absent)}; it holds {', '.join(file.files)}")
+                raise ValueError(f"it has no array {', '.join(absent)}; it has {', '.join(file.files)}")
             for name in num_dims:
                 _check_member(file.zip, name, num_dims[name])
             arrays = {name: file[name] for name in num_dims}
     except (EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read as this set: {error}") from error
+        raise ValueError(f"{path} is not a file of this data set: {error}") from error
     return {name: torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False)) for name, array in arrays.items()}
 
 
@@ -117,7 +117,7 @@ def read_table(path: Path) -> np.ndarray:
 
 
 def check_labels(path: Path, labels: Tensor, num_rows: int, num_classes: int | None) -> None:
-    """Whether labels go with ``num_rows`` inputs.
+    """Checks the labels of ``num_rows`` inputs.
 
     :param path: the file that the labels come from, for the error.
     :raises ValueError: if their number differs, or one is outside 0 .. ``num_classes`` - 1.

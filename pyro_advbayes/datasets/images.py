@@ -1,11 +1,11 @@
 """Image sets read from files in a data folder. Every function takes these arguments:
 
 - ``root``: the data folder; ``None`` reads it from the environment variable ``PYRO_ADVBAYES_DATA``;
-- ``scale``: ``(low, high)``, what pixels 0 and 255 become; the APD paper uses ``(-1, 1)``;
+- ``scale``: ``(low, high)``, the values of pixels 0 and 255; the APD paper uses ``(-1, 1)``;
 - ``flatten``: ``[N, C*H*W]`` instead of ``[N, C, H, W]``;
 
-and raises ``FileNotFoundError`` (with a sentence on how to get the set) where a file is missing, ``ValueError`` where one is truncated or
-is not what it should be, and ``ModuleNotFoundError`` without torchvision and Pillow, the extra ``images``.
+and raises ``FileNotFoundError``, which says how to get the set, if a file is missing, ``ValueError`` if a file is truncated or has another
+format, and ``ModuleNotFoundError`` without torchvision and Pillow, the extra ``images``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def notmnist(root: str | Path | None = None, *, scale: Scale = (0.0, 1.0), flatt
 
 @checked
 def omniglot(root: str | Path | None = None, *, scale: Scale = (0.0, 1.0), flatten: bool = False) -> Examples:
-    """Omniglot's evaluation set: 659 characters of 20 alphabets by 20 hands, ``[13180, 1, 28, 28]``, bright on dark.
+    """Omniglot's evaluation set: 659 characters of 20 alphabets, each drawn by 20 people, ``[13180, 1, 28, 28]``, bright on dark.
 
     Labels are the numbers of the characters, 965 to 1623, by which the rows are sorted: shuffle before you take a part.
     Reads ``omniglot28.npz``. The arguments, and the errors: see the top of this module.
@@ -111,7 +111,7 @@ def cifar10(root: str | Path | None = None, split: str = "train", *, scale: Scal
         or bool((offsets.diff() <= 0).any())
         or not 0 < num_train < len(labels)
     ):
-        raise ValueError(f"{path} cannot be read as this set: its offsets or n_train do not fit its jpeg data")
+        raise ValueError(f"{path} is not a file of this data set: its offsets or n_train do not fit its jpeg data")
     rows = range(num_train) if train else range(num_train, len(labels))
     pixels = _decode(path, arrays["jpeg"], offsets.tolist(), rows)
     return image_examples(pixels, labels[rows.start : rows.stop], white=255, scale=scale, flatten=flatten)
@@ -134,7 +134,7 @@ def _decode(path: Path, jpeg: Tensor, offsets: list[int], rows: range) -> Tensor
 
 
 def _idx_set(name: str, root: str | Path | None, split: str, scale: Scale, flatten: bool) -> Examples:
-    """One split of a set in MNIST's format, laid out as torchvision lays it out."""
+    """One split of a set in MNIST's format, in the folders that torchvision makes."""
     prefix = "train" if check_split(split) else "t10k"
     remedy = (
         "Put the unpacked idx files of its test split into {root}/notMNIST/raw; "

@@ -1,4 +1,4 @@
-"""Images that are no digits, for networks trained on MNIST: :func:`mnist_ood`."""
+"""Out-of-distribution images for networks trained on MNIST: :func:`mnist_ood`."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def mnist_ood(
 ) -> dict[str, Tensor]:
     r"""
     The out-of-distribution sets of Adversarial Posterior Distillation (Wang et al., ICML 2018, section 5.2), for a network trained on
-    MNIST in [-1, 1]. All inputs are multiplied by ``scale``: 1 leaves them in the range of the digits, and 5 is what the paper's
-    settings say, which makes them easier to tell from digits.
+    MNIST in [-1, 1]. All inputs are multiplied by ``scale``: 1 keeps the range of the digits; the paper's setting, 5, makes the sets easier
+    to tell from digits.
 
     - ``"notMNIST"``: letters, in [-scale, scale];
     - ``"Omniglot"``: characters, in [-scale, scale];
-    - ``"Omniglot in 0..255"``: the same as the authors' code has them, in [0, 255 scale], far outside the range of all other sets;
+    - ``"Omniglot in 0..255"``: the same in [0, 255 scale], as in the authors' code, far outside the range of all other sets;
     - ``"CIFAR10bw"``: grey photographs, in [-scale, scale];
     - ``"Gaussian"``: scale · Normal(0, 1);
     - ``"Uniform"``: scale · Uniform(0, 1).
 
-    The files of notMNIST are in random order, and its first images are taken; those of Omniglot and CIFAR-10 are sorted, and theirs are
-    drawn. Omniglot is the evaluation set here, where the authors take alphabets of the background set.
+    The file of notMNIST is in random order, and its first images are taken. The files of Omniglot and CIFAR-10 are sorted, and images are
+    drawn at random. Omniglot is its evaluation set; the authors take alphabets of the background set.
 
     :param root: the data folder; ``None`` reads it from the environment variable ``PYRO_ADVBAYES_DATA``.
     :param float scale: > 0.

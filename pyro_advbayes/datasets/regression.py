@@ -1,4 +1,4 @@
-"""Regression sets read from files in a data folder, cut into training and test rows, and standardised by the training rows."""
+"""Regression sets read from files in a data folder, split into training and test rows, and standardised by the training rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UCI = {
 }
 WEATHER = ("Clear", "Clouds", "Drizzle", "Fog", "Haze", "Mist", "Rain", "Smoke", "Snow", "Squall", "Thunderstorm")
 METRO_COLUMNS = ("holiday", "temp", "rain_1h", "snow_1h", "clouds_all", "weather_main", "date_time", "traffic_volume")
-COLDEST, WETTEST = 200.0, 1000.0  # kelvin; mm an hour: what is beyond was not measured
+COLDEST, WETTEST = 200.0, 1000.0  # kelvin; mm an hour: values beyond are errors in the file
 HARMONICS = 4  # of the day
 
 
@@ -67,7 +67,7 @@ def uci(name: str, split: int = 0, root: str | Path | None = None) -> Regression
     :param split: 0 to 19; of ``"protein"`` 0 to 4.
     :param root: the data folder; ``None`` reads it from the environment variable ``PYRO_ADVBAYES_DATA``.
     :raises FileNotFoundError: if a file is missing, with a sentence on how to get it.
-    :raises ValueError: if there is no such set or split, or a file is not what it should be.
+    :raises ValueError: if there is no such set or split, or a file has another format.
     """
     if name not in UCI:
         raise ValueError(f"name={name!r}: choose one of {', '.join(map(repr, UCI))}")
@@ -88,7 +88,7 @@ def uci(name: str, split: int = 0, root: str | Path | None = None) -> Regression
     features, target = (index(f"index_{part}", data.shape[1], "columns") for part in ("features", "target"))
     train, test = (index(f"index_{part}_{split}", len(data), "rows") for part in ("train", "test"))
     if len(target) != 1 or target[0] in features:
-        raise ValueError(f"uci/{name}/index_target.txt: must hold one column, which is no feature, not {target.tolist()}")
+        raise ValueError(f"uci/{name}/index_target.txt: must hold one column that is not among the features, not {target.tolist()}")
     if not np.array_equal(np.sort(np.concatenate([train, test])), np.arange(len(data))):
         raise ValueError(f"uci/{name}: split {split} must hold every row of data.txt once, for training or for testing")
     x, y = data[:, features], data[:, target[0]]
@@ -98,13 +98,13 @@ def uci(name: str, split: int = 0, root: str | Path | None = None) -> Regression
 @checked
 def metro_traffic(root: str | Path | None = None, *, test_fraction: float = 0.2) -> RegressionSplit:
     """Vehicles an hour on a motorway, the UCI set "Metro Interstate Traffic Volume": 40 575 hours of 2012 to 2018, the last of them for
-    testing. Neighbouring hours are alike, so that a random cut would put the answers into the training rows.
+    testing. Neighbouring hours are alike, so that a random split would leak test targets into the training rows.
 
-    The file repeats an hour for every kind of weather that was reported: here it is one row, with all of them. Inputs, ``D = 33``:
+    The file has a row for each kind of weather that was reported in an hour; here an hour is one row. Inputs, ``D = 33``:
 
-    - temperature and clouds, standardised; log(1 + rain) and log(1 + snow), in mm, not: it hardly ever snows, and an hour that it does
+    - temperature and clouds, standardised; log(1 + rain) and log(1 + snow), in mm, not standardised: snow is so rare that an hour of it
       would be 70 standard deviations out. A temperature of 0 K and a rain of 9831 mm, errors in the file, are replaced by the hour before;
-    - 11 kinds of weather, 7 days of the week, and whether the day is a holiday, which the file says of its first hour only: 0 or 1;
+    - 11 kinds of weather, 7 days of the week, and whether the day is a holiday (the file marks the first hour only): 0 or 1;
     - sine and cosine of four harmonics of the day, and of the year.
 
     Reads ``metro/Metro_Interstate_Traffic_Volume.csv``.
@@ -112,7 +112,7 @@ def metro_traffic(root: str | Path | None = None, *, test_fraction: float = 0.2)
     :param root: the data folder; ``None`` reads it from the environment variable ``PYRO_ADVBAYES_DATA``.
     :param test_fraction: share of the hours that are for testing, in (0, 1).
     :raises FileNotFoundError: if the file is missing, with a sentence on how to get it.
-    :raises ValueError: if ``test_fraction`` is out of range, or the file is not what it should be.
+    :raises ValueError: if ``test_fraction`` is out of range, or the file has another format.
     """
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction must be between 0 and 1, got {test_fraction}")
@@ -149,7 +149,7 @@ def _hours(path: Path) -> tuple[list[datetime.datetime], np.ndarray, np.ndarray,
     except KeyError as error:
         raise ValueError(f"{path} lacks the column {error}: it must have {', '.join(METRO_COLUMNS)}") from error
     except (TypeError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as this set: {error}") from error
+        raise ValueError(f"{path} is not a file of this data set: {error}") from error
     times = sorted(first)
     values = np.array([first[time] for time in times]).reshape(-1, 5)
     if unknown := set().union(*kinds.values()) - set(WEATHER):
@@ -165,7 +165,7 @@ def _hours(path: Path) -> tuple[list[datetime.datetime], np.ndarray, np.ndarray,
 
 
 def _with_the_hour_before(values: np.ndarray, good: np.ndarray) -> np.ndarray:
-    """The values, with the last good one before it in place of each that is not; at the start with the first good one."""
+    """Replaces each bad value by the last good one before it; at the start by the first good one."""
     if not good.any():
         raise ValueError("metro: a column has no value in range")
     places = np.maximum.accumulate(np.where(good, np.arange(len(values)), -1))

@@ -1,4 +1,4 @@
-"""Two-dimensional classification problems to look at."""
+"""Toy problems: two-dimensional classification."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ def lying(path, shape):
 def test_a_header_that_lies_is_refused_before_there_is_memory_for_it(tmp_path, shape):
     lying(tmp_path / "set.npz", shape)
     tracemalloc.start()
-    with pytest.raises(ValueError, match=r"set\.npz cannot be read as this set: images of shape .* takes \d+ bytes, and it holds \d+"):
+    with pytest.raises(ValueError, match=r"set\.npz is not a file of this data set: images of shape .* takes \d+ bytes, and it holds \d+"):
         files.read_npz(tmp_path / "set.npz", {"images": 3})
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
@@ -293,7 +293,7 @@ def test_a_small_file_that_expands_to_gigabytes_is_refused_within_a_second_and_a
     assert path.stat().st_size < 2**21
     start = time.process_time()
     tracemalloc.start()
-    with pytest.raises(ValueError, match=r"set\.npz cannot be read as this set: images would expand from \d+ bytes to \d+"):
+    with pytest.raises(ValueError, match=r"set\.npz is not a file of this data set: images would expand from \d+ bytes to \d+"):
         files.read_npz(path, {"images": 3})
     assert time.process_time() - start < 1.0 and tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()

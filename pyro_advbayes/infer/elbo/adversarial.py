@@ -58,7 +58,7 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
     Where nothing is moved (``mix=0``, ``num_steps=0`` or ``radius=0``) the adversary's pass is left out, and loss and gradients are
     those of ``TraceMeanField_ELBO``: through Pyro's handlers to the last bit, from graphs to rounding. Otherwise the plain draw comes
     first, and the adversary starts from one of its own. Its steps leave running statistics (BatchNorm in training mode) as they are:
-    only the plain draw counts for them.
+    only the plain draw updates them.
 
     The divergence is analytic where PyTorch or Pyro knows it for the pair of distributions, and estimated at the plain draw elsewhere;
     it counts every weight as often as the model has it, in nats over the whole data set, so scale minibatches:
@@ -70,16 +70,16 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
     and ``kl_scale`` times 1 - mix.
 
     :param int num_steps: N, the adversary's steps, >= 0.
-    :param float step_size: the length of one, > 0: in standard deviations, 0.02 by default; with ``radius`` in the weights' units.
-    :param float mix: the weight of the moved draws, in [0, 1]; near 1 the plain draws are forgotten.
+    :param float step_size: length of a step, > 0, in standard deviations, 0.02 by default; with ``radius``, in the weights' units.
+    :param float mix: the weight of the moved draws, in [0, 1]; near 1 the plain draws hardly count.
     :param float kl_scale: >= 0; 1 is Bayes' rule, less is a cold posterior.
     :param int num_particles: draws of each kind per loss, >= 1.
     :param float radius: d, >= 0, for steps along the gradient within a Wasserstein distance; None for sign steps.
     :param bool kl_in_mix: whether the divergence is weighted by 1 - mix, too.
     :param str backend: ``"graph"`` traces a model and a guide into a graph at the first call with arguments of these shapes, and checks it
-        on its first calls; what the model holds beside its buffers must not change afterwards. Another guide than
-        ``AutoAdversarialNormal``, a model with layers in training mode or a ``pyro.param`` of its own, and what cannot be traced, stay
-        with ``"handlers"``, with one warning that says why.
+        on its first calls. Numbers that the model holds must not change afterwards. ``"handlers"`` runs instead, with one warning that
+        says why, for any guide but ``AutoAdversarialNormal``, for a model with layers in training mode or a ``pyro.param``, and for one
+        that cannot be traced.
     :raises ValueError: naming an argument out of range; and at the first call, naming the site, if a site of the guide is not drawn from
         Normal base noise or is missing in the model (or the reverse), or the model observes nothing.
     :raises RuntimeError: under ``torch.inference_mode``, where no adversary can move.
@@ -115,7 +115,7 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
 
     @property
     def _weights(self) -> tuple[float, float, float]:
-        """What the plain draw's likelihood, the moved one's and the divergence count."""
+        """The weights of the plain draw's likelihood, the moved draw's, and the divergence."""
         moved = self.mix if self.ascent.moves else 0.0
         return 1 - moved, moved, self.kl_scale * (1 - self.mix) if self.kl_in_mix else self.kl_scale
 
@@ -131,9 +131,7 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
         return super()._get_traces(model, guide, args, kwargs)
 
     def _get_trace(self, model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
-        """
-        Pyro's two traces, with weights for its terms; what the model makes of a moved draw is added to the model's as more observations.
-        """
+        """Pyro's two traces, with weighted terms. The observed sites at a moved draw are added to the model's trace."""
         plain, moved, kl = self._weights
         weigh = _Weights(plain, kl)
         model_trace, guide_trace = super()._get_trace(weigh(model), weigh(guide), args, kwargs)
@@ -212,9 +210,9 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
 
 class Draw:
     """
-    What a guide drew, as a function of base noise. Point masses among its sites stay where they are.
+    A guide's draw as a function of base noise. Sites that are point masses stay fixed.
 
-    :raises ValueError: naming a site that cannot be treated so, or that only one of the two has.
+    :raises ValueError: naming a site without Normal base noise, or one that only the guide or only the model has.
     """
 
     def __init__(self, model_trace: Trace, guide_trace: Trace) -> None:

@@ -10,7 +10,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.runtime import _PYRO_STACK  # Pyro tells nobody else which handlers are entered
+from pyro.poutine.runtime import _PYRO_STACK  # Pyro has no public list of the active handlers
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
@@ -29,15 +29,15 @@ from pyro_advbayes.tracing.replay import trace_graph
 
 Tensors = Sequence[Tensor]
 
-# For how many models, guides and shapes of data graphs are kept.
+# Number of models, guides and shapes of arguments whose graphs are kept.
 KEPT = 8
 
-# The number of calls on which a graph is compared with the handlers: the first, also at other parameters, and the second, on its data.
+# Number of calls on which a graph is compared with the handlers; on the first call, also at other parameters.
 COMPARED = 2
 
 
 class NotTraceable(Exception):
-    """Why a graph would not be the objective."""
+    """A graph would not compute the objective; the message says why."""
 
 
 class Graphs:
@@ -48,9 +48,9 @@ class Graphs:
 
     def get(self, model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Objective | None:
         """The graphs for such arguments; None if Pyro's handlers are to run."""
-        if rows_differ() or _handled():  # a graph has one draw for all rows, and sees nothing of handlers that are entered around a step
+        if rows_differ() or _handled():  # a graph has one draw for all rows, and ignores active handlers
             return None
-        if getattr(guide, "prototype_trace", guide) is None:  # the first call of a guide tells it its sites
+        if getattr(guide, "prototype_trace", guide) is None:  # a guide finds its sites at its first call
             return None
         key = _key(args, kwargs)
         entry = next((e for e in self._entries if e.fits(model, guide, key)), None)
@@ -59,7 +59,7 @@ class Graphs:
             self._entries = [entry, *self._entries[: KEPT - 1]]
         if entry.objective is None and not entry.refused:
             try:
-                # unwrapped: a wrapped network has no signature, and the message about that prints it, which draws its weights
+                # unwrapped: a wrapped network has no signature, and the error about it prints the network, which draws weights
                 entry.objective = Objective(model, guide, Arguments(poutine.unwrap(model), args, kwargs), entry.roots)
             except NotTraceable as error:
                 entry.refuse(error)
@@ -74,7 +74,7 @@ class Graphs:
 
 
 def _handled() -> bool:
-    """Whether effect handlers around the call may change the model; SVI's own only records."""
+    """Whether active effect handlers may change the model; SVI's own handler only records."""
     return any(not isinstance(handler, TraceMessenger) for handler in _PYRO_STACK)
 
 
@@ -85,11 +85,11 @@ class _Entry:
         self.model, self.guide, self.key = model, guide, key
         self.refused = False
         self.objective: Objective | None = None
-        self.roots = roots_of(model)  # and, once a graph is made, what else was seen to run
+        self.roots = roots_of(model)  # tracing adds the other modules that run
         self.watch()
 
     def watch(self) -> None:
-        """Notes the modules as they are now."""
+        """Takes the fingerprint of the modules."""
         self._guard = Guard(self.roots, versions=True)
 
     def fits(self, model: Callable, guide: Callable, key: Any) -> bool:
@@ -102,7 +102,7 @@ class _Entry:
 
 
 def _key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The constants of a call in a graph: shapes and plain arguments, and the dtypes of autocast."""
+    """What a graph holds as constants: shapes, arguments that are not tensors, and the dtypes of autocast."""
     return [_kind(value) for value in (*args, *kwargs.values())], tuple(kwargs), autocast_state()
 
 
@@ -113,7 +113,7 @@ def _kind(value: Any) -> Any:
 
 
 def _plain(value: Any) -> bool:
-    """Whether a ``repr`` tells all of a value."""
+    """Whether ``repr`` determines a value."""
     if isinstance(value, (tuple, list)):
         return all(map(_plain, value))
     return value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size))
@@ -125,7 +125,7 @@ def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
 
 
 class NormalPrior(NamedTuple):
-    """A Normal prior that depends on nothing: a number for each of its parameters, or a tensor of the site's shape."""
+    """A constant Normal prior: each parameter is a number, or a tensor of the site's shape."""
 
     loc: float | Tensor
     scale: float | Tensor
@@ -144,7 +144,7 @@ class Objective:
     The objective and its gradients at given base noise, for one model, guide and shape of arguments.
 
     :param roots: the modules that the model is known to use; others that run are added.
-    :raises NotTraceable: where a graph would not be this objective.
+    :raises NotTraceable: if a graph would not compute this objective.
     """
 
     def __init__(self, model: Callable, guide: Callable, arguments: Arguments, roots: list[nn.Module]) -> None:
@@ -155,7 +155,7 @@ class Objective:
             raise NotTraceable("an argument of the model requires a gradient")
         for value in (*arguments.args, *arguments.kwargs.values()):
             if not isinstance(value, Tensor) and not _plain(value):
-                raise NotTraceable(f"a graph follows tensors and plain values, and an argument of the model is a {type(value).__name__}")
+                raise NotTraceable(f"a graph takes tensors, numbers and strings, and an argument of the model is a {type(value).__name__}")
         self._graphs: dict[str, Callable[..., Any]] = {}
         self._compared: dict[str, int] = {}
         self._own_names: list[str] = []
@@ -170,8 +170,8 @@ class Objective:
         locs, scales = ([value.detach().requires_grad_() for value in values] for values in zip(*parameters.values(), strict=True))
         noises = [torch.zeros_like(loc) for loc in locs]
         try:
-            with torch.enable_grad(), pyro.validation_enabled(False):  # which looks at values
-                tensors = [t.clone() for t in self.arguments.tensors]  # which the model may write to
+            with torch.enable_grad(), pyro.validation_enabled(False):  # validation reads values
+                tensors = [t.clone() for t in self.arguments.tensors]  # the model may write to them
                 with refuse_random_layers(poutine.unwrap(self.model)), noting_modules(self.roots):
                     self._traces(locs, scales, noises, tensors)
                 self.held = Guard(self.roots).held
@@ -193,14 +193,14 @@ class Objective:
         self._own_names = [name for name in model_trace.param_nodes if name in pyro.get_param_store()]
 
     def _find_own(self, leaves: list[Tensor]) -> None:
-        """What the model learns by itself."""
+        """Finds the model's own trainable tensors."""
         if any(all(leaf is not parameter for parameter in self.held) for leaf in leaves):
-            raise NotTraceable("the model learns tensors of its own which are no parameters of a torch.nn.Module")
+            raise NotTraceable("the model trains tensors that are not parameters of a torch.nn.Module")
         self.own = leaves
 
     def parameters(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The guide's, attached: site -> mean and standard deviation."""
-        for name in self._own_names:  # SVI learns what it sees being read
+        for name in self._own_names:  # SVI optimises the parameters that it sees being read
             pyro.param(name)
         return self.guide.parameters_by_site()
 
@@ -223,10 +223,10 @@ class Objective:
         return loss, gradients
 
     def _run(self, kind: str, inputs: Tensors) -> Any:
-        """Evaluates a graph, which is compared with what it was traced from on its first calls."""
+        """Evaluates a graph, and compares it with the handlers on its first calls."""
         if self._compared.get(kind, 0) >= COMPARED:
             return self._graphs[kind](*inputs)
-        with pyro.validation_enabled(False):  # which looks at values
+        with pyro.validation_enabled(False):  # validation reads values
             self._check(kind, inputs)
         self._compared[kind] = self._compared.get(kind, 0) + 1
         return self._graphs[kind](*inputs)
@@ -292,7 +292,7 @@ class Objective:
         return -log_likelihood(model_trace), cast(Tensor, sum(divergences)) if divergences else None
 
     def _traces(self, locs: Tensors, scales: Tensors, noises: Tensors, tensors: Tensors) -> tuple[Trace, Trace]:
-        """The model's trace at the values of these base noises; the guide's, of :attr:`others`. Both with log-densities."""
+        """The trace of the model at these base noises, and the guide's of :attr:`others`, with log-densities."""
         args, kwargs = self.arguments.replace(tensors)
         values = {}
         with poutine.block(), pyro.validation_enabled(False), UnvalidatedMessenger():
@@ -318,7 +318,8 @@ def normal_divergence(
 
     .. math:: \sum \tfrac12 \frac{(\mu - \mu_0)^2 + \sigma^2}{\sigma_0^2} - \log\frac{\sigma}{\sigma_0} - \tfrac12,
 
-    and its gradients, ``weight`` times, added to other ones: in half as many passes over the weights as by automatic differentiation.
+    and ``weight`` times its gradients, added to ``loc_gradient`` and ``scale_gradient``. Automatic differentiation takes twice as many
+    passes over the weights.
     """
     away = loc if isinstance(prior.loc, float) and prior.loc == 0.0 else loc - prior.loc
     precision = prior.scale**-2
@@ -358,7 +359,7 @@ def _divergence(guide_site: Node, model_site: Node) -> Tensor:
 
 
 def _leaves(value: Tensor) -> list[Tensor]:
-    """Tensors that a value's gradient reaches."""
+    """The leaf tensors on which a value depends."""
     seen, leaves, wanting = set(), [], [value.grad_fn]
     while wanting:
         node = wanting.pop()
@@ -377,8 +378,8 @@ def check_sites(model_trace: Trace, guide_trace: Trace) -> None:
     for name in drawn:
         if name not in model_trace.nodes:
             raise ValueError(
-                f"site {name!r} is drawn by the guide and unknown to the model: an auxiliary site (AutoNormal has them) has noise that is "
-                "none of the model's; use AutoAdversarialNormal"
+                f"site {name!r} is drawn by the guide and unknown to the model: the noise of an auxiliary site (AutoNormal has them) "
+                "belongs to no site of the model; use AutoAdversarialNormal"
             )
         if name not in latents:
             raise ValueError(

@@ -595,7 +595,7 @@ def test_data_in_an_argument_that_is_no_tensor_is_that_of_its_step(wrap, used):
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: (with_param, AutoAdversarialNormal), "tensors of its own"),
+        (lambda: (with_param, AutoAdversarialNormal), "trains tensors that are not parameters"),
         (lambda: (Dropped(), AutoAdversarialNormal), r"layer 'dropout' \(Dropout\) is in training mode"),
         (lambda: (subsampling, AutoAdversarialNormal), "a plate subsamples itself"),
         (lambda: (logistic, lambda model: hand_written), "the guide is function"),
