@@ -83,13 +83,13 @@ def test_what_is_said_of_adversarial_sampling_is_in_the_result_files():
     def won(found: list[dict]) -> str:
         return f"{sum(gain['lowest'] >= 2 and gain['ensembled'] > 0 for gain in found)} of {len(found)}"
 
-    assert f"are there in {won(weak)} comparisons at equal epochs or gradients with the divergence times 0.2" in TEXT
+    assert f"appear in {won(weak)} comparisons at equal epochs or gradients with the divergence times 0.2" in TEXT
     assert f"and in {won(other)} of the others" in TEXT
-    assert f"which is not dearer, they are there in {won(same)}." in TEXT
+    assert f"with that divergence, at the same cost, they appear in {won(same)}:" in TEXT
     usual = [gain for gain in other if gain["row"].startswith("fashion_mnist") and gain["row"].endswith("proper: AS")]
     lowest, paid = [gain["lowest"] for gain in usual], [-gain["ensembled"] for gain in usual]
-    assert f"the lowest gains {min(lowest):.0f} to {max(lowest):.0f} points with the paper's steps" in TEXT
-    assert f"the ensemble pays for it with {min(paid):.0f} to {max(paid):.0f} points" in TEXT
+    assert f"the worst draw gains {min(lowest):.0f} to {max(lowest):.0f} points with the paper's steps" in TEXT
+    assert f"the ensemble loses {min(paid):.0f} to {max(paid):.0f} points" in TEXT
     ensembled = {name: 100 * row["ensembled"][0] for name, row in fashion[0].items()}
     names = [f"fashion_mnist, scratch, {kl}: AS" for kl in ("cold", "proper")]
     cold, proper = (ensembled[name] - ensembled[f"{name}, mix 1.0"] for name in names)
@@ -164,7 +164,7 @@ def test_what_is_said_of_a_distilled_posterior_is_in_the_result_file():
         assert numbers == [f"{row['accuracy'][0]:.3f}", f"{share * row['bytes'] / 1e6:.1f}", *(f"{value:.1f}" for value in aurocs)]
     whole = [found[f"OOD: APD, {name}"]["about"] for name in ("as published", "hypernetwork")]
     fitted, shown = [about["seconds"] / 60 for about in whole], [label for label in strange if label.startswith("APD, rank")]
-    assert "{:.0f} minutes of a core that was not its own went into {} of the published".format(fitted[0], whole[0]["steps"]) in TEXT
+    assert "{:.0f} minutes went into {} of the published".format(fitted[0], whole[0]["steps"]) in TEXT
     assert "and {:.0f} into {} of the hypernetwork's".format(fitted[1], whole[1]["steps"]) in TEXT
     assert [round(found[f"OOD: {label}"]["seconds"] / 60) for label in shown] == [4, 4] and "took 4 minutes each" in TEXT
     assert fitted[0] > 10 * 4  # a tenth of the published training's time, which was cut short at that

@@ -180,7 +180,7 @@ def test_a_broken_idx_file_is_named(tmp_path, file, damage):
         (lambda path: path.write_bytes(b""), "not a whole npz"),
         (lambda path: path.write_bytes(path.read_bytes()[:-200]), "not a whole npz"),
         (lambda path: path.write_bytes(path.read_bytes().replace(PIXELS.tobytes(), PIXELS[::-1].tobytes())), "CRC"),
-        (lambda path: np.savez(path, pixels=PIXELS, labels=LABELS), "lacks images; it holds pixels, labels"),
+        (lambda path: np.savez(path, pixels=PIXELS, labels=LABELS), "it has no array images; it has pixels, labels"),
         (lambda path: np.savez(path, images=PIXELS.astype(object), labels=LABELS), "allow_pickle"),
         (lambda path: np.savez(path, images=PIXELS / 255, labels=LABELS), "images must be 3-dimensional integers"),
         (lambda path: np.savez(path, images=PIXELS[0], labels=LABELS), "images must be 3-dimensional integers"),
