@@ -63,8 +63,8 @@ class MinibatchMessenger(Messenger):
         if msg["is_observed"] and isinstance(msg["fn"], Unit) and (self._found or next(iter(frames), None)) not in frames:
             raise Refused(
                 f"factor {name!r} is outside the data plate. If it depends on the rows, move it into the plate, a term for each of them, "
-                "so that it is scaled to the whole data set; if it belongs to the prior, it is left as it is by "
-                f"minibatch(..., prior_factors=[{name!r}]), and by the samplers where it is the same on any rows"
+                "so that it is scaled to the whole data set. If it belongs to the prior, "
+                f"minibatch(..., prior_factors=[{name!r}]) leaves it unscaled, and samplers do so by themselves"
             )
         if self._found is None and msg["is_observed"]:
             self._found = _only_plate(name, frames)
@@ -82,11 +82,7 @@ class MinibatchMessenger(Messenger):
                 f"`with pyro.plate({frame.name!r}, ...):`"
             )
         if not msg["is_observed"]:
-            raise Refused(
-                f"site {name!r} is a local latent: it is drawn inside the data plate {frame.name!r}, so that it belongs to "
-                "the rows of one minibatch (obs_mask= adds such a site, where poutine.mask adds none, and so do weights drawn in the "
-                "plate). Draw it outside the plate or integrate it out; to predict, call the model without the minibatch handler"
-            )
+            raise Refused(f"{local_latent(name, frame.name)}; to predict, call the model without the minibatch handler")
         if frame.full_size is not None and frame.full_size != frame.size:
             raise Refused(
                 f"plate {frame.name!r} subsamples itself ({frame.size} of {frame.full_size} rows), so it is scaled already: "
@@ -98,6 +94,14 @@ class MinibatchMessenger(Messenger):
                 "of rows of the whole data set"
             )
         msg["scale"] = msg["scale"] * (self.size / frame.size)
+
+
+def local_latent(site: str, plate: str) -> str:
+    """The message about a latent site in the data plate."""
+    return (
+        f"site {site!r} is a local latent: it is drawn inside the data plate {plate!r}, so that it belongs to the rows of one minibatch "
+        "(obs_mask= adds such a site, too; poutine.mask adds none). Draw it, weights included, outside the plate, or integrate it out"
+    )
 
 
 def _only_plate(site: str, frames: Mapping[str, CondIndepStackFrame]) -> str:

@@ -52,7 +52,7 @@ def read_idx(path: Path, num_dims: int) -> Tensor:
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:  # torchvision raises any of these
         raise ValueError(
             f"{path} is not a whole, unpacked idx file of {num_dims}-dimensional uint8 data ({error or 'bad header'}): "
-            "delete it and fetch it again"
+            "delete it and download it again"
         ) from error
 
 
@@ -65,7 +65,7 @@ def read_npz(path: Path, num_dims: dict[str, int]) -> dict[str, Tensor]:
         allocated, if an array would take over 256 MiB and a hundred times its size in the file.
     """
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not a whole npz file: delete it and fetch it again")
+        raise ValueError(f"{path} is not a whole npz file: delete it and download it again")
     try:
         with np.load(path, allow_pickle=False) as file:
             if absent := sorted(set(num_dims) - set(file.files)):
@@ -110,9 +110,9 @@ def read_table(path: Path) -> np.ndarray:
         try:
             table = np.loadtxt(path, ndmin=2)
         except ValueError as error:
-            raise ValueError(f"{path} is not a table of numbers ({error}): fetch it again") from error
+            raise ValueError(f"{path} is not a table of numbers ({error}): download it again") from error
     if table.size == 0 or not np.isfinite(table).all():
-        raise ValueError(f"{path} {'is empty' if table.size == 0 else 'has entries that are NaN or infinite'}: fetch it again")
+        raise ValueError(f"{path} {'is empty' if table.size == 0 else 'has entries that are NaN or infinite'}: download it again")
     return table
 
 

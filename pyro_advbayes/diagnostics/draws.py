@@ -130,7 +130,7 @@ def retained_accuracy(
     right = (mean.argmax(-1) == check_labels(labels, mean)).double()
     kept = [float(share) for share in shares]
     if not kept or not all(0 < share <= 1 for share in kept) or any(not low < high for low, high in pairwise(kept)):
-        raise ValueError(f"shares must be numbers in (0, 1], growing, got {kept}")
+        raise ValueError(f"shares must be numbers in (0, 1] in increasing order, got {kept}")
     score = (
         predictive_entropy(mean) if uncertainty is None else need_tensor(uncertainty, "uncertainty").detach().to(mean.device, torch.double)
     )

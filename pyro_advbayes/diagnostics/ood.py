@@ -71,7 +71,7 @@ def _table(own: Tensor, own_name: str, others: Mapping[str, Tensor], names: Mapp
     for key, probs in others.items():
         if need_tensor(probs, names[key]).dim() != own.dim() or probs.shape[-1] != own.shape[-1]:
             raise ValueError(
-                f"{names[key]}: probabilities {_kind(probs)} do not go with {own_name}, {_kind(own)}: a tensor [draws, M, K] of the same K"
+                f"{names[key]}: probabilities must be [draws, M, K] with the K of {own_name}, which is {_kind(own)}; got {_kind(probs)}"
             )
         scores = _scores(probs, names[key])
         table[key] = {score: detection(own_scores[score], scores[score]) for score in own_scores}

@@ -101,7 +101,7 @@ def accuracy_curve(eps: Sequence[float], attacked: Iterable[Tensor], labels: Ten
     """
     sizes = [float(size) for size in eps]
     if not sizes or any(not low < high for low, high in pairwise(sizes)):
-        raise ValueError(f"eps must be one number or more, growing, got {sizes}")
+        raise ValueError(f"eps must be one number or more, in increasing order, got {sizes}")
     found = [accuracy_under_attack(probs, labels) for probs in attacked]
     if len(found) != len(sizes):
         raise ValueError(f"eps has {len(sizes)} sizes, attacked has {len(found)} predictions: give one for each")
@@ -148,7 +148,7 @@ def gradient_norms(gradients: Tensor | Iterable[Tensor], draws: Sequence[int] | 
     """
     wanted = None if draws is None else list(draws)
     if wanted is not None and (not wanted or wanted[0] < 1 or sorted(set(wanted)) != wanted):
-        raise ValueError(f"draws must be numbers >= 1, growing, got {wanted}")
+        raise ValueError(f"draws must be numbers >= 1 in increasing order, got {wanted}")
     seen, rows = 0, []
     total = squares = torch.zeros((), dtype=torch.float64)
     for chunk in in_chunks(gradients, "gradients"):

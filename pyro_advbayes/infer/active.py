@@ -166,7 +166,7 @@ def _check(settings: Mapping[str, Any], pool: tuple[Tensor, Tensor], test: tuple
         classes, counts = y.unique(return_counts=True)
         strange = test[1][~torch.isin(test[1].double().cpu(), classes.double().cpu()).to(test[1].device)]
         if len(strange):
-            raise ValueError(f"test: class {int(strange[0])} is none of the pool's, {_listed(classes)}, so that no fit can learn it")
+            raise ValueError(f"test: class {int(strange[0])} is not among the pool's classes, {_listed(classes)}: no fit can learn it")
         if int(counts.min()) < settings["per_class"]:
             raise ValueError(f"the pool has {int(counts.min())} inputs of class {int(classes[counts.argmin()])}, fewer than per_class")
         at_start = settings["per_class"] * len(classes)

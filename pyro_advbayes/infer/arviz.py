@@ -88,7 +88,7 @@ def to_arviz(
     else:
         if model is None or args is None:
             raise ValueError(
-                "posterior is a guide, which needs model= and args=, the arguments with the data, to be drawn from and compared"
+                "posterior is a guide, which needs model= and args= (the arguments with the data) to be drawn from and compared"
             )
         samples = _draw_guide(posterior, num_samples, args, kwargs)
     num_chains = next(iter(samples.values())).shape[0]
@@ -183,8 +183,8 @@ def _look(model: Callable, draw: Mapping[str, Tensor], call: Call, every_draw: b
         trace = run(model, call, draw, validated=False)
     for name, (plate, rows) in subsampling_plates(trace).items() if every_draw else ():
         raise ValueError(
-            f"plate {name!r} takes {len(rows)} of its {plate.size} rows, others for every draw, so that a column of "
-            "log_likelihood or posterior_predictive would be no row's: give model=, the same one without subsample_size"
+            f"plate {name!r} takes {len(rows)} of its {plate.size} rows, other ones for every draw, so that no column of "
+            "log_likelihood or posterior_predictive would belong to one row: give model=, the same model without subsample_size"
         )
     return {name: node for name, node in sites(trace).items() if name not in draw}
 
@@ -224,5 +224,5 @@ def _labels(
 def _chosen(samples: Mapping[str, Tensor], sites: Sequence[str] | None) -> dict[str, Tensor]:
     unknown = sorted(set(sites or ()) - set(samples))
     if unknown:
-        raise ValueError(f"sites: {unknown[0]!r} is none of {sorted(samples)}")
+        raise ValueError(f"sites: {unknown[0]!r} is not among {sorted(samples)}")
     return {name: samples[name] for name in (samples if sites is None else sites)}

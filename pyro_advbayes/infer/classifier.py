@@ -378,8 +378,8 @@ class _LogMeanProbability(torch.autograd.Function):
         result, *inputs = ctx.saved_tensors
         if ctx.logits.versions() != ctx.versions:
             raise RuntimeError(
-                "the draws, or a tensor of the model, were written to since the prediction, which its backward pass computes again: call "
-                "backward() before, or predict again"
+                "the draws or a tensor of the model have changed since the prediction, which its backward pass computes again: call "
+                "backward() before the change, or predict again"
             )
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
         if torch.is_grad_enabled():  # create_graph=True

@@ -200,8 +200,8 @@ def _pieces(
         chunk = replays.chunk
     if chunk == 1 and chunk_size is not None and chunk_size > 1:
         warn(
-            f"chunk_size={chunk_size} was not to be had, draws were computed one by one: an operation of the model cannot be batched, "
-            "or its Python looks at drawn values",
+            f"chunk_size={chunk_size} is not possible, and draws were computed one by one: an operation of the model cannot be batched, "
+            "or its Python depends on drawn values",
         )
 
 
@@ -262,7 +262,7 @@ def _gather(pieces: Iterator[Sequence[Tensor]], count: int, names: Sequence[str]
             if value.shape[1:] != result.shape[1:]:
                 raise RuntimeError(
                     f"site {name!r} has shape {tuple(value.shape[1:])} in one draw and {tuple(result.shape[1:])} in another, "
-                    "so that its draws make no tensor"
+                    "so that its draws cannot be stacked"
                 )
             result[done : done + len(value)] = value
         done += len(piece[0])

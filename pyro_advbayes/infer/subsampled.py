@@ -29,8 +29,8 @@ def subsampling_plate(trace: Trace, samples: Mapping[str, Tensor]) -> str | None
         for site in samples:
             if site in nodes and _frame_dim(nodes[site], plate) is not None:
                 raise ValueError(
-                    f"site {site!r} in posterior_samples is drawn inside plate {plate!r}, which takes other rows in every run: it is not "
-                    "known of which rows its draws are. Leave it out, or predict with a model without subsample_size"
+                    f"site {site!r} in posterior_samples is drawn inside plate {plate!r}, which takes other rows in every run, so that "
+                    "the rows of its draws are unknown. Leave it out, or predict with a model without subsample_size"
                 )
     return own[0] if own else None
 

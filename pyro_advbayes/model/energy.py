@@ -80,8 +80,8 @@ class Energy(Data):
                 )
             if parts and len(value) != len(parts[0]):
                 raise ValueError(
-                    f"site {site.name!r} has values for {len(value)} chains, but site {self.sites[0].name!r} for {len(parts[0])}: the "
-                    "first dimension is the chains', of the same length at every site"
+                    f"site {site.name!r} has values for {len(value)} chains, but site {self.sites[0].name!r} for {len(parts[0])}: give "
+                    "values [chains, ...] for equally many chains at every site"
                 )
             parts.append(value.detach().to(self.device, self.dtype).reshape(len(value), -1))
         return torch.cat(parts, dim=-1)

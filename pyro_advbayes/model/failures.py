@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from pyro.poutine.messenger import Messenger
 
+from pyro_advbayes.handlers import local_latent
 from pyro_advbayes.kinds import Node, plate_of
 from pyro_advbayes.model.batches import in_words
 from pyro_advbayes.model.program import Call, run
@@ -61,7 +62,7 @@ def explain(error: Exception, seen: list[Witness], rows: tuple[int, int], length
     for name, sizes in first.latents.items():
         for plate, size in sizes.items():
             if (size, second.latents.get(name, {}).get(plate)) == rows:
-                raise local_latent(name, plate) from original(error)
+                raise Drawn(local_latent(name, plate)) from original(error)
     what = f"the model fails on minibatches of {rows[0]} and {rows[1]} rows: {in_a_line(error)}"
     for plate, size in first.plates.items():
         if size == second.plates.get(plate) and rows[0] != rows[1]:
@@ -91,13 +92,4 @@ def scaled_twice(plate: str, batch: int, size: int) -> ValueError:
     return ValueError(
         f"plate {plate!r} subsamples itself ({batch} of {size} rows): cut into minibatches as well it would be scaled twice. "
         "Drop batch_size, or the plate's subsample"
-    )
-
-
-def local_latent(site: str, plate: str) -> Drawn:
-    """The error for a latent site in the data plate."""
-    return Drawn(
-        f"site {site!r} is a local latent: it is drawn inside the data plate {plate!r}, so that it belongs to the rows of one "
-        "minibatch (obs_mask= adds such a site, where poutine.mask adds none, and so do weights drawn in the plate). Draw it outside the "
-        "plate or integrate it out"
     )

@@ -263,8 +263,8 @@ def _rows_behind(loader: Any) -> int:
         rows = sampler.weights
         if bool((rows != rows[0]).any()):
             warn(
-                "the loader draws its rows with unequal weights (WeightedRandomSampler): the posterior is that of data in which each row "
-                "counts so often, and not of the data. Draw rows evenly (shuffle=True), or weigh their log-likelihood if that is meant",
+                "the loader draws its rows with unequal weights (WeightedRandomSampler), so that the posterior is that of data whose rows "
+                "count unequally. Draw rows evenly (shuffle=True), or weight their log-likelihood if that is meant",
             )
     elif isinstance(dataset, IterableDataset) or (sampler is None and not isinstance(loader, DataLoader)):
         rows = dataset

@@ -53,7 +53,7 @@ def check_additive(data: Data, strategy: Callable) -> None:
         except Failed as failed:
             raise ValueError(
                 f"the model runs on the first {found.plate_batch} rows and fails on {failed} others: {in_a_line(failed.cause)}. "
-                "It must run on any minibatch; batch_dependent=True takes it untried"
+                "It must run on any minibatch; batch_dependent=True skips this test"
             ) from failed.cause
 
 

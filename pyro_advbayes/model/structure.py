@@ -13,9 +13,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_advbayes.handlers import MinibatchMessenger, Refused, is_masked
+from pyro_advbayes.handlers import MinibatchMessenger, Refused, is_masked, local_latent
 from pyro_advbayes.kinds import Node, latent_sites, sites, subsampling_plates
-from pyro_advbayes.model.failures import Drawn, explain, explain_plate, local_latent, scaled_twice, witnessed
+from pyro_advbayes.model.failures import Drawn, explain, explain_plate, scaled_twice, witnessed
 from pyro_advbayes.model.layers import kept_statistics, refuse_random_layers
 from pyro_advbayes.model.notices import tell_of_new_statistics
 from pyro_advbayes.model.observations import Labels, check_densities, check_observations, check_rows, labels_of, observations, refuse_single
@@ -230,7 +230,7 @@ def _check_plate(trace: Trace, plate: str) -> None:
             if frame.name == plate and not frame.vectorized:
                 raise _sequential(plate)
             if frame.name == plate and name in latents:
-                raise local_latent(name, plate)
+                raise Drawn(local_latent(name, plate))
 
 
 def _sequential(plate: str) -> ValueError:
@@ -259,7 +259,7 @@ def _following_plate(first: Trace, second: Trace, rows: tuple[int, int]) -> str:
             f"put the observed site into `with pyro.plate('data', len(x)):`{remedy}, or use the full data (batch_size=None)",
         )
     raise ValueError(
-        f"plates {', '.join(map(repr, found))} all follow the number of rows of a minibatch: it is not clear which holds the "
+        f"plates {', '.join(map(repr, found))} all have as many rows as a minibatch: it is not clear which holds the "
         "data. Use one plate, or let the model subsample itself, pyro.plate('data', N, subsample_size=B)"
     )
 

@@ -20,7 +20,7 @@ def map_onto(name: str, prior: Any) -> Transform:
         return biject_to(prior.support)
     except NotImplementedError as error:
         raise ValueError(
-            f"site {name!r} ({type(prior).__name__}) has a support that is no image of unconstrained space ({error}): give it a prior on "
+            f"site {name!r} ({type(prior).__name__}) has a support without a map from unconstrained space ({error}): give it a prior on "
             "another support (a Cholesky factor for a matrix, components of a mixture on one support), or sum it out"
         ) from None
 

@@ -135,15 +135,15 @@ class RowwiseMessenger(Messenger):
             name, rows = min(other.items())
             raise Refused(
                 f"site {name!r} meets an input of {rows} rows, and {observed['name']!r} is observed in a plate of "
-                f"{' x '.join(map(str, sorted(plates)))}: {type(self).__name__} needs the rows of the minibatch in the first dimension, or "
-                f"parts of one row have weights apart; leave what meets other inputs one draw for all rows, shared={sorted(other)!r}"
+                f"{' x '.join(map(str, sorted(plates)))}: {type(self).__name__} needs the rows of the minibatch in the first dimension, "
+                f"else parts of one row would have separate weights. Share one draw of such sites among all rows, shared={sorted(other)!r}"
             )
 
     def _check_met(self, unmet: Collection[str]) -> None:
         if unmet:
             raise Refused(
-                f"{type(self).__name__} covers no function in which {', '.join(map(repr, sorted(unmet)))} is used, or the site was drawn "
-                f"in another form than it is used in. Leave it one draw for all rows: shared={sorted(unmet)!r}"
+                f"{type(self).__name__} covers no function in which {', '.join(map(repr, sorted(unmet)))} is used, or the model uses a draw "
+                f"in another form. Share one draw among all rows: shared={sorted(unmet)!r}"
             )
 
     # ----------------------------------------------------------------------------------------------------- PyTorch's functions
@@ -211,7 +211,7 @@ class RowwiseMessenger(Messenger):
         if made != rows:
             raise Refused(
                 f"site {site.name!r} meets inputs of {made} rows and of {rows}: {type(self).__name__} needs the rows of the minibatch in "
-                f"the first dimension everywhere; leave the site one draw for all rows, shared={site.name!r}"
+                f"the first dimension everywhere; share one draw of the site among all rows, shared={site.name!r}"
             )
         return own
 

@@ -235,8 +235,8 @@ def test_inputs_without_their_classes_are_refused_before_the_first_fit():
     [
         ("test", lambda y: y[:, None], r"test\[1\] has shape \[40, 1\]: .* \[40\]"),
         ("pool", lambda y: y[:, None], r"pool\[1\] has shape \[60, 1\]: .* \[60\]"),
-        ("test", lambda y: y.clone().index_fill_(0, torch.tensor([3]), 99), r"test: class 99 is none of the pool's"),
-        ("test", lambda y: y - 1, r"test: class -1 is none of the pool's"),
+        ("test", lambda y: y.clone().index_fill_(0, torch.tensor([3]), 99), r"test: class 99 is not among the pool's classes"),
+        ("test", lambda y: y - 1, r"test: class -1 is not among the pool's classes"),
         ("test", lambda y: y + 0.5, r"the test's classes are not whole numbers"),
         ("test", lambda y: torch.where(y == 0, torch.nan, y.float()), r"the test's classes are not whole numbers"),
         ("pool", lambda y: torch.where(y == 0, torch.nan, y.float()), r"the pool's classes are not whole numbers"),

@@ -60,7 +60,7 @@ def test_log_likelihood_is_that_of_every_row_under_every_draw(mcmc, data):
 
 def test_sites_can_be_chosen_and_an_unknown_one_is_named(mcmc):
     assert list(ab.to_arviz(mcmc, sites=["s"]).posterior) == ["s"]
-    with pytest.raises(ValueError, match="'sigma' is none of"):
+    with pytest.raises(ValueError, match="'sigma' is not among"):
         ab.to_arviz(mcmc, sites=["sigma"])
 
 

@@ -500,7 +500,7 @@ def test_what_the_backward_pass_would_read_must_not_be_written_to_before():
     for written in (model.gain, w):
         output = classifier(x)
         written.mul_(2.0)
-        with pytest.raises(RuntimeError, match="written to since the prediction"):
+        with pytest.raises(RuntimeError, match="have changed since the prediction"):
             output.sum().backward()
         classifier(x).sum().backward()
 

@@ -215,7 +215,7 @@ def test_a_model_whose_python_reads_drawn_values_runs_draw_by_draw(function):
     with pytest.warns(UserWarning, match="prediction falls back to 'handlers'") as caught:
         ours = Predictive(model, {"z": z}, return_sites=["_RETURN"])()["_RETURN"]
     assert len(caught) == 1 and torch.allclose(ours, torch.stack([function(value) for value in z]))
-    with pytest.warns(UserWarning, match="chunk_size=7 was not to be had"):
+    with pytest.warns(UserWarning, match="chunk_size=7 is not possible"):
         Predictive(model, {"z": z}, chunk_size=7, return_sites=["_RETURN"])()
 
 
@@ -241,7 +241,7 @@ def test_an_operation_that_cannot_be_batched_is_replayed_one_by_one():
         return torch._foreach_mul([z], 2.0)[0]
 
     z = torch.randn(DRAWS, 2)
-    with pytest.warns(UserWarning, match="chunk_size=5 was not to be had"):
+    with pytest.warns(UserWarning, match="chunk_size=5 is not possible"):
         ours = Predictive(model, {"z": z}, return_sites=["_RETURN"], chunk_size=5)()["_RETURN"]
     assert torch.equal(ours, 2 * z)
 

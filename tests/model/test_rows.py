@@ -334,7 +334,7 @@ def test_obs_mask_covers_nan_on_the_full_data_and_is_refused_as_a_local_latent_u
     holes = torch.where(MISSING, torch.nan, Y)
     model = masked(LAWS["Normal"][0], "obs_mask")
     assert run(sgld(model), X, holes).get_samples()["w"].isfinite().all()
-    with pytest.raises(ValueError, match=r"'obs_unobserved' is a local latent.*obs_mask= adds such a site, where poutine\.mask adds none"):
+    with pytest.raises(ValueError, match=r"'obs_unobserved' is a local latent.*obs_mask= adds such a site, too; poutine\.mask adds none"):
         run(sgld(model, 10), X, holes)
 
 

@@ -239,8 +239,8 @@ class AutoImplicit(AutoGuide):
             sites.append(site)
         for name, follower in missing.items():
             raise ValueError(
-                f"site {name!r} of the model, on which its site {follower!r} depends, is none of the guide's, "
-                f"{[site.name for site in self.sites]}, and would be drawn from its prior: fit the guide to draws of it, too, or, if this "
+                f"site {name!r} of the model, on which its site {follower!r} depends, is not among the guide's, "
+                f"{[site.name for site in self.sites]}, and would be drawn from its prior: fit the guide to draws of it, too; or, if this "
                 f"is intended, take AutoImplicit(poutine.block(model, hide=[{name!r}]), ...)"
             )
         self.sites, self._compared = tuple(sites), True

@@ -44,7 +44,7 @@ def check_support(site: Site, prior: Any) -> None:
     """:raises ValueError: if a site is not on the support of its prior."""
     if not _maps_like(site, map_onto(site.name, prior)):
         raise ValueError(
-            f"site {site.name!r} lives on {prior.support} in the model, which the draws did not tell the guide: pass the model's "
+            f"site {site.name!r} has the support {prior.support} in the model, which draws alone do not show: pass the model's "
             "arguments, fit(samples, x, y), or AutoImplicit(..., potential=Potential(model, (x, y)))"
         )
 

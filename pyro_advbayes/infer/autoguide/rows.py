@@ -142,7 +142,7 @@ class SampleRows(Rows):
                 raise ValueError(f"{source}: site {name!r} is missing; draws are needed of {names}")
         unknown = sorted(set(values) - set(names))
         if unknown:
-            raise ValueError(f"{source}: site {unknown[0]!r} is none of the guide's, {names}: leave it out")
+            raise ValueError(f"{source}: site {unknown[0]!r} is not among the guide's, {names}: leave it out")
         for site in sites:
             if without_leading_ones(values[site.name].shape[2:]) != without_leading_ones(site.shape):
                 shape = tuple(values[site.name].shape[2:])

@@ -300,8 +300,8 @@ class APD:
                 for kept, new in zip(parameters, self.guide.network.parameters(), strict=True):
                     new.copy_(kept)
         warn(
-            f"APD has not come down to the draws by step {training.steps}: two-sample distance {distance:.3g}, where two halves of the "
-            f"draws are {stopping.floor:.3g} apart. Judge it with distill.compare; more num_steps or a larger generator may help",
+            f"APD has not converged by step {training.steps}: its two-sample distance is {distance:.3g}, and that of two halves of the "
+            f"draws {stopping.floor:.3g}. Judge it with distill.compare; more num_steps or a larger generator may help",
         )
         return distance
 

@@ -110,7 +110,7 @@ class OnlineAPD:
             refuse_few(buffer)
         if num_samples * num_chains < buffer:
             raise ValueError(
-                f"buffer={buffer}: {num_chains} chains of num_samples={num_samples} do not fill it, and the generator never learns"
+                f"buffer={buffer}: {num_chains} chains of num_samples={num_samples} do not fill it, so that nothing would be trained"
             )
         self.guide, self.kernel, self.buffer = guide, kernel, buffer
         self.num_samples, self.warmup_steps, self.num_chains = num_samples, warmup_steps, num_chains

@@ -383,7 +383,7 @@ def check_sites(model_trace: Trace, guide_trace: Trace) -> None:
             )
         if name not in latents:
             raise ValueError(
-                f"site {name!r} is observed, but the guide draws it: its first call came without observations; make the guide anew"
+                f"site {name!r} is observed, but the guide draws it: its first call came without observations; make a new guide"
             )
     for name in latents:
         if name not in drawn:

@@ -431,7 +431,7 @@ class SGMCMC(AbstractMCMC):
         elif sites is not None:
             unknown = sorted(set(sites) - set(samples))
             if unknown:
-                raise ValueError(f"sites: {unknown[0]!r} is none of {sorted(samples)}")
+                raise ValueError(f"sites: {unknown[0]!r} is not among {sorted(samples)}")
             samples = {name: samples[name] for name in sites}
         print(summary.table(samples, prob, max_elements))
         drift = self._assessment.drift

@@ -286,7 +286,7 @@ def test_a_site_without_draws_is_not_drawn_from_its_prior_in_silence(predictive)
     x, y = data(5)
     guide = quick(AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,))), {"w": torch.randn(200, 3)})
     missing = (
-        r"site 'b' of the model, on which its site 'obs' depends, is none of the guide's, \['w'\], .*poutine.block\(model, hide=\['b'\]\)"
+        r"site 'b' of the model, on which its site 'obs' depends, is not among the guide's, \['w'\], .*poutine.block\(model, hide=\['b'\]\)"
     )
     with pytest.raises(ValueError, match=missing):
         predictive(logistic, guide=guide, num_samples=3)(x)
@@ -448,7 +448,7 @@ def test_sites_on_another_support_than_the_model_declares_are_refused():
         AutoImplicit(model, MLPGenerator(noise=3, hidden=(8,))).set_sites(real)
     counts = PyroModule()
     counts.rate = PyroSample(dist.Poisson(3.0))
-    with pytest.raises(ValueError, match=r"site 'rate' \(Poisson\) has a support that is no image of unconstrained space.*sum it out"):
+    with pytest.raises(ValueError, match=r"site 'rate' \(Poisson\) has a support without a map from unconstrained space.*sum it out"):
         quick(AutoImplicit(counts, MLPGenerator(noise=3, hidden=(8,))), {"rate": torch.rand(200)})
 
 

@@ -420,7 +420,7 @@ def test_draws_are_read_once_more_for_all_checkpoints_together(tmp_path, monkeyp
 def test_a_fit_that_does_not_arrive_says_so_and_keeps_the_best():
     w, _ = two_modes()
     guide = AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(8,)))
-    with pytest.warns(UserWarning, match="APD has not come down to the draws by step 40: two-sample distance .* Judge it"):
+    with pytest.warns(UserWarning, match="APD has not converged by step 40: its two-sample distance is .* Judge it"):
         fit = APD(guide, num_steps=40, check_every=10).fit({"w": w})
     assert fit.converged is False and fit.distance > fit.floor > 0
 
@@ -492,7 +492,7 @@ def test_bad_draws_are_refused_by_name():
             fit({**good, "w": broken})
     with pytest.raises(ValueError, match="site 'b' is missing; draws are needed of"):
         fit({"w": good["w"]}, x, y)
-    with pytest.raises(ValueError, match="site 'c' is none of the guide's"):
+    with pytest.raises(ValueError, match="site 'c' is not among the guide's"):
         fit({**good, "c": good["b"]}, x, y)
     with pytest.raises(ValueError, match=r"a draw of site 'w' has shape \(2,\), the site has \(3,\)"):
         fit({**good, "w": good["w"][:, :2]}, x, y)

@@ -129,7 +129,7 @@ def test_predictions_are_not_compared_with_a_site_drawn_from_its_prior():
     partial.num_draws = 2000
     samples = {"slope": draws()["slope"]}
     assert compare(samples, partial).functions is None
-    with pytest.raises(ValueError, match="site 'offset' of the model, on which its site 'obs' depends, is none of the guide's"):
+    with pytest.raises(ValueError, match="site 'offset' of the model, on which its site 'obs' depends, is not among the guide's"):
         compare(samples, partial, X)
 
 

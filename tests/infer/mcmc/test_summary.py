@@ -125,5 +125,5 @@ def test_summary_prints_sites_or_functions_and_how_many_chains_were_lost(capsys)
     assert first_words(x[:2]) == ["mean", "f[0]", "f[1]", "chains"]
     mcmc.summary()
     assert "chains lost: 0 of 2" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"sites: 'v' is none of \['b', 'scale', 'w'\]"):
+    with pytest.raises(ValueError, match=r"sites: 'v' is not among \['b', 'scale', 'w'\]"):
         mcmc.summary(sites=["v"])
