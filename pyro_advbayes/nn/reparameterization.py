@@ -142,7 +142,7 @@ class RowwiseMessenger(Messenger):
     def _check_met(self, unmet: Collection[str]) -> None:
         if unmet:
             raise Refused(
-                f"{type(self).__name__} covers no function in which {', '.join(map(repr, sorted(unmet)))} is used, or the model uses a draw "
+                f"{type(self).__name__} covers no function in which {', '.join(map(repr, sorted(unmet)))} is used, or a draw is used "
                 f"in another form. Share one draw among all rows: shared={sorted(unmet)!r}"
             )
 
