@@ -247,9 +247,9 @@ class Potential(Energy):
         """
         return self._functions.get(kind, state, tensors)
 
-    def shared_gradient(self, row: Tensor, batch: Batch, temperature: float = 1.0) -> Tensor:
-        """The gradient at one row ``[size]`` from a batch of ``batches.epoch()``, which no chain has to itself."""
-        return self.slope_at(row, self.scalar(temperature), self.inputs(batch))[1]
+    def shared_gradient(self, row: Tensor, batch: Batch) -> Tensor:
+        """The gradient at one row ``[size]`` from a batch of ``batches.epoch()``, which all chains share."""
+        return self.slope_at(row, self.scalar(1.0), self.inputs(batch))[1]
 
     # ------------------------------------------------------------------------------------------------------ two fixed minibatches
 

@@ -62,7 +62,7 @@ def test_a_curve_is_its_points():
     assert curve.error[1].item() == accuracy_under_attack(one_hot([0] * 80 + [1] * 20), labels).error
 
 
-@pytest.mark.parametrize(("eps", "words"), [([], "one number or more"), ([0.1, 0.1], "growing"), ([0.1, 0.2], "2 sizes, attacked has 1")])
+@pytest.mark.parametrize(("eps", "words"), [([], "one number or more"), ([0.1, 0.1], "increasing order"), ([0.1, 0.2], "2 sizes, attacked has 1")])
 def test_sizes_that_do_not_fit_are_refused(eps, words):
     with pytest.raises(ValueError, match=words):
         accuracy_curve(eps, [one_hot([0])], torch.tensor([0]))
@@ -113,7 +113,7 @@ def test_the_share_of_inputs_whose_norm_falls_with_every_count_by_hand():
     ("gradients", "draws", "words"),
     [
         (torch.randn(5, 2, 3), [1, 6], "more draws than there are: 5"),
-        (torch.randn(5, 2, 3), [2, 1], "growing"),
+        (torch.randn(5, 2, 3), [2, 1], "increasing order"),
         (torch.randn(5, 2, 3), [0, 1], ">= 1"),
         (torch.randn(5), None, r"\[draws, N, \*input\]"),
         (torch.full((2, 2, 3), float("nan")), None, "NaN"),
