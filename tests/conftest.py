@@ -13,10 +13,12 @@ import torch
 @pytest.fixture(autouse=True)
 def _fresh_state():
     """Every test starts from one seed, an empty parameter store, validation on and float32, and leaves no trace."""
-    dtype = torch.get_default_dtype()
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     with pyro.validation_enabled(True):
         yield
     pyro.clear_param_store()
     torch.set_default_dtype(dtype)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)

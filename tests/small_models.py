@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+
+import pyro_advbayes as ab
 
 ROWS = 60
 
@@ -53,3 +58,31 @@ def subsampling(x: Tensor, y: Tensor | None = None) -> None:
     w = weights()
     with pyro.plate("data", len(x), subsample_size=10) as rows:
         pyro.sample("obs", dist.Bernoulli(logits=x[rows] @ w), obs=None if y is None else y[rows])
+
+
+def no_plate(x: Tensor, y: Tensor) -> None:
+    """Observations that no minibatch can be scaled for."""
+    pyro.sample("obs", dist.Bernoulli(logits=x @ weights()).to_event(1), obs=y)
+
+
+def sequential(x: Tensor, y: Tensor) -> None:
+    """A plate that is a for loop."""
+    w = weights()
+    for i in pyro.plate("data", len(x)):
+        pyro.sample(f"obs_{i}", dist.Bernoulli(logits=x[i] @ w), obs=y[i])
+
+
+def no_inputs(x: Tensor, y: Tensor) -> None:
+    """``weight []``: an outcome that does not depend on the inputs, so that only a custom loss moves these."""
+    weight = pyro.sample("weight", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(weight, 1.0), obs=y)
+
+
+def energy(model: Callable, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """U at one point on all rows, and its mean over the minibatches of an epoch, 10 rows each."""
+    full = ab.Potential(model, args, backend="handlers")
+    batched = ab.Potential(model, args, batch_size=10, backend="handlers", **options)
+    state = torch.linspace(-1.0, 1.0, full.size).unsqueeze(0)
+    parts = [batched.energy(state, batch) for batch, _ in batched.batches.epoch()]
+    return full.energy(state), torch.stack(parts).mean(0)

@@ -23,7 +23,7 @@ from models.logistic_regression import LogisticRegression
 from models.mlp import mlp
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.nn import bayesianize
-from tests.small_models import data, logistic, subsampling, weights
+from tests.small_models import data, energy, logistic, no_plate, sequential, subsampling, weights
 
 X, Y = data()
 N = len(X)
@@ -116,22 +116,11 @@ def test_latents_that_no_gradient_can_move_are_refused_by_name(refused, model, s
 # ------------------------------------------------------------------------------------------- plates and the scale that they get
 
 
-def no_plate(x, y):
-    logits = x @ weights()
-    pyro.sample("obs", dist.Bernoulli(logits=logits).to_event(1), obs=y)
-
-
 def two_plates(x, y):
     logits = x @ weights()
     likelihood(logits, y, plate="first")
     with pyro.plate("second", len(x)):
         pyro.sample("again", dist.Bernoulli(logits=logits), obs=y)
-
-
-def sequential(x, y):
-    w = weights()
-    for i in pyro.plate("data", len(x)):
-        pyro.sample(f"obs_{i}", dist.Bernoulli(logits=x[i] @ w), obs=y[i])
 
 
 def subsamples_a_fixed_number(x, y):
@@ -214,15 +203,6 @@ def test_a_plate_of_fixed_size_is_refused_under_minibatches(refused, batch_size)
 @pytest.mark.parametrize("model", [no_plate, two_plates, local_latent, masked, observed_after, hard_coded])
 def test_what_is_refused_under_minibatches_is_right_on_the_full_data(model):
     assert run(sgld(model), X, Y).get_samples()["w"].isfinite().all()
-
-
-def energy(model, *args, **options):
-    """U at one point, and its mean over the minibatches of an epoch, 10 rows each."""
-    full = ab.Potential(model, args, backend="handlers")
-    batched = ab.Potential(model, args, batch_size=10, backend="handlers", **options)
-    state = torch.linspace(-1.0, 1.0, full.size).unsqueeze(0)
-    parts = [batched.energy(state, batch) for batch, _ in batched.batches.epoch()]
-    return full.energy(state), torch.stack(parts).mean(0)
 
 
 def nested(x, y):

@@ -13,7 +13,7 @@ from pyro.optim import ClippedAdam
 
 import pyro_advbayes as ab
 from pyro_advbayes.handlers import UnvalidatedMessenger
-from tests.small_models import data, logistic, subsampling, weights
+from tests.small_models import data, logistic, no_plate, sequential, subsampling, weights
 
 X, Y = data()
 N = len(X)
@@ -124,10 +124,6 @@ def test_a_model_that_scales_itself_is_not_scaled_again():
         log_joint(ab.minibatch(subsampling, size=N), X, Y)
 
 
-def no_plate(x, y):
-    pyro.sample("obs", dist.Bernoulli(logits=x @ weights()).to_event(1), obs=y)
-
-
 def outside(x, y):
     w = weights()
     with pyro.plate("data", len(x)):
@@ -140,12 +136,6 @@ def local(x, y):
     with pyro.plate("data", len(x)):
         pyro.sample("obs", dist.Bernoulli(logits=x @ w), obs=y)
         pyro.sample("late", dist.Normal(0.0, 1.0))
-
-
-def sequential(x, y):
-    w = weights()
-    for i in pyro.plate("data", len(x)):
-        pyro.sample(f"obs_{i}", dist.Bernoulli(logits=x[i] @ w), obs=y[i])
 
 
 @pytest.mark.parametrize(

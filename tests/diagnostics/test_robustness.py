@@ -62,7 +62,9 @@ def test_a_curve_is_its_points():
     assert curve.error[1].item() == accuracy_under_attack(one_hot([0] * 80 + [1] * 20), labels).error
 
 
-@pytest.mark.parametrize(("eps", "words"), [([], "one number or more"), ([0.1, 0.1], "increasing order"), ([0.1, 0.2], "2 sizes, attacked has 1")])
+@pytest.mark.parametrize(
+    ("eps", "words"), [([], "one number or more"), ([0.1, 0.1], "increasing order"), ([0.1, 0.2], "2 sizes, attacked has 1")]
+)
 def test_sizes_that_do_not_fit_are_refused(eps, words):
     with pytest.raises(ValueError, match=words):
         accuracy_curve(eps, [one_hot([0])], torch.tensor([0]))

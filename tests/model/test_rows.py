@@ -22,7 +22,7 @@ from pyro_advbayes.handlers import covered
 from pyro_advbayes.infer import distill
 from pyro_advbayes.model.structure import look
 from pyro_advbayes.nn import Classifier, bayesianize
-from tests.small_models import data, logistic, regression, weights
+from tests.small_models import data, energy, logistic, regression, weights
 from tests.test_given import remedied
 
 X, Y = data()
@@ -38,15 +38,6 @@ def run(kernel, *args, **kwargs):
     mcmc = ab.SGMCMC(kernel, 2, 1, 2, disable_progbar=True)
     mcmc.run(*args, **kwargs)
     return mcmc
-
-
-def energy(model, *args, **options):
-    """U at one point on all rows, and its mean over the minibatches of an epoch, 10 rows each."""
-    full = ab.Potential(model, args, backend="handlers")
-    batched = ab.Potential(model, args, batch_size=10, backend="handlers", **options)
-    state = torch.linspace(-1.0, 1.0, full.size).unsqueeze(0)
-    parts = [batched.energy(state, batch) for batch, _ in batched.batches.epoch()]
-    return full.energy(state), torch.stack(parts).mean(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- shapes

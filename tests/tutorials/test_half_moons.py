@@ -4,16 +4,8 @@ import json
 
 import matplotlib.image
 import pytest
-import torch
 
 from tutorials.papers import robustness_half_moons as half_moons
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -35,14 +35,6 @@ def first(tmp_path_factory):
     return out, done
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    """The quickstart takes one thread for the whole process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def without_times(content: dict) -> dict:
     content = copy.deepcopy(content)
     for numbers in content["results"].values():

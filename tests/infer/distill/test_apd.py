@@ -433,7 +433,7 @@ def test_the_distance_of_a_fit_is_that_of_the_generator_that_is_kept(monkeypatch
         monkeypatch.setattr("pyro_advbayes.infer.distill.stopping.sliced_wasserstein", lambda x, y, found=found: next(found))
         pyro.set_rng_seed(3)
         guide = AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(8,)))
-        with pytest.warns(UserWarning, match=f"by step {num_steps}: two-sample distance 3, where two halves of the draws are 0.1 apart"):
+        with pytest.warns(UserWarning, match=f"by step {num_steps}: its two-sample distance is 3, and that of two halves of the draws 0.1"):
             fits.append(APD(guide, num_steps=num_steps, check_every=10, batch_size=40).fit({"w": w}))
         pyro.set_rng_seed(4)
         made.append(guide.sample(5)["w"])

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 
 import pyro_advbayes as ab
+from tests.small_models import no_inputs
 
 SLOPE = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-
-
-def coin(x, y):
-    """A model that does not look at its inputs: what moves them is the loss alone."""
-    weight = pyro.sample("weight", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("obs", dist.Normal(weight, 1.0), obs=y)
 
 
 def linear(model, clean, args, kwargs):
@@ -26,7 +18,7 @@ def linear(model, clean, args, kwargs):
 def kernel_of(x, **options):
     """A kernel that has been set up on inputs ``x``, whose adversary has no noise."""
     options = {"batch_size": len(x), "cost": ab.L2(0.0), "input_temperature": 0.0, **options}
-    kernel = ab.BAL(coin, "x", **options)
+    kernel = ab.BAL(no_inputs, "x", **options)
     kernel.setup_chains(1, 0, (x, torch.arange(float(len(x)))), {})
     return kernel
 
@@ -90,10 +82,10 @@ def test_the_clean_share_is_the_share_of_rows_that_stay(share):
 @pytest.mark.parametrize("clip", [(0.0, 1.0), (-1.0, 3.0)])
 def test_what_is_not_given_is_in_the_units_of_the_range(clip):
     """Steps are those of a squared length, a box is a tenth of the range; a flow and a generator have energies of their own."""
-    kernel, extent = ab.BAL(coin, "x", 4, clip=clip), clip[1] - clip[0]
+    kernel, extent = ab.BAL(no_inputs, "x", 4, clip=clip), clip[1] - clip[0]
     assert [kernel.inputs.step_size(i) for i in range(15)] == [extent**2] * 15 and kernel.inputs.num_steps == 15
     assert kernel.cost == ab.Box(0.1 * extent)
-    assert ab.BAL(coin, "x", 4, clip=clip, adversary=ab.Flow()).cost == ab.L2(0.0)
+    assert ab.BAL(no_inputs, "x", 4, clip=clip, adversary=ab.Flow()).cost == ab.L2(0.0)
 
 
 def test_how_far_inputs_were_moved_is_told_in_both_norms_as_the_mean_over_rows():

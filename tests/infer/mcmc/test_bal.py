@@ -16,13 +16,7 @@ from models.mlp import mlp
 from models.vae import VAE
 from pyro_advbayes.infer.mcmc.adversary import Adversary
 from pyro_advbayes.nn.classifier import Classifier
-
-
-def coin(x, y):
-    """A model that does not look at its inputs."""
-    weight = pyro.sample("weight", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("obs", dist.Normal(weight, 1.0), obs=y)
+from tests.small_models import no_inputs
 
 
 def logistic(x, y):
@@ -57,7 +51,7 @@ def test_without_a_loss_inputs_are_normal_around_the_clean_ones(rule, bias):
     x, y = torch.tensor([[0.2], [0.9]]), torch.zeros(2)
     alpha, T, eta = 40.0, 0.3, 0.005
     kernel = ab.BAL(
-        coin,
+        no_inputs,
         "x",
         batch_size=2,
         inputs=rule(step_size=eta, num_steps=60),
@@ -78,7 +72,7 @@ def test_the_cost_pulls_towards_the_clean_input():
     x, y = torch.rand(5, 3), torch.zeros(5)
     slope, alpha = torch.tensor([1.0, -2.0, 0.5]), 4.0
     kernel = ab.BAL(
-        coin,
+        no_inputs,
         "x",
         batch_size=5,
         inputs=ab.SGLD.rule(step_size=0.05, num_steps=200),
@@ -239,7 +233,7 @@ def test_the_temperature_that_is_reported_counts_all_updates_on_a_minibatch(rule
     """Ten updates on one minibatch heat ten times as much as on ten: the variance of a Gaussian is that of T_eff."""
     y = torch.randn(1000)
     quiet = ab.SGLD.rule(step_size=1e-12, num_steps=1)
-    kernel = ab.BAL(coin, "x", 20, inputs=quiet, cost=ab.L2(0.0), weights=rule, temperature=1.0, learners="independent")
+    kernel = ab.BAL(no_inputs, "x", 20, inputs=quiet, cost=ab.L2(0.0), weights=rule, temperature=1.0, learners="independent")
     mcmc = sampled(kernel, torch.zeros(1000), y, samples=4, warmup=100, chains=1000)
     drawn = mcmc.get_samples(group_by_chain=True)["weight"].double()
     expected = mcmc.diagnostics()["T_eff"]["weight"] / 1001
@@ -424,7 +418,7 @@ def test_a_flow_without_a_loss_has_the_law_of_its_energy(learners, chains, colde
             return super().inputs(z, clean)
 
     inputs = ab.SGLD.rule(step_size=eta, num_steps=200)
-    kernel = ab.BAL(coin, "x", 2000, adversary=Noted(weight, 0.0), inputs=inputs, input_temperature=T, learners=learners)
+    kernel = ab.BAL(no_inputs, "x", 2000, adversary=Noted(weight, 0.0), inputs=inputs, input_temperature=T, learners=learners)
     kernel.setup_chains(chains, 0, (x, y), {})
     kernel._next_batch()
     expected = T / (2.0 * colder * weight) / (1.0 - eta * colder * weight)
