@@ -217,7 +217,7 @@ def test_a_tuple_of_arguments_is_told_from_a_loader():
 
 
 @pytest.mark.parametrize("item", [(ARRAY, Y), (X, Y.numpy())])
-def test_a_loader_of_arrays_is_told_to_make_tensors_of_them(item):
+def test_a_loader_of_arrays_is_refused_with_how_to_make_tensors_of_them(item):
     with pytest.raises(ValueError, match=r"the loader gave \[.*Of a numpy array make a tensor, torch\.as_tensor\(array"):
         run(sgld(logistic, num_data=N), [item])
 

@@ -94,7 +94,7 @@ def test_a_posterior_is_evaluated_like_a_network_and_left_as_it_is():
     assert classifier.training
 
 
-def test_a_random_classifier_is_told():
+def test_a_random_classifier_is_warned_of():
     net = nn.Sequential(digits_network(), nn.Dropout(0.5)).train()
     x, y = digits_examples(50)
     with pytest.warns(UserWarning, match=r"the classifier is random.*eot=10"):
@@ -102,14 +102,14 @@ def test_a_random_classifier_is_told():
     assert len(report.warnings) == 1 and "warning: the classifier is random" in str(report)
 
 
-def test_probabilities_in_the_place_of_logits_are_told():
+def test_probabilities_in_the_place_of_logits_are_warned_of():
     net = nn.Sequential(digits_network(), nn.Softmax(-1))
     x, y = digits_examples(50)
     with pytest.warns(UserWarning, match=r"outputs look like probabilities"):
         evaluate(net, x, y, [FGSM(0.1)])
 
 
-def test_a_saturated_posterior_is_told_and_what_is_proposed_helps():
+def test_a_saturated_posterior_is_warned_of_and_the_remedy_helps():
     classifier, _ = posterior(5, (64, 32, 10), torch.float)
     net = digits_network()
     for values, trained in zip(classifier.buffers(), net.parameters(), strict=True):
@@ -132,7 +132,7 @@ def test_a_loss_that_is_at_its_top_for_an_input_that_is_wrong_is_no_reason_to_wa
     assert no_warning(net, x, y, [PGD(0.1, 3, loss="dlr")]).already_wrong == 18
 
 
-def test_gradients_that_mislead_are_told_by_an_attack_without_them():
+def test_gradients_that_mislead_are_found_by_a_gradient_free_attack():
     class Masked(nn.Module):
         """Its gradient is that of another network."""
 

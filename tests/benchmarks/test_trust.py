@@ -41,7 +41,7 @@ def test_a_law_that_is_off_is_silent_without_a_warning(scale, shift):
     assert judged(samples) == "SILENT" and judged(samples, warned=True) == "warned"
 
 
-def test_lost_chains_and_chains_that_stand_still_have_to_be_told():
+def test_lost_chains_and_chains_that_stand_still_have_to_be_warned_of():
     assert judged(exact_draws(), lost=1) == "SILENT"
     assert judged({name: value[:3] for name, value in exact_draws().items()}) == "SILENT"
     assert judged({name: value[:, :1].expand_as(value) for name, value in exact_draws().items()}) == "SILENT"

@@ -74,7 +74,7 @@ def test_ece_agrees_with_torchmetrics_where_no_confidence_lies_on_an_edge():
     assert ece(probs, labels) == pytest.approx(multiclass_calibration_error(probs, labels, num_classes=6, n_bins=15).item(), abs=1e-6)
 
 
-def test_ece_has_fifteen_bins_unless_told_otherwise():
+def test_ece_has_fifteen_bins_by_default():
     probs, labels = random_predictions()
     assert len(reliability(probs, labels).count) == 15
     assert ece(probs, labels) == ece(probs, labels, num_bins=15)

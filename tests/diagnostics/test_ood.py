@@ -96,7 +96,7 @@ def test_the_table_holds_every_measure_of_every_score():
         ood_detection(own, {"noise": noise[0]})
 
 
-def test_adversarial_inputs_that_missed_are_told_apart():
+def test_adversarial_inputs_that_missed_are_counted_apart():
     clean, attacked = draws(8.0), draws(8.0)
     hit = torch.arange(40) % 4 == 0
     attacked[:, hit] = draws(0.1, 10)

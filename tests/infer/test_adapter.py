@@ -404,7 +404,7 @@ def test_a_heteroscedastic_network_is_made_bayesian():
     assert losses == []
 
 
-def test_a_regression_is_told_what_it_needs():
+def test_a_regression_is_refused_with_what_it_needs():
     _, _, loader = line()
     net = nn.Linear(1, 2)
     with pytest.raises(ValueError, match=r"a plain network is made a classifier, and the loader's second tensor is torch.float32.*Normal"):

@@ -269,7 +269,7 @@ def test_draws_of_different_shapes_are_refused():
 # -------------------------------------------------------------------------------------------------------- the fixed rule
 
 
-def test_how_many_draws_go_together_follows_their_size(monkeypatch):
+def test_the_number_of_draws_side_by_side_depends_on_their_size(monkeypatch):
     chunks = []
     original = module.Replays
     monkeypatch.setattr(module, "Replays", lambda tape, chunk: chunks.append(chunk) or original(tape, chunk))

@@ -56,7 +56,7 @@ def test_the_return_value_has_all_rows_where_it_is_of_rows(size, rows):
 
 
 @pytest.mark.parametrize("inputs", [10, 8])
-def test_a_return_value_that_follows_no_plate_is_left_as_it_is(inputs):
+def test_a_return_value_without_the_rows_of_a_plate_stays_unchanged(inputs):
     def model(x):
         slope = pyro.sample("slope", dist.Normal(1.0, 1.0))
         logits = slope * torch.stack([x, -x], -1)

@@ -267,7 +267,7 @@ def test_the_rows_behind_a_loader_are_read_off(loader, expected):
     assert Loader(loader, None).num_data == expected
 
 
-def test_the_rows_behind_batches_of_ones_own_must_be_given():
+def test_the_rows_behind_custom_batches_must_be_given():
     loader = DataLoader(rows(), batch_sampler=[[0, 1, 2], [3, 4, 5]])
     with pytest.raises(ValueError, match=r"the number of rows behind it must be given, num_data="):
         Loader(loader, None)
@@ -281,7 +281,7 @@ def test_another_number_of_rows_than_a_known_sampler_chooses_from_is_refused(sam
             Loader(loader, 30)
 
 
-def test_the_rows_that_a_sampler_of_ones_own_chooses_from_may_be_given():
+def test_the_rows_behind_a_custom_sampler_may_be_given():
     assert Loader(DataLoader(rows(), 5, sampler=Odd()), 20).num_data == 20
 
 
@@ -342,7 +342,7 @@ def test_lengths_in_words():
     assert in_words({"x": 60, "y": 59}) == "x has 60 rows, y has 59 rows"
 
 
-def test_a_loader_that_draws_rows_with_unequal_weights_is_told():
+def test_a_loader_that_draws_rows_with_unequal_weights_is_warned_of():
     """The usual recipe for rare classes samples another posterior: that of data in which they are not rare."""
     y = torch.cat([torch.ones(10), torch.zeros(90)])
     dataset = TensorDataset(torch.randn(100, 2), y)

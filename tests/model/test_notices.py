@@ -79,7 +79,7 @@ def with_a_parameter_beside_an_unused_one(x, y):
     ],
     ids=["pyro.param", "beside an unused one", "in a prior", "PyroParam", "a plain layer"],
 )
-def test_a_parameter_that_is_held_where_it_is_is_told_once_with_what_to_do(make, name, batch_size):
+def test_a_parameter_that_is_held_fixed_is_warned_of_once_with_the_remedy(make, name, batch_size):
     (message,) = told(make(), batch_size=batch_size)
     assert re.search(rf"{name}: .*holds.*prior.*AutoDelta.*\.detach\(\)", message)
 
@@ -120,7 +120,7 @@ class Sampled(PyroModule):
     [lambda: detached, lambda: hidden, Excluded, Sampled, lambda: WithLayer(nn.Linear(3, 3).requires_grad_(False))],
     ids=["detached", "unused", "excluded by bayesianize", "sampled", "a frozen layer"],
 )
-def test_what_is_meant_to_be_fixed_or_moves_is_not_told(make):
+def test_what_is_meant_to_be_fixed_or_moves_does_not_warn(make):
     assert told(make()) == []
 
 
@@ -130,7 +130,7 @@ def test_of_many_parameters_a_few_are_named():
 
 
 @pytest.mark.filterwarnings("ignore:parameter")
-def test_what_is_told_moves_no_random_numbers_and_no_parameters():
+def test_notices_take_no_random_numbers_and_change_no_parameters():
     draws = []
     for model in (with_parameter, lambda x, y: likelihood(x @ weights(), x, y, 2.0)):
         pyro.set_rng_seed(3)
@@ -142,7 +142,7 @@ def test_what_is_told_moves_no_random_numbers_and_no_parameters():
 # ------------------------------------------------------------------------------------------------------------- statistics
 
 
-def test_statistics_that_have_never_seen_data_are_told_where_bayesianize_has_not():
+def test_statistics_that_have_never_seen_data_are_warned_of_where_bayesianize_has_not():
     layer = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).requires_grad_(False).eval()
     (message,) = told(WithLayer(layer))
     assert re.search(r"'layer\.1'.*never seen data", message)
@@ -150,7 +150,7 @@ def test_statistics_that_have_never_seen_data_are_told_where_bayesianize_has_not
     assert told(WithLayer(layer.eval())) == []
 
 
-def test_what_bayesianize_has_told_is_not_told_again():
+def test_what_bayesianize_has_warned_of_is_not_warned_of_again():
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
 
     def model_of(bayesian):

@@ -59,14 +59,14 @@ def three_classes():
     ],
     ids=["column", "column of ints", "column of classes", "one-hot", "one-hot in float"],
 )
-def test_observations_in_another_shape_are_told_by_their_shape_and_not_by_their_number(model, y, says, batch_size):
+def test_observations_in_another_shape_are_refused_by_shape_and_not_by_number(model, y, says, batch_size):
     with pytest.raises(ValueError) as caught:
         run(sgld(model, batch_size), X, y())
     assert "equally long" not in str(caught.value) and "60 rows" not in str(caught.value)
     remedied(lambda y: run(sgld(model, batch_size), X, y), says, y=y())
 
 
-def test_a_loaders_observations_in_another_shape_are_told_by_it():
+def test_a_loaders_observations_in_another_shape_are_refused_by_shape():
     remedied(lambda y: run(sgld(three_classes()), DataLoader(TensorDataset(X, y), 10)), "give y.argmax(-1)", y=F.one_hot(CLASSES, 3))
 
 
@@ -109,7 +109,7 @@ def test_outputs_of_shape_n_1_are_named_and_squeezing_them_works(y, batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [None, 10])
-def test_several_outputs_of_a_row_are_told_to_be_one_event(batch_size):
+def test_several_outputs_of_a_row_are_refused_with_one_event_as_remedy(batch_size):
     def model(x, y, event=False):
         mean = x * weights()
         with pyro.plate("data", len(x)):
@@ -123,7 +123,7 @@ def test_several_outputs_of_a_row_are_told_to_be_one_event(batch_size):
     run(sgld(lambda x, y: model(x, y, event=True), batch_size), X, X)
 
 
-def test_arguments_of_different_length_are_still_told_by_their_length():
+def test_arguments_of_different_length_are_refused_by_length():
     with pytest.raises(ValueError, match=r"x has 60 rows, y has 59 rows"):
         run(sgld(logistic, 10), X, Y[:-1])
 
@@ -161,7 +161,7 @@ def test_a_factor_of_the_prior_is_not_scaled_with_the_rows(first):
     ids=["mean", "sum", "max", "count", "rows"],
 )
 @pytest.mark.parametrize("batch_size", [1, 10])
-def test_a_factor_that_depends_on_the_rows_is_told_both_remedies(term, batch_size):
+def test_a_refused_factor_that_depends_on_the_rows_names_both_remedies(term, batch_size):
     def model(x, y):
         w = weights()
         with pyro.plate("data", len(x)):
@@ -241,7 +241,7 @@ def test_under_a_sequential_plate_over_groups_minibatches_average_to_the_full_da
     run(sgld(by_group, 3), X, GROUPS, Y)
 
 
-def test_observations_in_a_sequential_plate_over_groups_are_told_to_go_into_a_plate_of_rows():
+def test_observations_in_a_sequential_plate_over_groups_are_refused_with_a_plate_of_rows_as_remedy():
     def model(x, group, y):
         w = weights()
         for i in pyro.plate("groups", 3):

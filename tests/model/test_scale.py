@@ -258,7 +258,7 @@ FULL = {name: (model, args) for name, (model, args, _) in WRONG.items() if name 
 
 @pytest.mark.parametrize("rows", [2, 5, N])
 @pytest.mark.parametrize("name", MEANS)
-def test_a_mean_over_rows_of_the_full_data_is_told_with_both_numbers_and_can_be_meant(name, rows):
+def test_a_mean_over_rows_of_the_full_data_warns_with_both_numbers_and_can_be_meant(name, rows):
     model, args = MEANS[name]
     args = tuple(t[:rows] for t in args)
     (message,) = told(model, args)
@@ -275,7 +275,7 @@ def test_on_the_full_data_nothing_has_to_add_up(name):
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 10}], ids=["full data", "minibatches"])
-def test_a_likelihood_that_is_multiplied_by_a_number_is_told(options):
+def test_a_likelihood_that_is_multiplied_by_a_number_is_warned_of(options):
     (message,) = told(own_scale, (X, Y), **options)
     assert re.search(
         r"'obs': its log-likelihood is multiplied by 0\.5 \(poutine\.scale\).*count 0\.5 times.*TemperedLikelihoodWarning", message
@@ -284,7 +284,7 @@ def test_a_likelihood_that_is_multiplied_by_a_number_is_told(options):
     assert told(own_scale, (X, Y), batch_dependent=True, **options) == []
 
 
-def test_a_mean_by_a_scale_is_told_once():
+def test_a_mean_by_a_scale_is_warned_of_once():
     def model(x, y):
         with poutine.scale(scale=1 / len(x)):
             logistic(x, y)
@@ -331,7 +331,7 @@ def test_a_plate_that_subsamples_itself_is_looked_at_as_well(body, says, size):
     ab.Potential(model, args, backend="handlers", batch_dependent=True)
 
 
-def test_weights_of_rows_in_a_plate_that_subsamples_itself_are_let_pass():
+def test_weights_of_rows_in_a_plate_that_subsamples_itself_are_accepted():
     weight = torch.linspace(0.5, 2.0, 5)
 
     def model(x, y):
@@ -342,7 +342,7 @@ def test_weights_of_rows_in_a_plate_that_subsamples_itself_are_let_pass():
     ab.Potential(model, (X, CLASSES), backend="handlers")
 
 
-def test_a_plate_whose_rows_stay_is_let_pass():
+def test_a_plate_whose_rows_stay_is_accepted():
     def model(x, y):
         w = weights()
         with pyro.plate("data", N, subsample=torch.arange(10)):
@@ -438,7 +438,7 @@ RIGHT = {
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10])
 @pytest.mark.parametrize("name", RIGHT)
-def test_a_sum_over_rows_is_let_pass(name, batch_size):
+def test_a_sum_over_rows_is_accepted(name, batch_size):
     model, args = RIGHT[name]
     ab.Potential(model, args, batch_size=batch_size, backend="handlers")
 
@@ -452,7 +452,7 @@ def test_a_handful_of_rows_is_enough(rows):
 
 
 @pytest.mark.parametrize("size", [1, 2, 9])
-def test_a_plate_that_subsamples_itself_is_let_pass(size):
+def test_a_plate_that_subsamples_itself_is_accepted(size):
     ab.Potential(*plate_of_its_own(lambda x, y, w: pyro.sample("obs", dist.Bernoulli(logits=x @ w), obs=y), size=size))
     ab.Potential(subsampling, (X, Y))
 
@@ -468,7 +468,7 @@ def test_a_model_without_a_finite_likelihood_is_left_to_the_search_for_a_start()
         potential.init()
 
 
-def test_a_start_where_all_is_well_fitted_is_let_pass():
+def test_a_start_where_all_is_well_fitted_is_accepted():
     """Where log-probabilities are nearly 0 their rounding is large beside them, at the weights of a trained network."""
     x = X[X[:, 0].abs() > 0.1]
     y = (x[:, 0] > 0).float()
@@ -551,7 +551,7 @@ def test_a_second_factor_is_refused_under_the_handler():
 
 @pytest.mark.parametrize("rows", [1, 2, 20])
 @pytest.mark.parametrize("name", RIGHT)
-def test_under_the_handler_a_sum_over_rows_is_let_pass(name, rows):
+def test_under_the_handler_a_sum_over_rows_is_accepted(name, rows):
     step(*RIGHT[name], rows)
 
 
@@ -580,7 +580,7 @@ def test_the_handlers_look_is_one_look_that_nobody_sees():
     assert list(draws[0]) == list(draws[1]) and torch.equal(draws[0]["w"]["value"], draws[1]["w"]["value"])
 
 
-def test_what_cannot_be_seen_under_the_handler_is_let_pass():
+def test_what_cannot_be_seen_under_the_handler_is_accepted():
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 5))
     training = ab.nn.Classifier(ab.nn.bayesianize(net, eval_only=False))
     statistics = training.net[1].running_mean.clone()

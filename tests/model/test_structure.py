@@ -59,7 +59,7 @@ def test_on_the_full_data_nothing_is_scaled():
     assert (structure.scaling, structure.plate) == ("none", None)
 
 
-def test_the_plate_that_follows_the_rows_is_the_one_that_is_scaled():
+def test_the_plate_with_the_rows_is_the_one_that_is_scaled():
     def model(x, y):
         with pyro.plate("features", 3):
             w = pyro.sample("w", dist.Normal(0.0, 1.0))

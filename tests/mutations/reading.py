@@ -16,7 +16,7 @@ PRECISION = (
     f"{SCALE}::test_rounding_is_that_of_the_coarsest_numbers",
 )
 OWN_PLATE = (
-    f"{SCALE}::test_a_plate_that_subsamples_itself_is_let_pass",
+    f"{SCALE}::test_a_plate_that_subsamples_itself_is_accepted",
     f"{SCALE}::test_a_plate_that_subsamples_itself_is_looked_at_as_well",
 )
 KIND = f"{LIKELIHOOD}::test_the_kind_of_an_outcome_is_read_off_its_distribution_with_and_without_observations"
@@ -33,7 +33,7 @@ MUTATIONS = [
     ),
     *of(
         "model/additivity.py",
-        f"{SCALE}::test_a_mean_over_rows_of_the_full_data_is_told_with_both_numbers_and_can_be_meant",
+        f"{SCALE}::test_a_mean_over_rows_of_the_full_data_warns_with_both_numbers_and_can_be_meant",
         ("a mean over rows: the sum", "abs(value - (one + two) / 2) <= near", "abs(value - (one + two)) <= near"),
     ),
     *of(
@@ -82,8 +82,8 @@ MUTATIONS = [
             f"{SCALE}::test_a_likelihood_that_is_no_sum_over_rows_is_refused_with_both_numbers_and_the_cause",
             f"{SCALE}::test_a_half_without_a_finite_likelihood_is_refused",
             f"{SCALE}::test_a_draw_without_a_finite_likelihood_is_followed_by_another",
-            f"{SCALE}::test_a_start_where_all_is_well_fitted_is_let_pass",
-            f"{SCALE}::test_a_sum_over_rows_is_let_pass",
+            f"{SCALE}::test_a_start_where_all_is_well_fitted_is_accepted",
+            f"{SCALE}::test_a_sum_over_rows_is_accepted",
         ),
         ("additivity: a sum that is not finite adds up", "if math.isfinite(found) else math.inf", "if math.isfinite(found) else 0.0"),
         ("additivity: the cause", "abs(part_sum - 2.0 * whole_sum)", "abs(part_sum - whole_sum)"),
@@ -107,8 +107,8 @@ MUTATIONS = [
     *of(
         "model/notices.py",
         (
-            f"{NOTICES}::test_statistics_that_have_never_seen_data_are_told_where_bayesianize_has_not",
-            f"{NOTICES}::test_what_bayesianize_has_told_is_not_told_again",
+            f"{NOTICES}::test_statistics_that_have_never_seen_data_are_warned_of_where_bayesianize_has_not",
+            f"{NOTICES}::test_what_bayesianize_has_warned_of_is_not_warned_of_again",
         ),
         ("statistics: those that have seen data are told", "int(counted) == 0", "int(counted) >= 0"),
         ("statistics: told again", "and module not in told and never_seen_data(module)", "and never_seen_data(module)"),
@@ -116,8 +116,8 @@ MUTATIONS = [
     *of(
         "model/notices.py",
         (
-            f"{NOTICES}::test_what_is_meant_to_be_fixed_or_moves_is_not_told",
-            f"{NOTICES}::test_a_parameter_that_is_held_where_it_is_is_told_once_with_what_to_do",
+            f"{NOTICES}::test_what_is_meant_to_be_fixed_or_moves_does_not_warn",
+            f"{NOTICES}::test_a_parameter_that_is_held_fixed_is_warned_of_once_with_the_remedy",
         ),
         ("parameters: those that bayesianize leaves out are told", "and id(value) not in excluded}", "}"),
         ("parameters: unused ones are told", "if gradient is not None]", "]"),
@@ -125,7 +125,7 @@ MUTATIONS = [
     ),
     *of(
         "model/notices.py",
-        f"{NOTICES}::test_what_is_told_moves_no_random_numbers_and_no_parameters",
+        f"{NOTICES}::test_notices_take_no_random_numbers_and_change_no_parameters",
         ("parameters: random numbers move", "with kept_random_state(), torch.enable_grad()", "with torch.enable_grad()"),
     ),
     *of(

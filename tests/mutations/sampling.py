@@ -116,7 +116,7 @@ MUTATIONS = [
     ),
     *of(
         "infer/mcmc/bal.py",
-        f"{ADVERSARY}::test_how_far_inputs_were_moved_is_told_in_both_norms_as_the_mean_over_rows",
+        f"{ADVERSARY}::test_the_moves_of_inputs_are_reported_in_both_norms_as_the_mean_over_rows",
         ("BAL: the largest of all rows is told", "distance.amax(1).mean()", "distance.amax(1).max()"),
         ("BAL: the length in another norm", "torch.linalg.vector_norm(distance, dim=1)", "torch.linalg.vector_norm(distance, 1, dim=1)"),
     ),

@@ -34,7 +34,7 @@ def test_every_entry_of_the_table_fits_the_code():
     assert not problems(MUTATIONS, ROOT)
 
 
-def test_what_does_not_fit_is_told_by_name(tree):
+def test_what_does_not_fit_is_refused_by_name(tree):
     found = problems(
         [
             DOUBLED,

@@ -279,7 +279,7 @@ MUTATIONS = [
     ),
     *of(
         "infer/elbo/adversarial.py",
-        "infer/elbo/test_adversarial.py::test_how_far_draws_are_moved_is_told_in_noise_and_in_distance",
+        "infer/elbo/test_adversarial.py::test_the_moves_of_draws_are_reported_in_noise_and_in_distance",
         ("adversarial ELBO: noise of a shift", "[shift / scale for shift", "[shift * scale for shift"),
         ("adversarial ELBO: distance of noise", "[noise * scale for noise, scale", "[noise / scale for noise, scale"),
     ),

@@ -102,7 +102,7 @@ MUTATIONS = [
     ),
     *of(
         "infer/mcmc/assessment.py",
-        f"{ASSESSMENT}::test_the_neck_of_a_funnel_is_told",
+        f"{ASSESSMENT}::test_the_neck_of_a_funnel_is_warned_of",
         ("assessment: unstable steps are not told", "share <= LARGEST_UNSTABLE", "share <= 1.0"),
     ),
     *of(
@@ -177,7 +177,7 @@ MUTATIONS = [
     ),
     *of(
         "infer/mcmc/assessment.py",
-        f"{ASSESSMENT}::test_drift_and_heat_are_told_beyond_their_bounds_alone",
+        f"{ASSESSMENT}::test_drift_and_heat_are_warned_of_beyond_their_bounds_only",
         (
             "drift: a large z is enough",
             'abs(found["z"]) <= LARGEST_Z or abs(found["shift"]) <= LARGEST_SHIFT',
@@ -206,7 +206,7 @@ MUTATIONS = [
     *of(
         "infer/mcmc/assessment.py",
         (
-            f"{ASSESSMENT}::test_chains_that_have_not_mixed_are_told_by_their_predictions",
+            f"{ASSESSMENT}::test_chains_that_have_not_mixed_are_warned_of_by_their_predictions",
             f"{ASSESSMENT}::test_weights_of_a_network_that_differ_between_modes_are_no_warning",
             f"{ASSESSMENT}::test_a_coefficient_that_few_rows_know_of_is_looked_at_too",
         ),
@@ -231,7 +231,7 @@ MUTATIONS = [
     ),
     *of(
         "infer/mcmc/assessment.py",
-        f"{ASSESSMENT}::test_a_site_that_stands_still_is_told",
+        f"{ASSESSMENT}::test_a_site_that_stands_still_is_warned_of",
         ("mixing: what stands still", "if bool(still.any()):", "if bool(still.all()) and len(samples) == 1:"),
     ),
     *of(

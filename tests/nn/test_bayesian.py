@@ -367,7 +367,7 @@ def told(net, **options):
     return [str(warning.message) for warning in caught]
 
 
-def test_statistics_that_have_never_seen_data_are_told_by_the_layers_name():
+def test_statistics_that_have_never_seen_data_are_warned_of_by_layer():
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)))
     (message,) = told(net)
     assert re.search(r"'1', '2\.1'.*never seen data.*not normalised.*train mode.*eval_only=False.*GroupNorm", message)
@@ -388,7 +388,7 @@ def test_statistics_that_have_never_seen_data_are_told_by_the_layers_name():
     ],
     ids=lambda layer: type(layer).__name__,
 )
-def test_dropout_that_is_turned_off_is_told_by_the_layers_name(layer):
+def test_dropout_that_is_turned_off_is_warned_of_by_layer(layer):
     net = nn.Sequential(nn.Linear(3, 4), layer)
     (message,) = told(net)
     assert re.search(r"Dropout is off.*'1'.*mc_dropout.*\.eval\(\)", message)
@@ -396,7 +396,7 @@ def test_dropout_that_is_turned_off_is_told_by_the_layers_name(layer):
     assert told(net.eval()) == []  # off already
 
 
-def test_layers_that_drop_nothing_are_not_told():
+def test_layers_that_drop_nothing_do_not_warn():
     assert told(nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.0), nn.LSTM(4, 4), nn.MultiheadAttention(4, 2))) == []
 
 

@@ -94,7 +94,7 @@ def gradients(elbo, model, guide, x, y, count, handler=None):
 
 
 @pytest.mark.parametrize("make", [dense, images, others])
-def test_every_row_is_that_of_a_network_of_its_own(make):
+def test_every_row_has_a_separate_network(make):
     """The weights of linear layers are drawn after the products that they must give."""
     model, guide, x, _ = problem(make)
     met = {}
@@ -269,7 +269,7 @@ def test_running_statistics_of_an_evaluated_network_are_used():
 # ---------------------------------------------------------------------------------------------------------- as a handler
 
 
-def test_which_sites_are_covered_is_told():
+def test_covered_sites_are_reported():
     model, guide, x, y = problem(images)
     handler = Flipout(shared="net.5.*")
     with handler:
@@ -435,7 +435,7 @@ def test_positions_of_a_row_are_no_rows(handler, turn):
         TraceMeanField_ELBO().loss(model, guide, x, y)
 
 
-def test_batches_of_another_length_are_no_others_rows():
+def test_batches_of_another_length_are_accepted():
     model, guide, x, y = problem(dense)
     with ExemplarReparameterization():
         kept = poutine.trace(guide).get_trace(x, y)
@@ -443,7 +443,7 @@ def test_batches_of_another_length_are_no_others_rows():
         TraceMeanField_ELBO().loss(model, guide, x[:5], y[:5])
 
 
-def test_a_guide_that_draws_all_weights_at_once_is_told_that_it_is_not_covered():
+def test_a_guide_that_draws_all_weights_at_once_is_refused():
     model, _, x, y = problem(dense)
     guide = AutoLowRankMultivariateNormal(model, rank=1)
     guide(x, y)

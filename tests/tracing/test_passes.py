@@ -300,7 +300,7 @@ def test_a_python_number_taken_from_an_input_is_an_error(fn):
     [lambda w: w[w > 0].sum(), lambda w: w * len(torch.unique(w)), lambda w: w.nonzero().sum() * w, lambda w: w[torch.rand(3) > 0.5]],
     ids=["mask", "unique", "nonzero", "random mask"],
 )
-def test_a_shape_that_follows_an_inputs_values_is_an_error(fn):
+def test_a_shape_that_depends_on_an_inputs_values_is_an_error(fn):
     with pytest.raises(RuntimeError, match="a shape depends on values that change"):
         trace_graph(fn, (torch.ones(3),))
 

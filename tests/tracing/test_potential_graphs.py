@@ -83,7 +83,7 @@ def function_on_features(features):
     "wrap", [lambda model: model, lambda model: model.forward, function_on_features], ids=["module", "method", "function"]
 )
 @pytest.mark.parametrize("num_chains", [1, 3])
-def test_what_a_potential_makes_of_buffers_and_frozen_weights_follows_them(wrap, num_chains):
+def test_a_potential_depends_on_live_buffers_and_frozen_weights(wrap, num_chains):
     class Derived(OnFeatures):
         def forward(self, x, y):
             return super().forward(x * (2 * self.scale + self.features[0].weight.square().sum()), y)
@@ -213,7 +213,7 @@ def test_a_graph_is_not_used_again_for_another_number_of_rows_or_another_plain_a
     assert [check(2000), check(2001), check(2001), check(2001, 1.0001), check(2001, 1.0001)] == [1, 2, 2, 3, 3]
 
 
-def test_a_fallback_is_told_at_every_run_and_never_used_for_another_model(traces):
+def test_a_fallback_warns_at_every_run_and_is_never_used_for_another_model(traces):
     def counts(x, y):
         scaled(x, y, float(len(torch.unique(y))))
 
@@ -227,7 +227,7 @@ def test_a_fallback_is_told_at_every_run_and_never_used_for_another_model(traces
         ab.SGMCMC(kernel, 2, 0, disable_progbar=True).run(*doubles(ROWS))
 
 
-def test_what_depends_on_live_tensors_follows_them():
+def test_results_change_with_live_tensors():
     held = torch.randn(3)
 
     def fn(x):
@@ -297,7 +297,7 @@ def test_the_curvature_of_a_network_with_attention_is_found():
     assert kernel.step_size.curvature > 1.0
 
 
-def test_a_model_whose_shapes_follow_its_batch_stays_with_the_handlers_whatever_the_first_batches_are():
+def test_a_model_whose_shapes_depend_on_its_batch_stays_with_the_handlers_whatever_the_first_batches_are():
     def averaged(x, y):
         scaled(x, y, 1.0 + len(torch.unique(y)))
 

@@ -86,7 +86,7 @@ def test_a_table_runs_no_draw_twice_on_one_input(tmp_path, monkeypatch):
     assert set(runs.values()) == {1}
 
 
-def test_attacked_digits_are_told_from_clean_ones_by_every_detector(rows):
+def test_every_detector_finds_attacked_digits_among_clean_ones(rows):
     found = {name[11:]: row for name, row in content(rows)["results"].items() if name.startswith("detection: ")}
     names = [f"{attack} on {source}" for source in DETECTORS for attack in ("FGSM", "PGD")]
     assert list(found) == [f"{name}, {aim}" for name in names for aim in ("posterior", "one draw")]

@@ -44,7 +44,7 @@ def test_every_method_has_every_number_with_its_error(rows):
         assert (row["size"] is None) == (name in ("ERM", "BNN"))
 
 
-def test_an_attack_of_a_size_has_that_size_and_follows_the_network():
+def test_an_attack_of_a_size_has_that_size_and_depends_on_the_network():
     scale = bal_mnist.SCALES["smoke"]
     task, model = bal_mnist.load("smoke", scale, None, "cpu"), bal_mnist.new_model("cpu")
     pyro.set_rng_seed(0)

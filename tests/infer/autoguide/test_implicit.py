@@ -189,7 +189,7 @@ def test_loaded_it_takes_no_more_storage_than_before(tmp_path, generator, dtype)
     assert {name: value.dtype for name, value in there.items()} == {name: value.dtype for name, value in here.items()}
 
 
-def test_a_generator_of_ones_own_is_saved_and_loaded(tmp_path):
+def test_a_custom_generator_is_saved_and_loaded(tmp_path):
     def network():
         module = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 26))
         module.noise = 5
@@ -211,7 +211,7 @@ def test_a_generator_of_ones_own_is_saved_and_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("mode", [True, False])
-def test_a_generator_of_ones_own_makes_a_row_of_its_noise_alone(mode):
+def test_a_custom_generator_makes_a_row_of_its_noise_alone(mode):
     model = classifier()
 
     def own(*layers):
@@ -402,7 +402,7 @@ def test_constrained_sites_are_drawn_on_their_supports_and_keep_them_in_a_file(t
     assert bool((by_potential.sample(500)["scale"] > 0).all())
 
 
-def test_a_support_that_the_draws_did_not_tell_is_noticed_at_the_first_call():
+def test_a_support_that_draws_alone_do_not_show_is_noticed_at_the_first_call():
     x, _ = data(30)
     guide = quick(
         AutoImplicit(regression, MLPGenerator(noise=3, hidden=(8,))),

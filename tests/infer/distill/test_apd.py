@@ -417,7 +417,7 @@ def test_draws_are_read_once_more_for_all_checkpoints_together(tmp_path, monkeyp
     assert passes == [passes[0], passes[0] + 1, passes[0] + 1]
 
 
-def test_a_fit_that_does_not_arrive_says_so_and_keeps_the_best():
+def test_a_fit_that_does_not_converge_warns_and_keeps_the_best():
     w, _ = two_modes()
     guide = AutoImplicit(vector(6), MLPGenerator(noise=4, hidden=(8,)))
     with pytest.warns(UserWarning, match="APD has not converged by step 40: its two-sample distance is .* Judge it"):

@@ -147,7 +147,7 @@ def test_no_noise_moves_further_than_the_steps_add_up_to(num_steps, step_size):
     assert bool((elbo.moved.distance > 0).all())
 
 
-def test_how_far_draws_are_moved_is_told_in_noise_and_in_distance():
+def test_the_moves_of_draws_are_reported_in_noise_and_in_distance():
     """Noise in standard deviations, the largest; distance in the weights' units, of all sites together."""
     scales, start = [torch.tensor([0.5, 2.0]), torch.tensor([4.0])], [torch.zeros(2), torch.ones(1)]
     noise, distance = distances(MovedNoise([torch.tensor([0.2, -0.4]), torch.tensor([1.1])], None), start, scales)

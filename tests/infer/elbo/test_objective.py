@@ -171,7 +171,7 @@ def test_graphs_take_the_random_numbers_that_the_handlers_take(used):
     assert len(used) == 5
 
 
-def test_how_far_draws_were_moved_is_told_alike():
+def test_graphs_and_handlers_report_the_same_moves():
     torch.set_default_dtype(torch.double)
     for options in ({}, {"radius": 0.5}):
         moved = []
@@ -223,7 +223,7 @@ def test_handlers_that_are_entered_around_a_step_hold(used):
     assert len(used) == 3  # the steps without any
 
 
-def test_a_prior_that_follows_an_argument_is_no_constant(used):
+def test_a_prior_that_depends_on_an_argument_is_no_constant(used):
     def model(x, y, tau):
         w = pyro.sample("w", dist.Normal(torch.zeros(3), tau).to_event(1))
         with pyro.plate("data", len(x)):
@@ -254,7 +254,7 @@ def test_arguments_that_were_one_tensor_may_become_two(used):
     ],
     ids=["of an integer", "picked by an integer", "of detached inputs"],
 )
-def test_a_prior_that_follows_an_argument_without_gradients_is_no_constant(prior, given, used):
+def test_a_prior_that_depends_on_an_argument_without_gradients_is_no_constant(prior, given, used):
     def model(x, y, n):
         w = pyro.sample("w", prior(x, n).to_event(1))
         with pyro.plate("data", len(x)):
@@ -377,7 +377,7 @@ def swap_behind_autograds_back(model):
 
 @pytest.mark.parametrize("where", ["prior", "likelihood", "number"])
 @pytest.mark.parametrize("change", [fill_behind_autograds_back, swap_behind_autograds_back])
-def test_buffers_that_are_written_to_behind_autograds_back_are_followed(where, change, used):
+def test_buffers_that_are_written_to_behind_autograds_back_are_seen(where, change, used):
     (x, y), model = data(), Tempered(where)
 
     def run(step):

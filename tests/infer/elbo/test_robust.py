@@ -172,7 +172,7 @@ def test_under_minibatch_the_loss_is_scaled_to_the_whole_set():
     assert loss == pytest.approx(Trace_ELBO().loss(model, guide, x_adv, y), rel=1e-6)
 
 
-def test_rows_of_a_plate_that_is_told_the_size_of_the_whole_set_are_attacked_unscaled():
+def test_rows_of_a_plate_with_the_size_of_the_whole_set_are_attacked_unscaled():
     def model(x, y=None):
         w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         with pyro.plate("data", 600, subsample_size=len(x)):

@@ -88,7 +88,7 @@ def test_what_is_not_given_is_in_the_units_of_the_range(clip):
     assert ab.BAL(no_inputs, "x", 4, clip=clip, adversary=ab.Flow()).cost == ab.L2(0.0)
 
 
-def test_how_far_inputs_were_moved_is_told_in_both_norms_as_the_mean_over_rows():
+def test_the_moves_of_inputs_are_reported_in_both_norms_as_the_mean_over_rows():
     x = inputs()
     kernel = kernel_of(x, inputs=ab.SGLD.rule(step_size=0.1, num_steps=3), loss=lambda m, c, a, k: (a[0] @ SLOPE) * a[1])
     moved, row = kernel._next_batch()

@@ -63,7 +63,7 @@ def test_drift_has_its_formula():
 # ----------------------------------------------------------------------------------------------------------------- warnings
 
 
-def test_drift_and_heat_are_told_beyond_their_bounds_alone():
+def test_drift_and_heat_are_warned_of_beyond_their_bounds_only():
     for z, shift, expected in ((5.1, 0.51, True), (-5.1, -0.51, True), (5.1, 0.49, False), (4.9, 0.51, False)):
         assert bool(_drifting({"z": z, "shift": shift, "first": 2.0, "last": 1.0})) == expected
 
@@ -128,7 +128,7 @@ def test_good_runs_are_silent():
     assert said == [None] * 8
 
 
-def test_chains_that_have_not_mixed_are_told_by_their_predictions():
+def test_chains_that_have_not_mixed_are_warned_of_by_their_predictions():
     """Chains of a regression that hardly move from where they start: their weights and predictions differ."""
     x, y = torch.randn(30, 2), torch.randn(30)
 
@@ -243,7 +243,7 @@ def test_the_rise_of_energy_is_the_largest_along_the_way():
     assert float(energy_rise(kernel.run, theta, 1.8, 1.0, seed)) == pytest.approx(rise, abs=1e-4)
 
 
-def test_the_neck_of_a_funnel_is_told():
+def test_the_neck_of_a_funnel_is_warned_of():
     """Neal's funnel: chains leave out the neck, and agree."""
 
     def funnel():
@@ -259,7 +259,7 @@ def test_the_neck_of_a_funnel_is_told():
     assert any("too large for the steepest places" in text for text in texts), texts
 
 
-def test_a_draw_far_above_its_chain_is_told_where_it_shows_and_the_tail_of_a_gaussian_is_not():
+def test_a_draw_far_above_its_chain_is_warned_of_where_it_shows_and_the_tail_of_a_gaussian_is_not():
     """Energies of exact draws from 1, 16 and 1000 dimensions, and from a Cauchy law; one draw may be 20 T and four spreads higher."""
 
     def told(energy, far, T=1.0):
@@ -280,7 +280,7 @@ def test_a_draw_far_above_its_chain_is_told_where_it_shows_and_the_tail_of_a_gau
     assert told(energy, 4.0, T=0.5) == "" and "'tau' 1.16 times as wide" in told(energy, 6.0, T=0.5)
 
 
-def test_a_chain_that_comes_back_from_far_out_is_told_of_the_full_data():
+def test_a_chain_that_comes_back_from_far_out_is_warned_of_on_the_full_data():
     """Where every draw is exact but for one chain, moved 30 standard deviations out after half of the run."""
 
     def move(kernel, params, stage, i):
@@ -319,7 +319,7 @@ def test_data_in_their_own_units_are_named_where_a_run_is_not_right():
     assert re.search(r"; y has mean .* and standard deviation .*e\+0.*: standardise", texts[2]) and "column" not in texts[2]
 
 
-def test_a_site_that_stands_still_is_told():
+def test_a_site_that_stands_still_is_warned_of():
     def flat():
         pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.sample("tau", dist.HalfCauchy(1.0))  # at 0 in float32, where log tau is -200 and U a straight line
@@ -330,7 +330,7 @@ def test_a_site_that_stands_still_is_told():
     assert mcmc.diagnostics()["tau"]["r_hat"].isnan()
 
 
-def test_heat_is_told_with_a_remedy_that_is_not_yet_in_force():
+def test_heat_is_warned_of_with_a_remedy_that_is_not_yet_in_force():
     y = torch.randn(400, 2)
 
     def means(y):
@@ -349,7 +349,7 @@ def test_heat_is_told_with_a_remedy_that_is_not_yet_in_force():
 # --------------------------------------------------------------------------------------- the worst chain, the worst direction
 
 
-def test_a_correction_for_noise_that_epochs_take_back_is_told():
+def test_a_correction_for_noise_that_epochs_take_back_is_warned_of():
     """
     The noise of 20 rows of 200, far less than curvature: SGAdaLD takes off what a shuffled epoch has taken back, and comes out too narrow;
     at the step that "auto" finds by a few percent.

@@ -349,7 +349,7 @@ def test_another_adversary_is_not_resumed(tmp_path):
             ab.SGMCMC.resume(path, ab.BAL(network(), "x", 16, **{"cost": ab.L2(1.0), "clip": (0.0, 1.0), **other}), x, y)
 
 
-def test_a_cost_and_an_adversary_of_ones_own_are_the_same_in_another_process(tmp_path):
+def test_a_custom_cost_and_a_custom_adversary_are_the_same_in_another_process(tmp_path):
     class Ridge(ab.L2):
         __repr__ = object.__repr__
 

@@ -51,7 +51,7 @@ def test_linear_regression_on_full_data_has_the_exact_posterior_but_for_the_step
 
 @pytest.mark.parametrize("how", ["batch_size", "loader"])
 @pytest.mark.parametrize("kernel", [ab.SGLD, ab.SGAdaLD, ab.SGHMC])
-def test_linear_regression_from_minibatches_predicts_as_it_should(kernel, how, regression):
+def test_linear_regression_from_minibatches_has_the_exact_predictions(kernel, how, regression):
     """The automatic step allows 10 % of the temperature for its own error and 10 % for the minibatch's, in any direction."""
     model, x, y = regression
     kernel = kernel(model, batch_size=20 if how == "batch_size" else None, num_steps_per_sample=25)

@@ -125,7 +125,7 @@ def test_noise_that_is_the_same_in_all_directions_does_not_heat() -> None:
     assert torch.allclose(rule.temperatures(torch.full((size,), 4.0), 1.0, 1.0, variables), torch.ones(256, size))
 
 
-def test_auto_keeps_the_noise_of_minibatches_to_its_share_and_a_longer_step_is_told() -> None:
+def test_auto_keeps_minibatch_noise_to_its_share_and_a_longer_step_warns() -> None:
     x = torch.randn(200, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0])
     y = x @ torch.tensor([1.0, -1.0, 0.5, 0.0, 0.3]) + 0.5 * torch.randn(200, generator=torch.Generator().manual_seed(1))
 

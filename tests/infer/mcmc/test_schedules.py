@@ -41,7 +41,7 @@ def test_samples_are_kept_in_the_cold_part_of_a_cycle(explore, kept):
     assert [step - 10 for step in range(10, 20) if schedule.keeps(step)] == list(kept)
 
 
-def test_every_schedule_has_a_say_in_what_is_kept():
+def test_every_schedule_decides_what_is_kept():
     one, other = Cyclical(0.2, 10, 0.5), Cyclical(1.0, 4, 0.5)
     assert [step for step in range(20) if keeps_sample((one, other), step)] == [6, 7, 15, 18, 19]
     assert keeps_sample((Constant(1.0), Polynomial(1.0, 1.0), lambda step: 1.0), 3)

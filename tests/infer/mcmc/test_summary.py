@@ -78,7 +78,7 @@ def test_of_fewer_than_four_draws_nothing_is_known(draws):
     assert "nan" in table({"w": chains(2, draws=draws)}, 0.9, 10)
 
 
-def test_a_million_weights_are_diagnosed_in_no_time():
+def test_a_million_weights_are_diagnosed_within_a_second():
     samples = {"w": torch.randn(2, 50, 1000, 1000)}
     start = time.process_time()
     by_site(samples, 100)
