@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -216,11 +215,3 @@ def unvalidated(fn: D) -> D:
             setattr(fn, name, unvalidated(value))
     fn._validate_args = False  # torch has no public way to switch validation off on a distribution that exists
     return fn
-
-
-@contextlib.contextmanager
-def kept_random_state() -> Iterator[None]:
-    """Restores PyTorch's random generators at the end, so that a look at a model does not change the numbers of a seeded run."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        yield

@@ -25,7 +25,6 @@ from pyro_advbayes.given import check_int, warn
 from pyro_advbayes.handlers import CoveredMessenger
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal
 from pyro_advbayes.infer.elbo.adversarial import TraceAdversarial_ELBO
-from pyro_advbayes.infer.predictive import RandomState
 from pyro_advbayes.kinds import latent_sites
 from pyro_advbayes.model.batches import Batch
 from pyro_advbayes.model.layers import kept_statistics, refuse_random_layers
@@ -40,6 +39,7 @@ from pyro_advbayes.model.scale import minibatch
 from pyro_advbayes.model.structure import prior_factors, try_model
 from pyro_advbayes.nn import Classifier, bayesianize
 from pyro_advbayes.nn.bayesian import declared_sites, own_names, rename
+from pyro_advbayes.tracing.guard import RandomState
 
 Pretrained = nn.Module | Mapping[str, Tensor]
 Groups = list[dict[str, Any]]

@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int
 from pyro_advbayes.handlers import CoveredMessenger
-from pyro_advbayes.infer.predictive import RandomState
 from pyro_advbayes.model.batches import Arguments, TensorRows
 from pyro_advbayes.model.initialization import init_to_fan_in
 from pyro_advbayes.model.potential import Potential
@@ -26,6 +25,7 @@ from pyro_advbayes.model.program import run
 from pyro_advbayes.model.refusals import Given, told
 from pyro_advbayes.model.scale import minibatch
 from pyro_advbayes.model.structure import prior_factors, try_model
+from pyro_advbayes.tracing.guard import RandomState
 
 
 @checked

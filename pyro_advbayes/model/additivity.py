@@ -13,9 +13,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_advbayes.handlers import kept_random_state
 from pyro_advbayes.kinds import observed_sites
 from pyro_advbayes.model.program import Call, Values, run
+from pyro_advbayes.tracing.guard import RandomState
 
 HALF = 4  # rows in each of the two halves that are compared with the whole
 
@@ -103,7 +103,7 @@ class Subject(NamedTuple):
 @contextlib.contextmanager
 def looking() -> Iterator[None]:
     """Within it, models run without gradients and validation, hidden from handlers and random generators outside."""
-    with kept_random_state(), torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+    with RandomState().again(), torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
         yield
 
 

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_advbayes.given import warn
-from pyro_advbayes.handlers import kept_random_state
 from pyro_advbayes.kinds import BATCH_NORMS
 from pyro_advbayes.model.program import Call, run
+from pyro_advbayes.tracing.guard import RandomState
 
 _SILENCE = "warnings.simplefilter('ignore', pyro_advbayes.TemperedLikelihoodWarning) silences this"
 
@@ -73,7 +73,7 @@ def tell_of_held_parameters(model: Any, call: Call, names: Sequence[str]) -> Non
     excluded = {id(p) for module in modules if hasattr(module, "_eval_only") for p in module.parameters()}
     if not names or torch.is_inference_mode_enabled():
         return
-    with kept_random_state(), torch.enable_grad(), pyro.validation_enabled(False):
+    with RandomState().again(), torch.enable_grad(), pyro.validation_enabled(False):
         trace = run(model, call, None, InitMessenger(init_to_sample), validated=False)
         total = torch.as_tensor(trace.log_prob_sum())
     found = {name: trace.nodes[name]["value"] for name in names if name in trace.nodes}

@@ -10,7 +10,6 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_advbayes.checked import checked
-from pyro_advbayes.handlers import kept_random_state
 from pyro_advbayes.model.batches import Batch
 from pyro_advbayes.model.data import Chunk
 from pyro_advbayes.model.energy import Energy
@@ -19,6 +18,7 @@ from pyro_advbayes.model.initialization import init_to_fan_in
 from pyro_advbayes.model.notices import tell_of_held_parameters
 from pyro_advbayes.model.program import draw
 from pyro_advbayes.model.scale import check_additive, tell_of_tempering
+from pyro_advbayes.tracing.guard import RandomState
 from pyro_advbayes.tracing.replay import chains_together
 
 
@@ -168,7 +168,7 @@ class Potential(Energy):
 
     def _starts_on(self, batch: Batch) -> bool:
         """Whether energy and gradient are finite on a batch where a chain may start: then masks cover its NaN."""
-        with kept_random_state():  # a run's numbers must not depend on what was looked at
+        with RandomState().again():  # a run's numbers must not depend on what was looked at
             for _ in range(3):
                 energy, gradient = self.slope_at(self._draw_start(), self.scalar(1.0), self.inputs(batch))
                 if bool(energy.isfinite()) and bool(gradient.isfinite().all()):

@@ -93,7 +93,7 @@ MUTATIONS = [
     *of(
         "model/additivity.py",
         f"{SCALE}::test_the_look_leaves_the_random_numbers_of_a_run_as_they_are",
-        ("additivity: random numbers move", "with kept_random_state(), torch.no_grad()", "with torch.no_grad()"),
+        ("additivity: random numbers move", "with RandomState().again(), torch.no_grad()", "with torch.no_grad()"),
     ),
     *of(
         "model/additivity.py",
@@ -126,7 +126,7 @@ MUTATIONS = [
     *of(
         "model/notices.py",
         f"{NOTICES}::test_notices_take_no_random_numbers_and_change_no_parameters",
-        ("parameters: random numbers move", "with kept_random_state(), torch.enable_grad()", "with torch.enable_grad()"),
+        ("parameters: random numbers move", "with RandomState().again(), torch.enable_grad()", "with torch.enable_grad()"),
     ),
     *of(
         "model/notices.py",

@@ -27,7 +27,6 @@ from pyro_advbayes.infer.autoguide.rows import row_dtype, sites_of
 from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
 from pyro_advbayes.infer.conditioned import without_leading_ones
 from pyro_advbayes.infer.mcmc.fingerprint import model_name
-from pyro_advbayes.infer.predictive import RandomState
 from pyro_advbayes.kinds import sample_sites
 from pyro_advbayes.model.potential import Potential
 from pyro_advbayes.model.program import run
@@ -35,6 +34,7 @@ from pyro_advbayes.model.refusals import Refused, refusing
 from pyro_advbayes.model.structure import Site
 from pyro_advbayes.model.supports import map_onto
 from pyro_advbayes.storage import files, reference
+from pyro_advbayes.tracing.guard import RandomState
 
 # The number of draws by which rounding is judged.
 ROUNDED = 32
