@@ -34,6 +34,11 @@ def without_table(message: str) -> str:
     return re.split(r"\s*Trace Shapes:", message)[0]
 
 
+def in_a_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (without_table(str(error)).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 class MinibatchMessenger(Messenger):
     """
     Scales the observed sites of the data plate from a minibatch to the whole data set; see :func:`~pyro_advbayes.minibatch`.

@@ -17,7 +17,7 @@ from pyro_advbayes.diagnostics.arviz import to_inference_data
 from pyro_advbayes.given import warn
 from pyro_advbayes.infer.mcmc.runner import SGMCMC
 from pyro_advbayes.infer.predictive import Predictive
-from pyro_advbayes.infer.row_terms import Kept, data_rows, find_terms, is_observed, masked_variables, row_terms
+from pyro_advbayes.infer.row_terms import DataRows, data_rows, find_terms, is_observed, masked_variables, row_terms
 from pyro_advbayes.kinds import Node, sites, subsampling_plates
 from pyro_advbayes.model.program import Call, run
 from pyro_advbayes.model.refusals import Given, told
@@ -197,18 +197,18 @@ def _warn_of_factors(outside: Sequence[str]) -> None:
         )
 
 
-def _data_only(values: Mapping[str, Tensor], masked: Mapping[str, Kept | None], sampled: int) -> dict[str, Tensor]:
+def _data_only(values: Mapping[str, Tensor], masked: Mapping[str, DataRows | None], sampled: int) -> dict[str, Tensor]:
     """Variables without masked rows; ``sampled`` dimensions come before the rows."""
     found = {}
     for name, value in values.items():
         kept = masked.get(name, value)
         if kept is not None:
-            found[name] = kept.take(value, sampled) if isinstance(kept, Kept) else value
+            found[name] = kept.take(value, sampled) if isinstance(kept, DataRows) else value
     return found
 
 
 def _labels(
-    observed: Mapping[str, Tensor], masked: Mapping[str, Kept | None], dims: Any, coords: Any
+    observed: Mapping[str, Tensor], masked: Mapping[str, DataRows | None], dims: Any, coords: Any
 ) -> tuple[Mapping[str, Sequence[str]] | None, Mapping[str, Sequence[Any]] | None]:
     """``dims`` and ``coords``, with the numbers of the rows that are left as labels."""
     kept = {name: rows for name, rows in masked.items() if rows is not None and name in observed}

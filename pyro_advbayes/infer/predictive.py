@@ -14,11 +14,12 @@ from torch.fx.node import map_aggregate
 
 from pyro_advbayes.checked import checked
 from pyro_advbayes.given import need_tensor, warn
+from pyro_advbayes.handlers import in_a_line
 from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.subsampled import predict_all_rows, subsampling_plate
 from pyro_advbayes.kinds import latent_sites, sites
 from pyro_advbayes.model.program import values_of
-from pyro_advbayes.tracing.guard import DIFFERS, RandomState, agree, reason, warn_of_handlers
+from pyro_advbayes.tracing.guard import DIFFERS, RandomState, agree, warn_of_handlers
 from pyro_advbayes.tracing.record import record
 from pyro_advbayes.tracing.replay import Interpreter, Replays, draws_together
 
@@ -243,7 +244,7 @@ def record_draws(
             with state.again():
                 agrees = agree(recorded.replay_all((*model.draw(index[2]), *shared)), probes[2], leaves)
     except Exception as error:  # whatever a model's Python does under a recorder: the handlers still run it, and raise what is its own
-        warn_of_handlers("prediction", f"it cannot be recorded: {reason(error)}")
+        warn_of_handlers("prediction", f"it cannot be recorded: {in_a_line(error)}")
         return None
     if not agrees:
         warn_of_handlers("prediction", DIFFERS)

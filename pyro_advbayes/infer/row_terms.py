@@ -85,7 +85,7 @@ def _unmasked(fn: Distribution) -> Tensor | bool:
     return _unmasked(fn.base_dist) if isinstance(fn, dist.ExpandedDistribution) else True
 
 
-class Kept(NamedTuple):
+class DataRows(NamedTuple):
     """
     The rows of a variable that are data in some draw.
 
@@ -130,11 +130,11 @@ class Kept(NamedTuple):
         return names, numbers if given is None or len(given) == len(numbers) else [given[i] for i in numbers]
 
 
-def masked_variables(there: Mapping[str, Tensor]) -> dict[str, Kept | None]:
+def masked_variables(there: Mapping[str, Tensor]) -> dict[str, DataRows | None]:
     """
     Variables with rows that are data in no draw, and what is left of them; None if nothing is.
 
     :param there: ``[draws, rows, ...]`` by variable.
     """
     some = {name: holds.any(0) for name, holds in there.items()}
-    return {name: Kept(holds) if bool(holds.any()) else None for name, holds in some.items() if not bool(holds.all())}
+    return {name: DataRows(holds) if bool(holds.any()) else None for name, holds in some.items() if not bool(holds.all())}

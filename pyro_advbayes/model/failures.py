@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 import torch
 from pyro.poutine.messenger import Messenger
 
-from pyro_advbayes.handlers import local_latent
+from pyro_advbayes.handlers import in_a_line, local_latent
 from pyro_advbayes.kinds import Node, plate_of
 from pyro_advbayes.model.batches import in_words
 from pyro_advbayes.model.program import Call, run
-from pyro_advbayes.model.refusals import Mismatch, in_a_line, original
+from pyro_advbayes.model.refusals import Mismatch, original
 
 
 class Drawn(ValueError):

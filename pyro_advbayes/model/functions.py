@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
+from pyro_advbayes.handlers import in_a_line
 from pyro_advbayes.model.energy import Energy
-from pyro_advbayes.tracing.guard import DIFFERS, Guard, agree, autocast_state, noting_modules, reason, roots_of, warn_of_handlers
+from pyro_advbayes.tracing.guard import DIFFERS, Guard, agree, autocast_state, noting_modules, roots_of, warn_of_handlers
 from pyro_advbayes.tracing.replay import quiet_batching, trace_graph
 
 BACKENDS = ("handlers", "graph", "compile")
@@ -131,7 +132,7 @@ class Functions:
             with pyro.validation_enabled(False), quiet_batching():
                 graph = trace_graph(fn, (state.detach().clone(), energy.scalar(1.0), *tensors), held)
         except Exception as error:  # whatever a model's Python does under a tracer: the handlers still run it
-            return self._fall_back(f"it cannot be traced: {reason(error)}", looped)
+            return self._fall_back(f"it cannot be traced: {in_a_line(error)}", looped)
         if not self._agrees(graph, looped, state, tensors):
             return self._fall_back(DIFFERS, looped)
         return graph

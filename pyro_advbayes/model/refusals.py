@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_advbayes.given import Form, as_tensor, forms, is_array, kind
-from pyro_advbayes.handlers import Refused, without_table
+from pyro_advbayes.handlers import Refused, in_a_line
 
 T = TypeVar("T")
 
@@ -44,11 +44,6 @@ class Mismatch(ValueError):
         self.what = what
 
 
-def in_a_line(error: BaseException) -> str:
-    """The first line of a message."""
-    return (without_table(str(error)).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 def original(error: BaseException) -> BaseException:
     """The error that a model raised, of which Pyro may have made a copy with a table of shapes."""
     while type(error.__cause__) is type(error) and str(error).startswith(str(error.__cause__)):
@@ -74,15 +69,21 @@ def label_of(model: Callable, key: int | str) -> str:
     return names[key] if key < len(names) else f"args[{key}]"
 
 
-def not_given(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
-    """Arguments that a call leaves at their default of None; none if the signature is unknown."""
+def bound(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments | None:
+    """A call's arguments by name; None if the signature is unknown, or does not allow the call."""
     signature = signature_of(model)
     try:
-        bound = {} if signature is None else signature.bind(*args, **kwargs).arguments
+        return None if signature is None else signature.bind(*args, **kwargs)
     except TypeError:
+        return None
+
+
+def not_given(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """Arguments that a call leaves at their default of None; none if they are unknown."""
+    call = bound(model, args, kwargs)
+    if call is None:
         return []
-    parameters = {} if signature is None else signature.parameters
-    return [name for name, parameter in parameters.items() if parameter.default is None and bound.get(name) is None]
+    return [name for name, p in call.signature.parameters.items() if p.default is None and call.arguments.get(name) is None]
 
 
 def check_number(model: Callable, item: Sequence[Any]) -> None:

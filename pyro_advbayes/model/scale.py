@@ -14,14 +14,14 @@ from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
 from pyro_advbayes.checked import checked
-from pyro_advbayes.handlers import CoveredMessenger, MinibatchMessenger
+from pyro_advbayes.handlers import CoveredMessenger, MinibatchMessenger, in_a_line
 from pyro_advbayes.model.additivity import HALF, Failed, Parts, Subject, check, looking, means, pick_rows
 from pyro_advbayes.model.batches import Arguments
 from pyro_advbayes.model.data import Data
 from pyro_advbayes.model.layers import kept_statistics, refuse_random_layers
 from pyro_advbayes.model.notices import tell_of_mean, tell_of_scales
 from pyro_advbayes.model.program import Call, Values, draw
-from pyro_advbayes.model.refusals import in_a_line, refusing
+from pyro_advbayes.model.refusals import refusing
 
 DRAWS = 5  # of each kind, until the likelihood is finite
 LOOKS = 4  # until a likelihood on the full data counts as a mean: once may be a coincidence

@@ -87,11 +87,6 @@ def warn_of_handlers(what: str, why: str) -> None:
     warn(f"{what} falls back to 'handlers', which is slower, for this model: {why}")
 
 
-def reason(error: BaseException) -> str:
-    """The first line of an error."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 def agree(ours: Sequence[Tensor], theirs: Sequence[Tensor], leaves: Sequence[Tensor] = ()) -> bool:
     """Whether results are equal to half their digits, and their gradients with respect to ``leaves``."""
     for a, b in zip(ours, theirs, strict=True):

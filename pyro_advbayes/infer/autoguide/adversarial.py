@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pyro.infer.autoguide import AutoNormal, init_to_feasible
 from pyro.nn.module import pyro_method
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution, Independent
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
@@ -26,7 +25,7 @@ from pyro_advbayes.given import check_int, need_tensor
 from pyro_advbayes.kinds import is_subsample, latent_sites, sample_sites
 from pyro_advbayes.model.layers import kept_statistics, refuse_inference_mode
 from pyro_advbayes.model.program import run
-from pyro_advbayes.model.refusals import Given, Refused, naming, refusing
+from pyro_advbayes.model.refusals import Given, Refused, bound, naming, refusing
 from pyro_advbayes.model.structure import try_model
 from pyro_advbayes.model.supports import map_onto
 
@@ -333,7 +332,7 @@ def _check_observations(model: Callable, args: Sequence[Any], kwargs: Mapping[st
             "the guide has not been called yet, and a prediction cannot tell it which sites are latent: call it with observations first, "
             "guide(x, y), or train it"
         )
-    call = _bound(model, args, kwargs)
+    call = bound(model, args, kwargs)
     if call is None:
         return
     missing = [name for name, p in call.signature.parameters.items() if call.arguments.get(name, p.default) is None]
@@ -354,15 +353,6 @@ def _check_observations(model: Callable, args: Sequence[Any], kwargs: Mapping[st
                 f"site {min(found)!r} would become a latent site, since the guide's first call came without argument {name!r}: call it "
                 "with observations first, as in training"
             )
-
-
-def _bound(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments | None:
-    """The model's arguments by name, if the signature allows."""
-    model = poutine.unwrap(model)
-    try:
-        return inspect.signature(model.forward if isinstance(model, nn.Module) else model).bind(*args, **kwargs)
-    except (TypeError, ValueError):
-        return None
 
 
 def _traced(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Trace:

@@ -16,14 +16,14 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from pyro_advbayes.handlers import UnvalidatedMessenger
+from pyro_advbayes.handlers import UnvalidatedMessenger, in_a_line
 from pyro_advbayes.infer.autoguide.adversarial import AutoAdversarialNormal, BaseNoise, BaseNormal, MovedNoise
 from pyro_advbayes.kinds import Node, latent_sites, observed_sites, sites, subsampling_plates, without_independent
 from pyro_advbayes.model.batches import Arguments
 from pyro_advbayes.model.layers import refuse_random_layers
 from pyro_advbayes.model.program import log_likelihood, run
 from pyro_advbayes.nn.reparameterization import rows_differ
-from pyro_advbayes.tracing.guard import DIFFERS, Guard, agree, autocast_state, noting_modules, reason, roots_of, warn_of_handlers
+from pyro_advbayes.tracing.guard import DIFFERS, Guard, agree, autocast_state, noting_modules, roots_of, warn_of_handlers
 from pyro_advbayes.tracing.record import Recorder
 from pyro_advbayes.tracing.replay import trace_graph
 
@@ -178,7 +178,7 @@ class Objective:
                 with Recorder([*locs, *scales, *noises, *tensors, *self.held]) as recorder:
                     model_trace, guide_trace = self._traces(locs, scales, noises, tensors)
         except (ValueError, RuntimeError) as error:
-            raise NotTraceable(reason(error)) from error
+            raise NotTraceable(in_a_line(error)) from error
         check_sites(model_trace, guide_trace)
         for trace in (model_trace, guide_trace):
             if subsampling_plates(trace):
@@ -237,7 +237,7 @@ class Objective:
             try:
                 self._graphs[kind] = trace_graph(function, inputs, self.held)
             except Exception as error:  # whatever a model's Python does under a tracer: the handlers still run it
-                raise NotTraceable(f"it cannot be traced: {reason(error)}") from error
+                raise NotTraceable(f"it cannot be traced: {in_a_line(error)}") from error
             rest = len(inputs) - len(self.arguments.tensors)
             self._compare(kind, function, [*(t * 1.01 + 0.01 for t in inputs[:rest]), *inputs[rest:]])
         self._compare(kind, function, inputs)

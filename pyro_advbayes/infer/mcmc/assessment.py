@@ -17,6 +17,7 @@ from pyro_advbayes.infer.mcmc.summary import effective_size, function_values, sh
 from pyro_advbayes.infer.mcmc.trajectory import LEAPFROG_STEPS, TRAJECTORIES, unstable_share
 from pyro_advbayes.model import program
 from pyro_advbayes.model.batches import Arguments
+from pyro_advbayes.model.outcomes import without_wrappers
 
 LEAST_DRAWS = 20  # per chain; fewer are not assessed
 LARGEST_Z, LARGEST_SHIFT = 5.0, 0.5
@@ -326,9 +327,7 @@ def _means(model: Callable, latent: set[str]) -> Callable[..., Tensor]:
             law = trace.nodes[name]["fn"]
             if name in latent or not isinstance(law, Distribution):  # latent sites are observed here, conditioned on a draw
                 continue
-            probs = getattr(law, "probs", None)
-            if probs is None:
-                probs = getattr(getattr(law, "base_dist", None), "probs", None)
+            probs = getattr(without_wrappers(law), "probs", None)
             try:
                 parts.append(law.mean.flatten() if probs is None else probs.flatten())
             except NotImplementedError:
