@@ -3,7 +3,7 @@ legend; matplotlib, the extra ``plots``, is imported on the first call."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,16 +51,13 @@ def plot_interval_calibration(calibrations: dict[str, IntervalCalibration], *, a
         legend adds its expected coverage error (ECPE), its CWCE and the mean width of its intervals (EPIW).
     :raises ValueError: if there are none.
     """
-    if not calibrations:
-        raise ValueError("calibrations must name at least one predictive law")
-    ax = _axes(ax, layout="constrained")
+    ax = _axes_for(calibrations, "calibrations", "one predictive law", ax, layout="constrained")
     ax.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
     for name, found in calibrations.items():
         levels, covered = found.levels.cpu(), found.coverage.cpu()
         error = (covered * (1 - covered) / found.count).sqrt()
         label = f"{name} (ECPE {found.ecpe:.3f}, CWCE {found.cwce:.2f} %, EPIW {found.epiw:.3g})"
-        (line,) = ax.plot(levels, covered, marker="o", markersize=3, linewidth=1, label=label)
-        ax.fill_between(levels, covered - error, covered + error, color=line.get_color(), alpha=0.2, linewidth=0)
+        _band(ax, levels, covered, covered - error, covered + error, label, linewidth=1)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal level of the interval", ylabel="share of targets inside", aspect="equal")
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1))  # curves may be anywhere in the axes
     return ax
@@ -81,9 +78,7 @@ def plot_scores(
     for name, score in values.items():
         if score.dim() != 1 or len(score) == 0 or not score.isfinite().all():
             raise ValueError(f"scores[{name!r}] must be a vector of finite numbers, not {list(score.shape)}")
-    if not values:
-        raise ValueError("scores must name at least one set of inputs")
-    ax = _axes(ax)
+    ax = _axes_for(values, "scores", "one set of inputs", ax)
     every = torch.cat(list(values.values()))
     low, high = every.min().item(), every.max().item()
     high = max(high, low + 1e-6)  # all alike: a network that is sure everywhere
@@ -91,9 +86,7 @@ def plot_scores(
     edges = torch.linspace(low, high, num_bins + 1, dtype=torch.float64)
     for name, score in values.items():
         ax.hist(score, bins=edges.tolist(), density=True, histtype="stepfilled", alpha=0.5, label=f"{name} (mean {score.mean():.3g})")
-    ax.set(xlabel=xlabel, ylabel="density")
-    ax.legend()
-    return ax
+    return _labelled(ax, xlabel=xlabel, ylabel="density")
 
 
 @checked
@@ -105,15 +98,10 @@ def plot_accuracy_curves(curves: dict[str, AccuracyCurve], *, xlabel: str = "eps
     :param xlabel: what the sizes are.
     :raises ValueError: if there are no curves.
     """
-    if not curves:
-        raise ValueError("curves must name at least one classifier")
-    ax = _axes(ax)
+    ax = _axes_for(curves, "curves", "one classifier", ax)
     for name, (eps, accuracy, error) in curves.items():
-        (line,) = ax.plot(eps, accuracy, marker="o", markersize=3, label=f"{name} ({accuracy[0]:.3f} to {accuracy[-1]:.3f})")
-        ax.fill_between(eps, accuracy - error, accuracy + error, color=line.get_color(), alpha=0.2, linewidth=0)
-    ax.set(xlabel=xlabel, ylabel="accuracy under attack")
-    ax.legend()
-    return ax
+        _band(ax, eps, accuracy, accuracy - error, accuracy + error, f"{name} ({accuracy[0]:.3f} to {accuracy[-1]:.3f})")
+    return _labelled(ax, xlabel=xlabel, ylabel="accuracy under attack")
 
 
 @checked
@@ -126,20 +114,15 @@ def plot_learning_curves(
     :param score: ``"accuracy"``; of regressions ``"rmse"`` or ``"log_density"``.
     :raises ValueError: if there are no curves, or one has no such score.
     """
-    if not curves:
-        raise ValueError("curves must name at least one acquisition")
     for name, curve in curves.items():
         if score not in curve._fields[1:]:
             raise ValueError(f"score={score!r}: curves[{name!r}] has {' and '.join(curve._fields[1:])}")
-    ax = _axes(ax)
+    ax = _axes_for(curves, "curves", "one acquisition", ax)
     for name, curve in curves.items():
         mean, error = (values.cpu() for values in over_repetitions(getattr(curve, score)))
-        (line,) = ax.plot(curve.num_labels.cpu(), mean, marker="o", markersize=3, label=f"{name} (to {mean[-1]:.3f})")
-        ax.fill_between(curve.num_labels.cpu(), mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
+        _band(ax, curve.num_labels.cpu(), mean, mean - error, mean + error, f"{name} (to {mean[-1]:.3f})")
     names = {"rmse": "RMSE", "log_density": "log predictive density [nats]"}
-    ax.set(xlabel="labels", ylabel=names.get(score, score))
-    ax.legend()
-    return ax
+    return _labelled(ax, xlabel="labels", ylabel=names.get(score, score))
 
 
 @checked
@@ -151,16 +134,12 @@ def plot_gradient_norms(norms: dict[str, GradientNorms], *, ax: Axes | None = No
         mean norm at the first and at the last number of draws.
     :raises ValueError: if there are none.
     """
-    if not norms:
-        raise ValueError("norms must name at least one posterior")
-    ax = _axes(ax)
+    ax = _axes_for(norms, "norms", "one posterior", ax)
     for name, found in norms.items():
         mean = found.l2.mean(-1).cpu()
         (line,) = ax.loglog(found.draws, mean, marker="o", markersize=3, label=f"{name} ({mean[0]:.2g} to {mean[-1]:.2g})")
         ax.loglog(found.draws, found.l2_by_chance.mean(-1).cpu(), color=line.get_color(), linestyle="--", linewidth=1)
-    ax.set(xlabel="draws", ylabel="l2 norm of the mean gradient (dashed: by chance)")
-    ax.legend()
-    return ax
+    return _labelled(ax, xlabel="draws", ylabel="l2 norm of the mean gradient (dashed: by chance)")
 
 
 @checked
@@ -171,22 +150,18 @@ def plot_accuracy_robustness(points: dict[str, tuple[Tensor, Tensor]], *, ax: Ax
         each; the legend adds the correlation of the two, where it is defined.
     :raises ValueError: if there are no points, or a family's two vectors differ in length.
     """
-    if not points:
-        raise ValueError("points must name at least one family of classifiers")
     for name, (accuracy, robustness) in points.items():
         for i, values in enumerate((accuracy, robustness)):
             need_tensor(values, f"points[{name!r}][{i}]")
         if accuracy.dim() != 1 or accuracy.shape != robustness.shape:
             raise ValueError(f"points[{name!r}] must be two vectors of one length, not {list(accuracy.shape)} and {list(robustness.shape)}")
-    ax = _axes(ax)
+    ax = _axes_for(points, "points", "one family of classifiers", ax)
     for name, pair in points.items():
         both = torch.stack([values.detach().cpu().double() for values in pair])
         varied = both.shape[1] > 2 and bool((both.std(1) > 0).all())
         label = f"{name} (r = {torch.corrcoef(both)[0, 1]:.2f}, {both.shape[1]} points)" if varied else name
         ax.scatter(both[0], both[1], s=20, alpha=0.7, label=label)
-    ax.set(xlabel="accuracy", ylabel="softmax robustness")
-    ax.legend()
-    return ax
+    return _labelled(ax, xlabel="accuracy", ylabel="softmax robustness")
 
 
 @checked
@@ -197,9 +172,7 @@ def plot_draw_quality(qualities: dict[str, DrawQuality], *, ax: Axes | None = No
         lowest, the highest and the ensembled accuracy.
     :raises ValueError: if there are none.
     """
-    if not qualities:
-        raise ValueError("qualities must name at least one posterior")
-    ax = _axes(ax)
+    ax = _axes_for(qualities, "qualities", "one posterior", ax)
     for place, (name, quality) in enumerate(qualities.items()):
         ensembled = quality.ensembled.value
         label = f"{name} ({quality.lowest:.3f} to {quality.highest:.3f}, together {ensembled:.3f})"
@@ -208,9 +181,7 @@ def plot_draw_quality(qualities: dict[str, DrawQuality], *, ax: Axes | None = No
         dots = ax.scatter(across, quality.accuracy.cpu(), s=8, alpha=0.7, label=label)
         ax.hlines(ensembled, place - 0.35, place + 0.35, color=dots.get_facecolor()[0], alpha=1.0)
     ax.set_xticks(range(len(qualities)), list(qualities))
-    ax.set(ylabel="accuracy of a draw")
-    ax.legend()
-    return ax
+    return _labelled(ax, ylabel="accuracy of a draw")
 
 
 @checked
@@ -222,18 +193,12 @@ def plot_draw_curves(curves: dict[str, Sequence[DrawQuality]], *, xlabel: str = 
     :param xlabel: what is counted, from 1.
     :raises ValueError: if there are no runs, or a run has no epochs.
     """
-    if not curves or not all(curves.values()):
-        raise ValueError("curves must name at least one run, of one epoch or more")
-    ax = _axes(ax)
+    ax = _axes_for(curves if all(curves.values()) else {}, "curves", "one run, of one epoch or more", ax)
     for name, run in curves.items():
-        epochs = range(1, len(run) + 1)
         label = f"{name} ({run[-1].ensembled.value:.3f}, lowest {run[-1].lowest:.3f})"
-        (line,) = ax.plot(epochs, [quality.ensembled.value for quality in run], marker="o", markersize=3, label=label)
-        low, high = ([getattr(quality, end) for quality in run] for end in ("lowest", "highest"))
-        ax.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    ax.set(xlabel=xlabel, ylabel="accuracy")
-    ax.legend()
-    return ax
+        ensembled = [quality.ensembled.value for quality in run]
+        _band(ax, range(1, len(run) + 1), ensembled, [q.lowest for q in run], [q.highest for q in run], label)
+    return _labelled(ax, xlabel=xlabel, ylabel="accuracy")
 
 
 @checked
@@ -244,14 +209,10 @@ def plot_retained_accuracy(curves: dict[str, RetainedAccuracy], *, ax: Axes | No
         accuracy at the smallest and at the largest share.
     :raises ValueError: if there are no curves.
     """
-    if not curves:
-        raise ValueError("curves must name at least one posterior")
-    ax = _axes(ax)
+    ax = _axes_for(curves, "curves", "one posterior", ax)
     for name, (share, accuracy) in curves.items():
         ax.plot(share, accuracy, marker="o", markersize=3, label=f"{name} ({accuracy[0]:.3f} to {accuracy[-1]:.3f})")
-    ax.set(xlabel="share of inputs kept", ylabel="accuracy")
-    ax.legend()
-    return ax
+    return _labelled(ax, xlabel="share of inputs kept", ylabel="accuracy")
 
 
 @checked
@@ -299,6 +260,26 @@ def plot_uncertainty_map(
         ax.scatter(x[:, 0], x[:, 1], c=y, cmap="coolwarm", edgecolors="white", linewidths=0.7, s=25)
     ax.set(aspect="equal", title=f"mean {table.mean():.3f}")
     return ax
+
+
+def _band(ax: Axes, x: Any, y: Any, low: Any, high: Any, label: str, **style: Any) -> None:
+    """A line with a band."""
+    (line,) = ax.plot(x, y, marker="o", markersize=3, label=label, **style)
+    ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def _labelled(ax: Axes, **settings: Any) -> Axes:
+    """The finished axes, with labels and a legend."""
+    ax.set(**settings)
+    ax.legend()
+    return ax
+
+
+def _axes_for(values: Mapping[str, Any], name: str, what: str, ax: Axes | None, **figure: Any) -> Axes:
+    """:raises ValueError: if the plot would be empty."""
+    if not values:
+        raise ValueError(f"{name} must name at least {what}")
+    return _axes(ax, **figure)
 
 
 def _axes(ax: Axes | None, **figure: Any) -> Axes:
