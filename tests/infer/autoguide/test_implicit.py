@@ -408,7 +408,7 @@ def test_a_support_that_draws_alone_do_not_show_is_noticed_at_the_first_call():
         AutoImplicit(regression, MLPGenerator(noise=3, hidden=(8,))),
         {"w": torch.randn(200, 3), "b": torch.randn(200), "scale": torch.rand(200) + 1},
     )
-    with pytest.raises(ValueError, match=r"site 'scale' lives on .*fit\(samples, x, y\)"):
+    with pytest.raises(ValueError, match=r"site 'scale' has the support .*fit\(samples, x, y\)"):
         guide(x)
 
 
@@ -444,7 +444,7 @@ def test_supports_that_the_model_declares_need_no_arguments(tmp_path):
 def test_sites_on_another_support_than_the_model_declares_are_refused():
     model, (x, _) = Constrained(), data(5)
     real = sites_of({name: value[None] for name, value in draws(model, x).items()})
-    with pytest.raises(ValueError, match=r"site 'scale' lives on .*GreaterThanEq\(lower_bound=0.0\) in the model"):
+    with pytest.raises(ValueError, match=r"site 'scale' has the support .*GreaterThanEq\(lower_bound=0.0\) in the model"):
         AutoImplicit(model, MLPGenerator(noise=3, hidden=(8,))).set_sites(real)
     counts = PyroModule()
     counts.rate = PyroSample(dist.Poisson(3.0))
@@ -464,7 +464,7 @@ def test_a_classifier_compares_the_guide_of_its_model_at_its_first_inputs():
     guide = quick(AutoImplicit(scaled, MLPGenerator(noise=3, hidden=(8,))), samples)
     network = PosteriorClassifier(scaled, guide=guide, num_samples=3)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"site 'scale' lives on .*fit\(samples, x, y\)"):
+        with pytest.raises(ValueError, match=r"site 'scale' has the support .*fit\(samples, x, y\)"):
             network(x)
     told = quick(AutoImplicit(scaled, MLPGenerator(noise=3, hidden=(8,))), samples, x)
     assert PosteriorClassifier(scaled, guide=told, num_samples=3)(x).shape == (5, 2)
@@ -520,7 +520,7 @@ def test_a_support_in_other_coordinates_than_the_draws_is_noticed_at_the_first_c
         guide = AutoImplicit(poutine.block(correlated_outcomes, expose=[name]), MLPGenerator(noise=3, hidden=(8,)))
         guide.set_sites(sites_of({name: samples[name][None]}))
         guide.num_draws = 300
-        with pytest.raises(ValueError, match=rf"site '{name}' lives on {support}.*fit\(samples, x, y\)"):
+        with pytest.raises(ValueError, match=rf"site '{name}' has the support {support}.*fit\(samples, x, y\)"):
             guide(x)
 
 
