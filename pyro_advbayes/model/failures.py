@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -12,11 +12,22 @@ from pyro_advbayes.handlers import in_a_line, local_latent
 from pyro_advbayes.kinds import Node, plate_of
 from pyro_advbayes.model.batches import in_words
 from pyro_advbayes.model.program import Call, run
-from pyro_advbayes.model.refusals import Mismatch, original
+from pyro_advbayes.model.refusals import Mismatch, not_given, original
 
 
 class Drawn(ValueError):
     """A refusal of a latent site that the user may have meant to observe."""
+
+
+@contextlib.contextmanager
+def naming_what_is_absent(model: Callable, call: Call) -> Iterator[None]:
+    """Within it, a refusal of a latent site names an argument that the call leaves out, in which the site may be observed."""
+    try:
+        yield
+    except Drawn as error:
+        absent = not_given(model, *call)
+        hint = f". Argument {absent[0]} is not given: if the site is what it observes, give it" if absent else ""
+        raise ValueError(f"{error}{hint}") from error.__cause__
 
 
 class Witness(Messenger):

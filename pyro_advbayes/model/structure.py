@@ -15,12 +15,12 @@ from torch.distributions import Transform
 
 from pyro_advbayes.handlers import MinibatchMessenger, Refused, is_masked, local_latent
 from pyro_advbayes.kinds import Node, latent_sites, sites, subsampling_plates
-from pyro_advbayes.model.failures import Drawn, explain, explain_plate, scaled_twice, witnessed
+from pyro_advbayes.model.failures import Drawn, explain, explain_plate, naming_what_is_absent, scaled_twice, witnessed
 from pyro_advbayes.model.layers import kept_statistics, refuse_random_layers
 from pyro_advbayes.model.notices import tell_of_new_statistics
 from pyro_advbayes.model.observations import Labels, check_densities, check_observations, check_rows, labels_of, observations, refuse_single
 from pyro_advbayes.model.program import Call, Values, run
-from pyro_advbayes.model.refusals import Mismatch, not_given
+from pyro_advbayes.model.refusals import Mismatch
 from pyro_advbayes.model.supports import map_onto
 
 
@@ -93,59 +93,43 @@ def look(
     :param whole: ``(name, tensor in few, all its rows)`` of arguments, to look for labels outside the classes.
     :raises ValueError: naming the site, plate or layer that a sampler cannot treat, and the remedy.
     """
-    try:
-        return _look(model, few, fewer, rows, num_data, lengths or {}, loader, whole)
-    except Drawn as error:
-        absent = not_given(model, *few)
-        hint = f". Argument {absent[0]} is not given: if the site is what it observes, give it" if absent else ""
-        raise ValueError(f"{error}{hint}") from error.__cause__
-
-
-def _look(
-    model: Callable,
-    few: Call,
-    fewer: Call | None,
-    rows: tuple[int, int] | None,
-    num_data: int | None,
-    lengths: Mapping[str, int],
-    loader: bool,
-    whole: Sequence[tuple[str, Tensor, Tensor]],
-) -> Structure:
-    arguments = (few, few if fewer is None else fewer)
-    with tell_of_new_statistics(model), refuse_random_layers(model):
-        try:
-            first, second = (_trace(model, each) for each in arguments)
-        except Refused:
-            raise
-        except Exception as error:  # whatever a model's Python does with fewer rows than it expects
-            if rows is not None:
-                explain(error, [witnessed(model, each) for each in arguments], rows, lengths)
-            explain_plate(error)
-            raise
-    found = _own_plate(first)
-    if found.plate is not None:
-        _check_plate(first, found.plate)
-        if rows is not None and (found.scaling == "indices" or not loader):
-            raise scaled_twice(found.plate, found.plate_batch, found.plate_size)
-    if found.plate is None and rows is not None and num_data is not None:
-        plate = _following_plate(first, second, rows)
-        _check_plate(first, plate)
-        found = Structure((), "minibatch", plate, num_data, rows[0])
-    latents = _latent_sites(first, second)
-    if found.scaling == "minibatch" and rows is not None:
-        found = found._replace(prior_factors=_prior_factors(model, first, arguments, rows))
-        _check_scaling(model, few, found)
-        for trace, size in zip((first, second), rows, strict=True):
-            check_rows(trace, str(found.plate), size, lengths)
-    for trace in (first, second):
-        check_observations(trace, lengths)
-    refuse_single(first, model, few)
-    labels: list[Labels] = []
-    for name, given, values in whole:
-        for each in labels_of(first, name, given):
-            each.check(given if each.differs else values)
-            labels += [] if each.differs else [each]
-    check_densities(first)
+    lengths = lengths or {}
+    with naming_what_is_absent(model, few):
+        arguments = (few, few if fewer is None else fewer)
+        with tell_of_new_statistics(model), refuse_random_layers(model):
+            try:
+                first, second = (_trace(model, each) for each in arguments)
+            except Refused:
+                raise
+            except Exception as error:  # whatever a model's Python does with fewer rows than it expects
+                if rows is not None:
+                    explain(error, [witnessed(model, each) for each in arguments], rows, lengths)
+                explain_plate(error)
+                raise
+        found = _own_plate(first)
+        if found.plate is not None:
+            _check_plate(first, found.plate)
+            if rows is not None and (found.scaling == "indices" or not loader):
+                raise scaled_twice(found.plate, found.plate_batch, found.plate_size)
+        if found.plate is None and rows is not None and num_data is not None:
+            plate = _following_plate(first, second, rows)
+            _check_plate(first, plate)
+            found = Structure((), "minibatch", plate, num_data, rows[0])
+        latents = _latent_sites(first, second)
+        if found.scaling == "minibatch" and rows is not None:
+            found = found._replace(prior_factors=_prior_factors(model, first, arguments, rows))
+            _check_scaling(model, few, found)
+            for trace, size in zip((first, second), rows, strict=True):
+                check_rows(trace, str(found.plate), size, lengths)
+        for trace in (first, second):
+            check_observations(trace, lengths)
+        refuse_single(first, model, few)
+        labels: list[Labels] = []
+        for name, given, values in whole:
+            for each in labels_of(first, name, given):
+                each.check(given if each.differs else values)
+                labels += [] if each.differs else [each]
+        check_densities(first)
     masked = any(is_masked(node["fn"], node["mask"]) for node in observations(first).values())
     return found._replace(sites=latents, labels=tuple(labels), masked=masked, parameters=tuple(first.param_nodes), scales=_scales(first))
 
