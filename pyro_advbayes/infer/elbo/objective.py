@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import pyro
@@ -55,22 +56,22 @@ class Graphs:
         key = _key(args, kwargs)
         entry = next((e for e in self._entries if e.fits(model, guide, key)), None)
         if entry is None:
-            entry = _Entry(model, guide, key)
-            self._entries = [entry, *self._entries[: KEPT - 1]]
-        if entry.objective is None and not entry.refused:
+            roots, objective = roots_of(model), None
             try:
                 # unwrapped: a wrapped network has no signature, and the error about it prints the network, which draws weights
-                entry.objective = Objective(model, guide, Arguments(poutine.unwrap(model), args, kwargs), entry.roots)
+                objective = Objective(model, guide, Arguments(poutine.unwrap(model), args, kwargs), roots)
             except NotTraceable as error:
-                entry.refuse(error)
-            entry.watch()
+                warn_of_handlers("backend='graph'", str(error))
+            entry = _Entry(model, guide, key, roots, Guard(roots, versions=True), objective)
+            self._entries = [entry, *self._entries[: KEPT - 1]]
         return entry.objective
 
     def drop(self, objective: Objective, why: NotTraceable) -> None:
         """Falls back to Pyro's handlers in place of this objective."""
         for entry in self._entries:
             if entry.objective is objective:
-                entry.refuse(why)
+                entry.objective = None
+        warn_of_handlers("backend='graph'", str(why))
 
 
 def _handled() -> bool:
@@ -78,27 +79,20 @@ def _handled() -> bool:
     return any(not isinstance(handler, TraceMessenger) for handler in _PYRO_STACK)
 
 
+@dataclass
 class _Entry:
-    """A model and a guide with arguments of one kind, and the graphs made of them."""
+    """A model and a guide with arguments of one kind, the modules that run, and the graphs; None if Pyro's handlers run."""
 
-    def __init__(self, model: Callable, guide: Callable, key: Any) -> None:
-        self.model, self.guide, self.key = model, guide, key
-        self.refused = False
-        self.objective: Objective | None = None
-        self.roots = roots_of(model)  # tracing adds the other modules that run
-        self.watch()
-
-    def watch(self) -> None:
-        """Takes the fingerprint of the modules."""
-        self._guard = Guard(self.roots, versions=True)
+    model: Callable
+    guide: Callable
+    key: Any
+    roots: list[nn.Module]
+    guard: Guard
+    objective: Objective | None
 
     def fits(self, model: Callable, guide: Callable, key: Any) -> bool:
         same = self.model is model and self.guide is guide and self.key == key
-        return same and self._guard.state == Guard(self.roots, versions=True).state
-
-    def refuse(self, why: NotTraceable) -> None:
-        self.objective, self.refused = None, True
-        warn_of_handlers("backend='graph'", str(why))
+        return same and self.guard.state == Guard(self.roots, versions=True).state
 
 
 def _key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
