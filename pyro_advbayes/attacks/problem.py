@@ -249,7 +249,7 @@ def check_labels(y: Tensor, num_classes: int) -> None:
 
 
 def differentiate(loss: Tensor, x: Tensor) -> Tensor:
-    """The gradient with respect to ``x`` of ``loss`` ``[N]``, each of which depends on its row."""
+    """The gradient of ``loss`` ``[N]`` with respect to ``x``; each loss depends on its row."""
     gradient = torch.autograd.grad(loss.sum(), x, allow_unused=True)[0] if loss.requires_grad else None
     if gradient is None:
         raise ValueError("the loss does not depend on the inputs in a way that can be differentiated: attack it without gradients (Square)")

@@ -225,7 +225,7 @@ class _Logits:
             names = [name for name in trace.stochastic_nodes if name not in model.samples]
             raise ValueError(
                 f"the logits are random although draws are given: they depend on a site without draws (one of {names}), or on random "
-                "numbers beside the sites"
+                "numbers outside of its sites"
             )
         chunk = 1 if recorded is None else draws_together(recorded, passes=2) if chunk_size is None else chunk_size
         self.replays = None if recorded is None else Replays(recorded, chunk, lasting=True)

@@ -25,7 +25,7 @@ def init_to_fan_in(site: dict[str, Any]) -> Tensor:
 
     where fan_in is the number of inputs of a weight ``[out, in, ...]`` and the number of elements of anything smaller. A draw
     from a unit-normal prior, Pyro's usual start, makes a wide network's logits so large that its first gradients are useless.
-    Any other site starts as far out as in Pyro's NUTS, so that chains that end in modes of their own can be told from each other:
+    Any other site starts as far out as in Pyro's NUTS, so that chains in different modes can be told apart:
 
     .. math:: \theta = \mathrm{E}_p[\theta] + \min(\mathrm{sd}_p, 2)\, u, \qquad u \sim \mathrm{Uniform}(-1, 1).
 

@@ -1,4 +1,4 @@
-"""Warnings of what a model may have and seldom means: statistics that have never seen data, parameters that no sampler moves."""
+"""Warnings of what is rarely intended: statistics that have never seen data, parameters that no sampler moves."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ class Origins(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name, x = getattr(func, "__name__", ""), args[0] if args else None
-        if name not in _NOTED:  # before any look at a tensor, which is a call of its own for the modes outside
+        if name not in _NOTED:  # first, since each access to a tensor is a call for the modes outside
             pass
         elif name == "broadcast_tensors":
             for value, old in zip(result, args, strict=True) if len(args) == 1 else ():

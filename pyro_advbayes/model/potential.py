@@ -183,7 +183,7 @@ class Potential(Energy):
         if not torch.allclose(one, two, rtol=1e-4, equal_nan=True):
             raise ValueError(
                 f"the model has no fixed log-density: two evaluations at one point gave {float(-one)} and {float(-two)}. It draws "
-                "random numbers beside its sites (dropout in training mode?): call .eval()"
+                "random numbers outside of its sites (dropout in training mode?): call .eval()"
             )
 
     # ------------------------------------------------------------------------------------------------ energies and gradients

@@ -1,4 +1,4 @@
-"""Log-likelihoods that are no sum over rows, so that no factor N / B scales a minibatch of them: refused, or told of on the full data."""
+"""Log-likelihoods that are not a sum over rows, which no factor N / B scales: refused for minibatches, warned of on the full data."""
 
 from __future__ import annotations
 

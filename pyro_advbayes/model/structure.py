@@ -1,4 +1,4 @@
-"""A look at a model before it is sampled: its latent sites, its data plate, and refusals of silent errors."""
+"""Examines a model before it is sampled: finds its latent sites and its data plate, and refuses silent errors."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def look(
     whole: Sequence[tuple[str, Tensor, Tensor]] = (),
 ) -> Structure:
     """
-    Looks at a model on two sets of arguments, which may hold a different number of rows, and on two draws of its latents.
+    Runs a model on two sets of arguments, which may hold a different number of rows, and at two draws of its latents.
 
     :param model: a Pyro model.
     :param few: ``(args, kwargs)`` of the first look.
@@ -90,7 +90,7 @@ def look(
     :param num_data: number of rows that a minibatch stands for.
     :param lengths: lengths of the arguments by name, for the message about arguments that do not fit.
     :param loader: whether the rows come from a loader, which may also supply a plate's indices, ``plate(subsample=...)``.
-    :param whole: ``(name, tensor in few, all its rows)`` of arguments, to look for labels outside the classes.
+    :param whole: ``(name, tensor in few, all its rows)`` of arguments, to find labels outside the classes.
     :raises ValueError: naming the site, plate or layer that a sampler cannot treat, and the remedy.
     """
     lengths = lengths or {}

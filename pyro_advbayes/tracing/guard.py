@@ -78,7 +78,7 @@ def version_of(tensor: Tensor) -> int:
 
 DIFFERS = (
     "its recording gives other numbers than the handlers on other values: its Python depends on something that changes from call to call, "
-    "or draws random numbers beside the sites"
+    "or draws random numbers outside of its sites"
 )
 
 

@@ -29,7 +29,7 @@ def fit_noise(generator: FactoredGenerator, rows: Rows, potential: Potential) ->
 
     :param generator: trained.
     :param rows: the draws.
-    :param potential: of the model on data, a few hundred rows of which will do.
+    :param potential: of the model on data; a few hundred rows suffice.
     :return: :math:`\kappa`, in [0, 1]; None, with the noise unchanged, if there are no data, or the model subsamples them itself.
     """
     if not potential.arguments.tensors or potential.structure.scaling == "indices":

@@ -57,7 +57,7 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
 
     Where nothing is moved (``mix=0``, ``num_steps=0`` or ``radius=0``) the adversary's pass is left out, and loss and gradients are
     those of ``TraceMeanField_ELBO``: through Pyro's handlers to the last bit, from graphs to rounding. Otherwise the plain draw comes
-    first, and the adversary starts from one of its own. Its steps leave running statistics (BatchNorm in training mode) as they are:
+    first, and the adversary starts from another one. Its steps leave running statistics (BatchNorm in training mode) as they are:
     only the plain draw updates them.
 
     The divergence is analytic where PyTorch or Pyro knows it for the pair of distributions, and estimated at the plain draw elsewhere;
@@ -66,7 +66,7 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
 
     Source: Zhang et al., Improving Bayesian neural networks by adversarial sampling, AAAI 2022, Eq. 1 to 3. The authors' code divides
     all by N and weights the divergence by (1 - mix)/100, which is ``kl_in_mix=True, kl_scale=0.01`` here: a cold posterior. With
-    ``kl_in_mix`` there is less divergence than at ``mix=0``, which has effects of its own: to see the adversary's, compare with ``mix=0``
+    ``kl_in_mix`` there is less divergence than at ``mix=0``, which has an effect, too: to see the adversary's, compare with ``mix=0``
     and ``kl_scale`` times 1 - mix.
 
     :param int num_steps: N, the adversary's steps, >= 0.
