@@ -243,9 +243,7 @@ def record_draws(
             probes.append(run(*model.draw(index[2]), *shared))
             with state.again():
                 agrees = agree(recorded.replay_all((*model.draw(index[2]), *shared)), probes[2], leaves)
-    except (
-        Exception
-    ) as error:  # any error of a model's Python under a recorder: the handlers still run it, and raise the model's own errors
+    except Exception as error:  # any error of a model's Python under a recorder: the handlers still run it, and raise its own errors
         warn_of_handlers("prediction", f"it cannot be recorded: {in_a_line(error)}")
         return None
     if not agrees:
