@@ -53,6 +53,16 @@ MUTATIONS = [
         ("fan-in: of biases, too", "if value.dim() < 2:", "if value.dim() < 1:"),
     ),
     *of(
+        "nn/bayesian.py",
+        "test_private_interfaces.py::test_a_transform_remembers_its_inverse_under_the_name_that_copies_leave_out",
+        ("copies of priors: with the old inverse", 'None if name == "_inv" else map_tensors(item, fn)', "item"),
+    ),
+    *of(
+        "tracing/guard.py",
+        "test_private_interfaces.py::test_a_write_into_a_tensor_raises_its_version",
+        ("guards: versions of inference tensors", "return 0 if tensor.is_inference() else tensor._version", "return tensor._version"),
+    ),
+    *of(
         "nn/dropout.py",
         (
             "nn/test_dropout.py::test_a_mask_leaves_units_out_and_scales_the_others",
