@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,13 @@ class Box(Cost):
         return torch.minimum(torch.maximum(perturbed, clean - self.radius), clean + self.radius)
 
 
+def check_one_a_row(value: Any, name: str, rows: int) -> None:
+    """:raises ValueError: unless a user's function gave ``[rows]``."""
+    if not isinstance(value, Tensor) or value.shape != (rows,):
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} must return one number for each of the {rows} rows, [rows]; it returned {shape}")
+
+
 @dataclass(frozen=True)
 class _Callable(Cost):
     fn: Callable[[Tensor, Tensor], Tensor]
@@ -78,9 +86,7 @@ class _Callable(Cost):
         with torch.enable_grad():
             perturbed = perturbed.detach().requires_grad_()
             cost = self.fn(perturbed, clean)
-            if not isinstance(cost, Tensor) or cost.shape != (len(clean),):
-                shape = tuple(cost.shape) if isinstance(cost, Tensor) else type(cost).__name__
-                raise ValueError(f"cost must return one number for each of the {len(clean)} rows, [rows]; it returned {shape}")
+            check_one_a_row(cost, "cost", len(clean))
             return torch.autograd.grad(cost.sum(), perturbed)[0]
 
 

@@ -14,7 +14,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_advbayes.checked import checked
-from pyro_advbayes.infer.mcmc.adversary import L2, Adversary, Box, Cost, Pixels, as_cost
+from pyro_advbayes.infer.mcmc.adversary import L2, Adversary, Box, Cost, Pixels, as_cost, check_one_a_row
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel, named
 from pyro_advbayes.infer.mcmc.rule import Updates
 from pyro_advbayes.infer.mcmc.schedules import Schedule, as_schedule, check_value
@@ -300,9 +300,7 @@ class BAL(SGMCMCKernel):
             moved = batch[self._place].detach().requires_grad_()
             args, kwargs = potential.arguments_with(self._replaced(batch, moved))
             loss = custom(self.model, clean, args, kwargs)
-            if not isinstance(loss, Tensor) or loss.shape != (len(clean),):
-                shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-                raise ValueError(f"loss must return one number for each of the {len(clean)} rows, [rows]; it returned {shape}")
+            check_one_a_row(loss, "loss", len(clean))
             return torch.autograd.grad(loss.sum(), moved)[0]
 
     # ------------------------------------------------------------------------------------------------------- what is reported
