@@ -11,10 +11,22 @@ import torch
 
 import pyro_advbayes as ab
 from pyro_advbayes.attacks import FGSM, WRM
+from pyro_advbayes.infer.mcmc import noise_estimate
 from tutorials.papers import bal_mnist
 from tutorials.papers.experiments import Results
 
 VARIED = ("published cost and steps", "two copies")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """A twentieth of the smallest scale's work: what is tested is the experiment's code. Noise is measured by 4 gradients, not 64."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bal_mnist, "BATCH_SIZE", 32)
+        patch.setattr(bal_mnist, "LOOKED_AT", 20)
+        patch.setitem(bal_mnist.SCALES, "smoke", bal_mnist.SCALES["smoke"]._replace(num_train=64))
+        patch.setattr(noise_estimate, "EVALUATIONS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")

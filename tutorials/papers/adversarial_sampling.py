@@ -333,7 +333,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for case in tqdm([case for name, case in cases.items() if name not in results], desc=data, disable=None):
             task = task or load(args.scale, data, args.data, args.device)
             results.add(case.name, run(case, task, scale, args.seed, results.work))
-            picture(results.in_order(cases), results.path.with_suffix(".png"))  # of the rows so far: all of them take hours
+            results.show(picture, cases)  # of the rows so far: all of them take hours
+        results.show(picture, cases, last=True)
         found[data] = results.in_order(cases)
         compared = gains(*all_seeds(args.out, data, args.scale))
         picture_of_gains(compared, args.out / f"adversarial_sampling-{data}-{args.scale}-gains.png")

@@ -176,7 +176,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             )
             row = {"num_labels": curve.num_labels.tolist(), "accuracy": curve.accuracy[0].tolist()}
             results.add(name, {**row, "seconds": time.perf_counter() - begin})
-            picture(results.in_order(names), results.path.with_suffix(".png"))
+            results.show(picture, names)
+    results.show(picture, names, last=True)
     found = results.in_order(names)
     print(table(found))
     return {"settings": results.settings, "results": found}

@@ -366,7 +366,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             seconds = time.perf_counter() - begin
             about = {"size": found.size, "about": found.about, "seconds": seconds}
             results.add(name, {**about, **measure(model, found.samples, task, scale)})
-            picture(results.in_order(rows), results.path.with_suffix(".png"))
+            results.show(picture, rows)
+    results.show(picture, rows, last=True)
     ordered = results.in_order(rows)
     print(table(ordered))
     return {"settings": results.settings, "results": ordered}

@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pyro
 import torch
 
 import pyro_advbayes as ab
+
+PICTURE_EVERY = 60.0  # seconds: a row takes hours at one scale and less than its picture at another
 
 
 def parser(description: str, scales: Iterable[str], about_scales: str = "", data: bool = True) -> argparse.ArgumentParser:
@@ -64,6 +67,7 @@ class Results:
     def __init__(self, path: Path, wanted: dict[str, Any]) -> None:
         self.path, self.settings = path, wanted
         self.found: dict[str, Any] = {}
+        self._new, self._next_picture = False, time.monotonic() + PICTURE_EVERY
         self._read()
 
     @property
@@ -93,8 +97,20 @@ class Results:
     def add(self, name: str, result: dict[str, Any]) -> None:
         """Keeps a result, in the file as well: whole, or not at all."""
         self._read()
-        self.found[name] = result
+        self.found[name], self._new = result, True
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps({"settings": self.settings, "results": self.found}, indent=1) + "\n")
         part.replace(self.path)
+
+    def show(self, picture: Callable[[dict[str, Any], Path], None], names: Iterable[str], last: bool = False) -> None:
+        """
+        Draws new results into a file beside theirs, once a minute.
+
+        :param picture: draws results into a file.
+        :param names: of the results, in order.
+        :param last: whether to draw them in any case.
+        """
+        if self._new and (last or time.monotonic() >= self._next_picture):
+            picture(self.in_order(names), self.path.with_suffix(".png"))
+            self._new, self._next_picture = False, time.monotonic() + PICTURE_EVERY
