@@ -100,7 +100,7 @@ def _outcome(tests: Sequence[str], tree: Path, limit: float | None) -> tuple[str
         process.kill()
         process.join()
         return "broken", f"not done after {limit:g} s"
-    return {0: "survived", 1: "caught"}.get(process.exitcode, "broken"), output.read_text()[-2000:]
+    return {0: "survived", 1: "caught"}.get(process.exitcode, "broken"), output.read_text(errors="replace")[-2000:]
 
 
 def _pytest(tests: list[str], tree: Path, output: Path) -> None:

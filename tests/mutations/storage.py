@@ -18,6 +18,13 @@ LOCKED = (
 )
 FLIPPED = f"{DRAWS}::test_a_flipped_bit_is_refused_where_draws_are_checked_and_by_a_resumed_run"
 
+HOSTILE, CHECKPOINTS, FUZZ = "hostile/test_hostile.py", "infer/mcmc/test_checkpoints.py", "fuzz/test_fuzz.py"
+DAMAGED = f"{HOSTILE}::test_a_damaged_file_of_any_kind_is_refused_or_read_as_it_was"
+KILLED = f"{HOSTILE}::test_a_run_killed_at_a_random_moment_goes_on"
+FIVE_HUNDRED = f"{FUZZ}::test_few_of_500_calls_end_in_an_obscure_error_and_none_accepts_nonsense"
+NAMED = f"{CHECKPOINTS}::test_a_senseless_field_of_a_whole_file_is_named"
+HELD = f"{CHECKPOINTS}::test_a_checkpoint_is_locked_as_long_as_its_run_goes_on"
+
 MUTATIONS = [
     *of(
         "storage/files.py",
@@ -149,5 +156,97 @@ MUTATIONS = [
         "storage/draws.py",
         f"{DRAWS}::test_room_for_all_draws_is_reserved_before_the_first",
         ("draws: no room is reserved", "os.posix_fallocate(file, 0, size)", "os.truncate(file, size)"),
+    ),
+    *of(
+        "storage/files.py",
+        DAMAGED,
+        (
+            "hostile: the digest of a checkpoint is computed and ignored",
+            'raise ValueError("its digest is not that of its content")',
+            "pass",
+        ),
+        (
+            "hostile: errors of the library come through",
+            "except (SafetensorError, LookupError, StopIteration, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:",
+            "except LookupError as error:",
+        ),
+    ),
+    *of(
+        "storage/draws.py",
+        DAMAGED,
+        ("hostile: draws of a wrong digest are read", "_check_draws(Path(path), values, digests)", "pass"),
+    ),
+    *of(
+        "storage/files.py",
+        KILLED,
+        (
+            "kill: a checkpoint is written in its place",
+            "            os.replace(part, path)",
+            "            part.rename(path.with_name('x'))",
+        ),
+    ),
+    *of(
+        "infer/distill/training.py",
+        KILLED,
+        (
+            "kill: the average of the parameters starts anew",
+            "                kept.copy_(value)\n        self.steps",
+            "                pass\n        self.steps",
+        ),
+        ("kill: moments of Adam start anew", '{int(place): value for place, value in kept["state"].items()}', "{}"),
+    ),
+    *of(
+        "infer/distill/apd.py",
+        KILLED,
+        ("kill: training goes on with other random numbers", 'files.set_random_state(content["random"], rows.device)', "pass"),
+    ),
+    *of(
+        "infer/active.py",
+        KILLED,
+        ("kill: rounds start from other random numbers", 'files.set_random_state(content["random"]', '(lambda *_: None)(content["random"]'),
+    ),
+    *of(
+        "checked.py",
+        FIVE_HUNDRED,
+        ("fuzz: nothing is checked", "        if wrong is None:\n", "        if True:\n"),
+        ("fuzz: names of arguments are not told", 'return ValueError(f"{given}: {_words(hint)} is needed")', 'return ValueError("wrong")'),
+        (
+            "fuzz: a flag may be anything",
+            "return isinstance(value, (bool, np.bool_)) or (isinstance(value, int) and value in (0, 1))",
+            "return True",
+        ),
+    ),
+    *of(
+        "checked.py",
+        "test_checked.py",
+        ("checked: a number may be NaN", "and math.isfinite(value)", ""),
+        ("checked: True is a count", "(int, np.integer)) and not isinstance(value, bool)", "(int, np.integer))"),
+        ("checked: numbers of another kind stay", "                given |= numbers\n", ""),
+        ("checked: any error of a large count is one of memory", "if short and counts else None", "if counts else None"),
+    ),
+    *of(
+        "storage/files.py",
+        HELD,
+        ("lock: let go at the first checkpoint", "before = None if held is None else held.take(part)", "before = None"),
+    ),
+    *of(
+        "infer/mcmc/state.py",
+        NAMED,
+        ("state: any value", "        _check(self)\n", ""),
+        ("state: any type", "            if not _is_of(new, hints[name]):", "            if False:"),
+        ("state: another rule's variables", "_forms(new) != _forms(old)", "False"),
+    ),
+    *of(
+        "infer/distill/training.py",
+        NAMED,
+        ("Adam: any settings", "if type(group[name]) is not type(own[name]) or group[name] != own[name]:", "if False:"),
+        ("Adam: negative squares", ' or (name == "exp_avg_sq" and bool((value < 0).any()))', ""),
+    ),
+    *of(
+        "infer/autoguide/stored.py",
+        NAMED,
+        ("guide: sites of one name", "if site.name in {each.name for each in sites}:", "if False:"),
+        ("guide: sites that overlap", "if type(site.start) is not int or site.start != start:", "if type(site.start) is not int:"),
+        ("guide: a map onto another shape", "or torch.Size(transform.inverse_shape(shape)) != flat:", ":"),
     ),
 ]
