@@ -14,6 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution, biject_to
 
+from pyro_advbayes.given import check_int
 from pyro_advbayes.kinds import Node, is_deterministic, is_subsample
 
 D = TypeVar("D", bound=Distribution)
@@ -48,10 +49,8 @@ class MinibatchMessenger(Messenger):
     """
 
     def __init__(self, size: int | None, plate: str | None = None, prior_factors: Sequence[str] = (), copies: int = 1) -> None:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"minibatch: size is the number of rows in the data set, an int >= 1; got {size!r}")
         super().__init__()
-        self.size = size
+        self.size = check_int(size, "size", 1, "the number of rows in the whole data set")
         self.plate, self.prior_factors, self.copies = plate, tuple(prior_factors), copies
 
     def __enter__(self) -> Any:

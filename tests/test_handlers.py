@@ -110,7 +110,7 @@ def test_deterministic_sites_need_no_plate():
 
 @pytest.mark.parametrize("size", [0, -1, 60.0, True, None, "60"])
 def test_a_size_that_is_no_number_of_rows_is_refused(size):
-    with pytest.raises(ValueError, match="size is the number of rows in the data set"):
+    with pytest.raises(ValueError, match=r"size=.*: the number of rows in the whole data set, an int >= 1"):
         ab.minibatch(logistic, size=size)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.node import map_aggregate
 
 from pyro_advbayes.checked import checked
-from pyro_advbayes.given import need_tensor, warn
+from pyro_advbayes.given import check_int, need_tensor, warn
 from pyro_advbayes.handlers import in_a_line
 from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.subsampled import predict_all_rows, subsampling_plate
@@ -117,8 +117,8 @@ def refuse_nan(samples: Mapping[str, Tensor]) -> None:
 
 def check_chunk_size(chunk_size: int | None) -> None:
     """:raises ValueError: unless it is None or an int >= 1."""
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size={chunk_size!r}: the number of draws that are computed together, an int >= 1")
+    if chunk_size is not None:
+        check_int(chunk_size, "chunk_size", 1, "the number of draws that are computed together")
 
 
 def predict(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_advbayes.checked import checked
+from pyro_advbayes.given import check_int
 from pyro_advbayes.infer.autoguide.adversarial import BaseNormal, MovedNoise, NoiseAscent, joint_norm
 from pyro_advbayes.infer.elbo.objective import Graphs, NotTraceable, Objective, TermWeights, check_sites, tensors_of
 from pyro_advbayes.kinds import Node, is_subsample, latent_sites, without_independent
@@ -106,9 +107,7 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
             raise ValueError(f"mix={mix!r}: the weight of the moved draws, from 0 to 1")
         if not 0 <= kl_scale < float("inf"):
             raise ValueError(f"kl_scale={kl_scale!r}: the weight of the divergence from the prior, >= 0")
-        if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
-            raise ValueError(f"num_particles={num_particles!r}: the number of draws per loss, an int >= 1")
-        super().__init__(num_particles=num_particles)
+        super().__init__(num_particles=check_int(num_particles, "num_particles", 1, "the number of draws per loss"))
         self.mix, self.kl_scale, self.kl_in_mix = mix, kl_scale, kl_in_mix
         self._graphs = Graphs() if backend == "graph" else None
         self._moves: list[tuple[Tensor, Tensor]] = []
