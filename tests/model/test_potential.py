@@ -57,6 +57,7 @@ def test_minibatch_gradients_average_over_an_epoch_to_the_full_gradient(batch_si
     energies = [batched.energy(state, batch) for batch, _ in batched.batches.epoch()]
     torch.testing.assert_close(torch.stack(gradients).mean(0), potential().gradient(state))
     torch.testing.assert_close(torch.stack(energies).mean(0), potential().energy(state))
+    assert batch_size == N or torch.stack(gradients).std(0).min() > 0
 
 
 def test_a_plate_that_subsamples_itself_is_scaled_once():

@@ -160,26 +160,6 @@ def test_reported_temperature_is_the_sampled_one(name):
 # ----------------------------------------------------------------------------------------------------- minibatch gradients
 
 
-@pytest.mark.parametrize("mode", ["batch_size", "plate", "loader"])
-def test_minibatch_gradients_of_one_epoch_average_to_the_full_gradient(mode):
-    problem = noisy_gaussian(mode, torch.eye(2).double(), torch.eye(2).double(), 30, 5, replicas=3, dtype=torch.float64)
-    full = noisy_gaussian("full", torch.eye(2).double(), torch.eye(2).double(), 30, 5, replicas=3, dtype=torch.float64)
-    y = problem.args[0].dataset.tensors[0] if mode == "loader" else problem.args[0]
-    chains = 1 if mode == "loader" else 2
-    potential = ab.Potential(problem.model, problem.args, num_chains=chains, **problem.options)
-    state = torch.randn(chains, potential.size, dtype=torch.float64)
-
-    def place():
-        return sum(potential.batches.state().get(name, 0) for name in ("position", "taken")) % 6
-
-    while place() > 0:
-        potential.batches.next()
-    gradients = torch.stack([potential.gradient(state) for _ in range(6)])
-    expected = ab.Potential(full.model, (y,), num_chains=chains).gradient(state)
-    torch.testing.assert_close(gradients.mean(0), expected)
-    assert (gradients[0] - expected).norm() > 0.1 * expected.norm()
-
-
 def test_noise_estimate_takes_shuffled_epochs_into_account():
     """Two batches of one epoch differ by more than two drawn apart, and the variance of a batch is smaller by 1 − B/N."""
     noise = numbers(2.0, 0.5)

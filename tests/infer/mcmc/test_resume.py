@@ -626,12 +626,7 @@ def test_a_folder_that_is_not_there_is_missed_before_sampling(tmp_path):
             runner(sgld(), **options).run(X, Y)
 
 
-def test_checkpoint_and_draws_are_two_files(tmp_path):
-    with pytest.raises(ValueError, match="is the path of the checkpoint too"):
-        runner(sgld(), checkpoint=tmp_path / "run", draws=tmp_path / "run")
-
-
-@pytest.mark.parametrize("spelling", ["folder/../run", "link", "linked/run"])
+@pytest.mark.parametrize("spelling", ["run", "folder/../run", "link", "linked/run"])
 def test_checkpoint_and_draws_are_two_files_however_they_are_spelt(tmp_path, spelling):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "run")
