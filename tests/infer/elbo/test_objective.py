@@ -569,10 +569,6 @@ def hand_written(x, y):
         pyro.sample(name, dist.Normal(pyro.param(f"{name}_loc", torch.zeros(shape)), 0.1).to_event(len(shape)))
 
 
-def one_weight(x, y):
-    pyro.sample("w", dist.Normal(pyro.param("loc", torch.zeros(3)), 0.1).to_event(1))
-
-
 @pytest.mark.parametrize("wrap", [lambda x: {"x": x}, lambda x: [x], lambda x: x.numpy()])
 def test_data_in_an_argument_that_is_no_tensor_is_that_of_its_step(wrap, used):
     def wrapped(x, y):
