@@ -57,9 +57,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # models/ and tuto
 import pyro_advbayes as ab
 from pyro_advbayes import diagnostics as dg
 from tutorials.papers import as_networks as nets
-from tutorials.papers.as_networks import BATCH_SIZE, DATA, Batches, Task
+from tutorials.papers.as_networks import BATCH_SIZE, DATA, Batches
 from tutorials.papers.as_tables import MIX, SHARES, STEP_SIZE, WEAK, all_seeds, gains, picture, picture_of_gains, table, table_of_gains
-from tutorials.papers.experiments import Results, parser, settings
+from tutorials.papers.experiments import Results, Task, parser, settings
 
 LR = 0.003
 INIT_SCALE = 0.01

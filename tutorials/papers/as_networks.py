@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pyro
 import torch
@@ -17,20 +16,12 @@ from tqdm.auto import tqdm
 import pyro_advbayes as ab
 from models.bal_convnet import bal_convnet, bal_convnet_network
 from models.resnet import resnet, resnet_network
+from tutorials.papers.experiments import Task
 
 DATA = ("fashion_mnist", "cifar10")
 BATCH_SIZE = 100
 DROPS = (0.4, 0.7, 0.9)  # of the epochs, where the learning rate falls to a tenth
 PRIOR = Normal(0.0, 0.15)
-
-
-class Task(NamedTuple):
-    """Images ``[N, C, H, W]`` with their classes."""
-
-    x: Tensor
-    y: Tensor
-    x_test: Tensor
-    y_test: Tensor
 
 
 def load(data: str, folder: Path | None, counts: tuple[int, int], device: str, digits: bool = False) -> Task:

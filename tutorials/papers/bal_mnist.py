@@ -53,7 +53,7 @@ from models.bal_convnet import bal_convnet
 from pyro_advbayes import diagnostics as dg
 from pyro_advbayes.attacks import FGSM, IFGSM, PGD, WRM, Attack, OneStepCarliniWagner, Square
 from tutorials.papers.bal_tables import EPS, LARGEST, picture, table
-from tutorials.papers.experiments import Results, parser, settings
+from tutorials.papers.experiments import Results, Task, parser, settings
 
 BATCH_SIZE = 256
 CLIP = (0.0, 1.0)
@@ -110,15 +110,6 @@ SEARCH = {
     "box 0.2": MAIN._replace(cost=ab.Box(0.2)),
 }
 PUBLISHED = {"FGSM": FGSM(0.02), "IFGSM": IFGSM(0.021, steps=15), "WRM": WRM(1.3)}
-
-
-class Task(NamedTuple):
-    """Images ``[N, 1, 28, 28]`` in [0, 1] with their classes."""
-
-    x: Tensor
-    y: Tensor
-    x_test: Tensor
-    y_test: Tensor
 
 
 class Found(NamedTuple):

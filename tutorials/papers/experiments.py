@@ -9,14 +9,24 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
+from torch import Tensor
 
 import pyro_advbayes as ab
 
 PICTURE_EVERY = 60.0  # seconds: a row takes hours at one scale and less than its picture at another
+
+
+class Task(NamedTuple):
+    """Inputs ``[N, ...]`` with their classes, to train and to test on."""
+
+    x: Tensor
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
 
 
 def parser(description: str, scales: Iterable[str], about_scales: str = "", data: bool = True) -> argparse.ArgumentParser:

@@ -54,7 +54,7 @@ import pyro_advbayes as ab
 from models.mlp import mlp
 from pyro_advbayes import diagnostics as dg
 from pyro_advbayes.attacks import FGSM, PGD, Attack, Square, Uniform
-from tutorials.papers.experiments import Results, parser, settings
+from tutorials.papers.experiments import Results, Task, parser, settings
 
 EPS = (0.025, 0.05, 0.1, 0.15)
 SHOWN_EPS = 0.1  # in the scatter plot
@@ -85,15 +85,6 @@ SCALES = {
     "cpu": Scale(30_000, (8, 32, 128), (250, 1000, 4000), 100, 100, (100,), 30, (200, 50), 2000, 2000, 40, 100),
     "paper": Scale(30_000, (32, 128, 256, 512), (5_000, 10_000, 15_000), 100, 250, (100, 200, 500), 10, (250, 100), 5000, 5000, 40, 1000),
 }
-
-
-class Task(NamedTuple):
-    """Points ``[N, 2]`` in [0, 1] with their moons."""
-
-    x: Tensor
-    y: Tensor
-    x_test: Tensor
-    y_test: Tensor
 
 
 class Cell(NamedTuple):
