@@ -41,7 +41,7 @@ class Parts(NamedTuple):
     times: int = 1
 
 
-class Likelihood(NamedTuple):
+class RowSums(NamedTuple):
     """Sums over rows, and sums of absolute values, by observed site; the coarsest rounding on the way; and the sites' scales."""
 
     sums: dict[str, float]
@@ -70,7 +70,7 @@ class Subject(NamedTuple):
     prior_factors: Sequence[str] = ()
     covering: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
-    def likelihood(self, values: Values, rows: Tensor, scaled: bool = True) -> Likelihood:
+    def likelihood(self, values: Values, rows: Tensor, scaled: bool = True) -> RowSums:
         """
         :param values: of the latent sites.
         :param scaled: whether the model's own scales count.
@@ -97,7 +97,7 @@ class Subject(NamedTuple):
             device = node["log_prob"].device
         args, kwargs = call
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        return Likelihood(sums, sizes, _rounding(dtypes, tensors, device), scales)
+        return RowSums(sums, sizes, _rounding(dtypes, tensors, device), scales)
 
 
 @contextlib.contextmanager
@@ -167,11 +167,11 @@ def _rounding(dtypes: set[torch.dtype], tensors: Sequence[Tensor], device: torch
     return max(eps, 2.0**-10) if device.type == "cuda" and torch.float32 in dtypes else eps
 
 
-def _tolerance(*likelihoods: Likelihood) -> float:
+def _tolerance(*likelihoods: RowSums) -> float:
     return max(1e-10, *(each.eps for each in likelihoods)) ** 0.5
 
 
-def _compare(subject: Subject, rows: Parts, values: Values, whole: Likelihood) -> None:
+def _compare(subject: Subject, rows: Parts, values: Values, whole: RowSums) -> None:
     parts = [subject.likelihood(values, each) for each in rows.parts]
     tolerance = _tolerance(whole, *parts)
     names = list({name: None for each in (whole, *parts) for name in each.sums})
@@ -183,14 +183,14 @@ def _compare(subject: Subject, rows: Parts, values: Values, whole: Likelihood) -
         raise _refusal(worst, whole, parts, rows, tolerance)
 
 
-def _difference(whole: Likelihood, parts: Sequence[Likelihood], times: int, site: str, tolerance: float) -> float:
+def _difference(whole: RowSums, parts: Sequence[RowSums], times: int, site: str, tolerance: float) -> float:
     """The difference of one site's sums, in units of the largest difference by rounding."""
     size = times * whole.sizes.get(site, 0.0) + sum(part.sizes.get(site, 0.0) for part in parts)
     found = abs(times * whole.sums.get(site, 0.0) - sum(part.sums.get(site, 0.0) for part in parts))
     return found / (tolerance * size) if math.isfinite(found) else math.inf
 
 
-def _check_scale(factor: float, likelihood: Likelihood) -> None:
+def _check_scale(factor: float, likelihood: RowSums) -> None:
     """Refuses a second factor N / B: a factor that is the same for all batches keeps a sum over rows a sum over rows."""
     for name, (scale, own) in likelihood.scales.items():
         given = torch.as_tensor(scale, dtype=torch.float64, device="cpu") / own
@@ -201,7 +201,7 @@ def _check_scale(factor: float, likelihood: Likelihood) -> None:
             )
 
 
-def _refusal(site: str, whole: Likelihood, parts: Sequence[Likelihood], rows: Parts, tolerance: float) -> ValueError:
+def _refusal(site: str, whole: RowSums, parts: Sequence[RowSums], rows: Parts, tolerance: float) -> ValueError:
     whole_sum, part_sum = whole.sums.get(site, 0.0), sum(part.sums.get(site, 0.0) for part in parts) / rows.times
     how = "but its halves add up to" if rows.times == 1 else "but its halves, each taken twice, add up to twice"
     if abs(part_sum - 2.0 * whole_sum) <= 3.0 * tolerance * whole.sizes.get(site, 0.0):

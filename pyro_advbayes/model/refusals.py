@@ -69,7 +69,7 @@ def label_of(model: Callable, key: int | str) -> str:
     return names[key] if key < len(names) else f"args[{key}]"
 
 
-def bound(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments | None:
+def bound_arguments(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments | None:
     """A call's arguments by name; None if the signature is unknown, or does not allow the call."""
     signature = signature_of(model)
     try:
@@ -80,7 +80,7 @@ def bound(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> in
 
 def not_given(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
     """Arguments that a call leaves at their default of None; none if they are unknown."""
-    call = bound(model, args, kwargs)
+    call = bound_arguments(model, args, kwargs)
     if call is None:
         return []
     return [name for name, p in call.signature.parameters.items() if p.default is None and call.arguments.get(name) is None]

@@ -25,7 +25,7 @@ from pyro_advbayes.given import check_int, need_tensor
 from pyro_advbayes.kinds import is_subsample, latent_sites, sample_sites
 from pyro_advbayes.model.layers import kept_statistics, refuse_inference_mode
 from pyro_advbayes.model.program import run
-from pyro_advbayes.model.refusals import Given, Refused, bound, naming, refusing
+from pyro_advbayes.model.refusals import Given, Refused, bound_arguments, naming, refusing
 from pyro_advbayes.model.structure import try_model
 from pyro_advbayes.model.supports import map_onto
 
@@ -332,7 +332,7 @@ def _check_observations(model: Callable, args: Sequence[Any], kwargs: Mapping[st
             "the guide has not been called yet, and a prediction cannot tell it which sites are latent: call it with observations first, "
             "guide(x, y), or train it"
         )
-    call = bound(model, args, kwargs)
+    call = bound_arguments(model, args, kwargs)
     if call is None:
         return
     missing = [name for name, p in call.signature.parameters.items() if call.arguments.get(name, p.default) is None]

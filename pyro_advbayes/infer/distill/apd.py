@@ -19,7 +19,7 @@ from pyro_advbayes.infer.autoguide.generators import RowGenerator, mlp_numbers
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.autoguide.model_sites import same_sites
 from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, read_samples, row_dtype, site_at
-from pyro_advbayes.infer.distill.energy import Energy
+from pyro_advbayes.infer.distill.energy import EnergyDistance
 from pyro_advbayes.infer.distill.noise import fit_noise
 from pyro_advbayes.infer.distill.stopping import Stopping
 from pyro_advbayes.infer.distill.training import Settings, Training
@@ -201,7 +201,7 @@ class APD:
 
     def training(self, codes: Codes) -> Training:
         """The training of the guide's generator, which is prepared for the draws, on their codes."""
-        kind = WGAN if self.settings.objective == "wgan-gp" else Energy
+        kind = WGAN if self.settings.objective == "wgan-gp" else EnergyDistance
         return kind(self.guide.network, codes.size, self.settings, codes.random)
 
     def loaded(self, codes: Codes, state: dict[str, Any], last: int) -> Training:

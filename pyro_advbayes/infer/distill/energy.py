@@ -41,7 +41,7 @@ def energy_loss(made: Tensor, real: Tensor) -> Tensor:
     return 2.0 * between.mean() - within / (n * (n - 1))
 
 
-class Energy(Training):
+class EnergyDistance(Training):
     """Training that minimises the energy distance; see :class:`~pyro_advbayes.infer.distill.training.Training`."""
 
     betas: ClassVar[tuple[float, float]] = (0.9, 0.99)

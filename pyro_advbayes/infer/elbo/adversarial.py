@@ -136,7 +136,7 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
         model_trace, guide_trace = super()._get_trace(weigh(model), weigh(guide), args, kwargs)
         draw = Draw(model_trace, guide_trace)
         if moved > 0:
-            likelihood = Likelihood(model, args, kwargs, weigh.rows)
+            likelihood = ObservedSites(model, args, kwargs, weigh.rows)
             adversary = draw.adversary(self.ascent, likelihood)
             self._moves.append(distances(adversary, draw.noises, draw.scales))
             trace = likelihood.trace(draw.values(adversary.values(draw.locs, draw.scales)), moved)
@@ -202,7 +202,7 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
         with torch.no_grad():
             weigh = _Weights(1.0, 1.0)
             draw = Draw(*super()._get_trace(weigh(model), guide, args, kwargs))
-            adversary = draw.adversary(self.ascent, Likelihood(model, args, kwargs, weigh.rows))
+            adversary = draw.adversary(self.ascent, ObservedSites(model, args, kwargs, weigh.rows))
             self._moves = [distances(adversary, draw.noises, draw.scales)]
             return draw.values(adversary.values(draw.locs, draw.scales))
 
@@ -232,7 +232,7 @@ class Draw:
         """All sites' values, from those of the Normals."""
         return {**self.fixed, **{name: self.bases[name].value(u) for name, u in zip(self.bases, unconstrained, strict=True)}}
 
-    def adversary(self, ascent: NoiseAscent, likelihood: Likelihood) -> MovedNoise:
+    def adversary(self, ascent: NoiseAscent, likelihood: ObservedSites) -> MovedNoise:
         """Draws base noise, site by site, and moves it."""
         locs, scales = ([value.detach() for value in values] for values in (self.locs, self.scales))
         self.noises = [torch.randn_like(loc) for loc in locs]
@@ -274,7 +274,7 @@ class _Attached(torch.autograd.Function):
         return None, None, *(gradient * outer for gradient in ctx.gradients)
 
 
-class Likelihood:
+class ObservedSites:
     """
     A model's observed sites as a function of its latent ones.
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyro_advbayes.infer.autoguide.generators import MLPGenerator
-from pyro_advbayes.infer.distill.energy import Energy, energy_loss
+from pyro_advbayes.infer.distill.energy import EnergyDistance, energy_loss
 from pyro_advbayes.infer.distill.training import Settings
 from pyro_advbayes.infer.distill.wgan import WGAN
 
@@ -20,7 +20,7 @@ def training(kind, settings):
     return kind(generator, 3, settings, lambda count: DATA[torch.randint(500, (count,))])
 
 
-@pytest.mark.parametrize("kind", [Energy, WGAN])
+@pytest.mark.parametrize("kind", [EnergyDistance, WGAN])
 def test_the_learning_rate_of_all_optimisers_falls_as_the_half_life_says(kind, monkeypatch):
     monkeypatch.setattr(kind, "half_life", 4.0)
     run = training(kind, SMALL)
@@ -42,7 +42,7 @@ def test_the_learning_rate_without_a_half_life_stays():
 
 
 def test_steps_on_the_energy_distance_are_those_of_adam_at_the_falling_rate():
-    run = training(Energy, SMALL)
+    run = training(EnergyDistance, SMALL)
     generator = MLPGenerator(noise=4, hidden=(8,))
     generator.build([torch.Size([3])], torch.float64, torch.device("cpu"))
     generator.load_state_dict(run.generator.state_dict())
