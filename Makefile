@@ -16,7 +16,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 
 # Two test processes share the cores; one thread each keeps them, and the numbers, apart.
-# Tests that fork have a process to themselves.
+# Tests that fork have processes to themselves.
 test: export OMP_NUM_THREADS = 1
 
 .PHONY: quickstart test bench trust mutants fuzz kill-test attack-files test-matrix lint
@@ -25,7 +25,7 @@ quickstart: $(INSTALLED)
 	$(VENV)/bin/python tutorials/quickstart.py
 
 test: lint
-	$(VENV)/bin/python -m pytest -m forks
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m forks
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --durations=15 -m "not forks"
 
 bench: $(INSTALLED)

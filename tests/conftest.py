@@ -22,3 +22,8 @@ def _fresh_state():
     torch.set_default_dtype(dtype)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no process begins them when the others are done."""
+    items.sort(key=lambda item: "tutorials" not in item.path.parts)
