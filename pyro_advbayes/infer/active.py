@@ -198,7 +198,7 @@ class _Classification(NamedTuple):
     def check(self, path: Path, scores: list[Any]) -> None:
         """:raises ValueError: if a file does not hold scores."""
         if not scores or not all(isinstance(score, float) and 0.0 <= score <= 1.0 for score in scores):
-            raise files.FileError(f"{path}: its accuracies are {str(scores)[:100]}: it is spoilt")
+            raise files.FileError(f"{path}: its accuracies are {str(scores)[:100]}: it is corrupt")
 
     def acquire(self, classifier: Any, x: Tensor, count: int, acquisition: str) -> Tensor:
         return acquire(_probs(classifier, x), count, acquisition)
@@ -227,7 +227,7 @@ class _Regression(NamedTuple):
     def check(self, path: Path, scores: list[Any]) -> None:
         pairs = [score if isinstance(score, (list, tuple)) else [score] for score in scores]
         if not scores or not all(len(pair) == 2 and all(isinstance(each, float) for each in pair) for pair in pairs):
-            raise files.FileError(f"{path}: its scores are {str(scores)[:100]}: it is spoilt")
+            raise files.FileError(f"{path}: its scores are {str(scores)[:100]}: it is corrupt")
 
     def acquire(self, law: Any, x: Tensor, count: int, acquisition: str) -> Tensor:
         return acquire_regression(*_normals(law, x), count, acquisition)
@@ -245,9 +245,9 @@ def _check_labelled(path: Path, labelled: Tensor, size: int, first: int, per_rou
     whole = labelled.dim() == 1 and labelled.dtype == torch.int64
     lengths = [first + per_round * (rounds - 1), first + per_round * rounds]  # with the labels of the next round, if the pool suffices
     if not whole or len(labelled) not in lengths or len(labelled.unique()) < len(labelled) or not 0 <= int(labelled.min()):
-        raise files.FileError(f"{path}: its labelled inputs are not those of {rounds} rounds: it is spoilt")
+        raise files.FileError(f"{path}: its labelled inputs are not those of {rounds} rounds: it is corrupt")
     if int(labelled.max()) >= size:
-        raise files.FileError(f"{path}: input {int(labelled.max())} is labelled of {size}: it is spoilt")
+        raise files.FileError(f"{path}: input {int(labelled.max())} is labelled of {size}: it is corrupt")
 
 
 def _ask(task: _Classification | _Regression, predictor: Any, x: Tensor, labelled: Tensor, settings: Mapping[str, Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Hashes of tensors, which tell one set of data or of draws from another."""
+"""Digests of tensors, by which data and draws are compared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def tensor_digest(value: Tensor) -> list[Any]:
 
 
 def hash_of(parts: Iterable[Tensor]) -> str:
-    """Of the bytes of tensors, one after the other, of which only one need be in memory."""
+    """BLAKE2b of the bytes of tensors, one after the other; only one need be in memory at a time."""
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
         found.update(part.cpu().contiguous().view(torch.uint8).numpy().data)

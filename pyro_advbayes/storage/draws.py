@@ -1,4 +1,4 @@
-"""Where samples go: memory, or a file that is written as the chains run and mapped when it is read."""
+"""Storage of draws: in memory, or in a file that is written while the chains run, and memory-mapped when it is read."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ _NAMES = {
     torch.int64: "I64",
     torch.bool: "BOOL",
 }
-PREFIXES = ("sample_stats/", "extras/")  # of what is kept beside the sites
+PREFIXES = ("sample_stats/", "extras/")  # of fields that are no sites
 _COUNT, _DIGEST = "draws written", "draws digest"  # names of tensors in the file
 _KIND = "file of draws"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def refuse_name(name: str) -> None:
-    """:raises ValueError: if a site's name has another meaning beside the draws, in their file or in memory."""
+    """:raises ValueError: if a site has a reserved name, or one that is not UTF-8."""
     taken = ("__metadata__", _COUNT, _DIGEST)
     if name in taken or name.startswith(PREFIXES):
         raise ValueError(
-            f"site {name!r}: draws cannot be kept under {', '.join(map(repr, taken))}, or names that begin with "
+            f"site {name!r}: the names {', '.join(map(repr, taken))} are reserved, and those that begin with "
             f"{' or '.join(map(repr, PREFIXES))}: rename it"
         )
     try:
@@ -60,7 +60,7 @@ def refuse_name(name: str) -> None:
 
 
 class Field(NamedTuple):
-    """Shape of one draw of one chain, and the dtype in which it is kept."""
+    """Shape of one draw of one chain, and the dtype in which it is stored."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -72,7 +72,7 @@ class MemoryDraws:
 
     :param fields: what is kept, by name.
     :param num_chains: number of chains.
-    :param num_samples: number of draws that there will be.
+    :param num_samples: final number of draws.
     """
 
     def __init__(self, fields: Mapping[str, Field], num_chains: int, num_samples: int) -> None:
@@ -90,16 +90,16 @@ class MemoryDraws:
         return {name: kept[:, : self.count] for name, kept in self._values.items()}
 
     def close(self) -> None:
-        """Nothing is held back."""
+        """Does nothing: there is no file."""
 
     flush = close
 
 
 class FileDraws:
     """
-    Draws in a safetensors file of tensors ``[chains, draws, *shape]``, made at its full size at the start and filled in as the
-    chains run. Any safetensors reader can read it at any time; ``"draws written"`` tells how far it is filled. ``"draws digest"`` holds a
-    BLAKE2b digest of header and count, then one of each draw.
+    Draws in a safetensors file of tensors ``[chains, draws, *shape]``. The file has its full size from the start, and is filled while the
+    chains run. Any safetensors reader can read it at any time. The tensor ``"draws written"`` is the number of draws so far;
+    ``"draws digest"`` holds a BLAKE2b digest of header and count, and one of each draw.
 
     :param path: the file.
     :param fields: what is kept, by name.
@@ -108,7 +108,7 @@ class FileDraws:
     :param overwrite: whether an existing file may be replaced.
     :param resume: how many draws of an existing file stay; None makes a new file.
     :raises FileExistsError: if the file exists and may not be overwritten.
-    :raises ValueError: if the path is no file's, or the file to resume holds other draws than these, or fewer, or spoilt ones.
+    :raises ValueError: if the path is no file's, or the file to resume holds other draws than these, or fewer, or corrupt ones.
     :raises RuntimeError: if another run writes to the file.
     """
 
@@ -192,7 +192,7 @@ class FileDraws:
 
     def flush(self) -> None:
         """
-        Makes the draws so far safe from a crash of the machine too; one of the process never costs any.
+        Writes the draws so far to the disk, so that they survive a crash of the machine. They survive a crash of the process in any case.
 
         :raises RuntimeError: if the file was removed or replaced by another in the meantime.
         """
@@ -203,7 +203,7 @@ class FileDraws:
             raise RuntimeError(f"{self.path} was removed or replaced by another file while draws were written to it: they are lost")
 
     def close(self) -> None:
-        """The last flush; releases the file for others. What it holds can still be read."""
+        """Flushes and unlocks the file, which can still be read."""
         try:
             self.flush()
         finally:
@@ -214,7 +214,7 @@ class FileDraws:
         self._write(memoryview(count + _digest(self._header, count)), self._starts[_COUNT])
 
     def _write(self, data: memoryview, at: int) -> None:
-        """All of it: one call may write less, of more than 2 GiB always, of less when the disk becomes full."""
+        """Writes all bytes. One ``pwrite`` writes at most 2 GiB, and may write less than asked when the disk becomes full."""
         with self._room():
             while len(data):
                 done = os.pwrite(self._file.fileno(), data, at)
@@ -224,7 +224,7 @@ class FileDraws:
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[None]:
-        """:raises OSError: that says how many draws are safe, where there is no room for more."""
+        """:raises OSError: saying how many draws are safe, if the disk is full."""
         try:
             yield
         except OSError as error:
@@ -237,11 +237,11 @@ class FileDraws:
         return read_draws(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}  # a copy reads, the original alone writes
+        return {**self.__dict__, "_file": None}  # a copy only reads
 
 
 def _reserve(file: int, size: int) -> None:
-    """Gives a file its size, and the room for it where the system can: a disk that becomes full later takes no draw."""
+    """Sets the size of a file and, where the system can, allocates its blocks, so that a disk that becomes full later costs no draw."""
     try:
         os.posix_fallocate(file, 0, size)
     except (AttributeError, OSError) as error:  # macOS has no such call, some file systems refuse it
@@ -253,12 +253,12 @@ def _reserve(file: int, size: int) -> None:
 @checked
 def read_draws(path: str | Path, check: bool = False) -> dict[str, Tensor]:
     """
-    Reads a file of draws, finished or not, without loading it: the tensors are mapped.
+    Reads a file of draws, finished or not. The tensors are memory-mapped.
 
     :param bool check: whether to compare every draw with its digest, for which all are read once; :meth:`SGMCMC.resume` always does.
     :return: ``[chains, draws, *shape]`` by site; statistics of the sampler have names that begin with ``"sample_stats/"``.
     :raises FileNotFoundError: if there is no such file.
-    :raises ValueError: if it is truncated, spoilt, no file of draws, or of another format version.
+    :raises ValueError: if it is truncated, corrupt, no file of draws, or of another format version.
     """
     values, digests = _read(Path(path))
     if check:
@@ -281,7 +281,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Tensor]:
     except FileError:
         raise
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is truncated, or no file of draws, or spoilt: {error}") from error
+        raise ValueError(f"{path} is truncated, or no file of draws, or corrupt: {error}") from error
     return {name: value[:, :count] for name, value in tensors.items()}, digests[1 : count + 1]
 
 
@@ -302,7 +302,7 @@ def _read_count(path: Path) -> int:
 def _check_draws(path: Path, values: Mapping[str, Tensor], digests: Tensor) -> None:
     for i, digest in enumerate(digests):
         if _draw_digest({name: value[:, i] for name, value in values.items()}, i) != digest.numpy().tobytes():
-            raise FileError(f"{path} is spoilt: draw {i} is not what was written to it (its digest is another)")
+            raise FileError(f"{path} is corrupt: draw {i} is not what was written to it (its digest is another)")
 
 
 def _draw_digest(values: Mapping[str, Tensor], number: int) -> bytes:

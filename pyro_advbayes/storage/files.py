@@ -1,4 +1,4 @@
-"""Tensors and plain values in files that are never unpickled, never half-written, never silently overwritten."""
+"""Writes and reads files of tensors and plain values. Files are replaced as a whole, carry a digest, and are not unpickled."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def unused(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """
-    Gives a new, locked file to write to, which takes the place of ``path`` when all is written, and is removed if that fails. Removes
-    what a killed process left of such a file.
+    Yields a new, locked partial file. It replaces ``path`` when the context ends, and is deleted if the context fails. First deletes the
+    partial files of ``path`` that a killed process left.
     """
     _remove_left_over(path)
     part, file = _new_part(path)
@@ -207,7 +207,7 @@ class Held:
                 pass
 
     def take(self, part: BinaryIO) -> BinaryIO | None:
-        """Holds a file that is about to take the place of the present one; returns that one, to be closed afterwards."""
+        """Takes over the lock of the file that will replace the current one. Returns the current one, which the caller closes."""
         before = self._file
         self._hold(os.fdopen(os.dup(part.fileno()), "rb", buffering=0))  # of the same open file, so that the lock goes on
         return before
@@ -251,7 +251,7 @@ class Held:
         return {"path": self.path, "_existing": self._existing, "_file": None, "_placeholder": None}
 
 
-# A process forked in a run, e.g. a loader's worker, would hold a lock for longer than the run lives.
+# A process that is forked in a run, such as a loader's worker, inherits the lock, and would hold it after the run has ended.
 closed_in_children: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
 
 
@@ -270,8 +270,8 @@ def _in_use(path: Path) -> RuntimeError:
 
 def save_file(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
     """
-    Writes to a file that there is. The library's own function puts another one in its place, without the lock, and whoever makes that safe
-    from a crash with an open file makes the wrong one safe.
+    Writes to an existing file. The function of safetensors replaces the file by another one, which has no lock, and which an fsync of the
+    file opened before does not reach.
     """
     with open(path, "r+b") as file:
         file.write(safetensors_torch.save(tensors, metadata))
@@ -279,11 +279,11 @@ def save_file(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -
 
 def save(path: Path, content: Mapping[str, Any], kind: str = "values", held: Held | None = None) -> None:
     """
-    Writes nested dicts, lists and tuples of tensors, arrays, numbers, strings and None in the safetensors format, all or nothing:
-    a reader sees the old file or the new one.
+    Writes nested dicts, lists and tuples of tensors, arrays, numbers, strings and None in the safetensors format. The write is atomic: a
+    reader sees either the old file or the new one.
 
-    :param kind: what the file is, by which :func:`load` knows it, e.g. ``"checkpoint of SGMCMC"``.
-    :param held: what holds the file's lock from then on.
+    :param kind: the kind of file, which :func:`load` compares, e.g. ``"checkpoint of SGMCMC"``.
+    :param held: takes the lock of the new file.
     :raises RuntimeError: if another run holds it.
     """
     (held or Held(path)).check(path)
@@ -302,10 +302,10 @@ def load(path: Path, kind: str = "values") -> Any:
     """
     Reads what :func:`save` wrote.
 
-    :param kind: what it must be.
+    :param kind: the expected kind.
     :raises FileNotFoundError: if there is no such file.
-    :raises ValueError: if it is a directory, truncated, spoilt (its digest is not that of its content), of another version or kind, or was
-        not written by :func:`save`. Files of before there were versions and digests are refused: nothing tells whether they are whole.
+    :raises ValueError: if it is a directory, truncated, corrupt (its digest differs from that of its content), of another version or kind,
+        or was not written by :func:`save`. Files from before version 1 are refused: they have no digest that could be checked.
     """
     refuse_missing(path)
     with reading(path):
@@ -319,23 +319,23 @@ def load(path: Path, kind: str = "values") -> Any:
 
 
 class FileError(ValueError):
-    """A file is not what is wanted; the message names it."""
+    """A file cannot be used; the message names the file and what is wrong with it."""
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """:raises FileError: instead of the errors that a spoilt or hostile file causes where it is taken apart."""
+    """:raises FileError: in place of the errors that parsing a corrupt or hostile file raises."""
     try:
         yield
     except FileError:
         raise
     except (SafetensorError, LookupError, StopIteration, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         text = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise FileError(f"{path} is truncated, or no file of this package, or spoilt: {text[:300]}") from error
+        raise FileError(f"{path} is truncated, or no file of this package, or corrupt: {text[:300]}") from error
 
 
 def check_version(path: Path, metadata: Mapping[str, str], kind: str) -> None:
-    """:raises FileError: if a file, of which this is the header, is of another version or kind."""
+    """:raises FileError: if the metadata of a file's header are of another version or kind."""
     found = metadata.get("format version")
     if found is None:
         raise ValueError("it names no format version (those of before version 1 are not read any more)")
@@ -347,21 +347,21 @@ def check_version(path: Path, metadata: Mapping[str, str], kind: str) -> None:
 
 def check_fields(path: Path, content: Any, fields: Mapping[str, type | tuple[type, ...]], where: str = "content") -> None:
     """
-    Checks types, and that counts are >= 0, before anything is made of them.
+    Checks the types of fields, and that counts are >= 0, before they are used.
 
     :param fields: the type of each by name.
-    :param where: what the mapping is called in messages.
-    :raises FileError: naming the field that is missing or senseless.
+    :param where: name of the mapping in messages.
+    :raises FileError: naming a field that is missing or has an invalid value.
     """
     if not isinstance(content, dict):
-        raise FileError(f"{path}: its {where} is a {type(content).__name__}, not a dict: it is spoilt")
+        raise FileError(f"{path}: its {where} is a {type(content).__name__}, not a dict: it is corrupt")
     for name, kind in fields.items():
         if name not in content:
-            raise FileError(f"{path}: its {where} lacks {name!r}: it is spoilt")
+            raise FileError(f"{path}: its {where} lacks {name!r}: it is corrupt")
         value = content[name]
         fits = type(value) is int and value >= 0 if kind is int else isinstance(value, kind)
         if not fits:
-            raise FileError(f"{path}: {name!r} in its {where} is {repr(value)[:100]}: it is spoilt")
+            raise FileError(f"{path}: {name!r} in its {where} is {repr(value)[:100]}: it is corrupt")
 
 
 def _digest(kind: str, plain: str, tensors: Mapping[str, Tensor]) -> str:

@@ -1,4 +1,4 @@
-"""What a model and a user's functions compute on fixed inputs, as a few numbers: whether a resumed run has the same ones."""
+"""Checksums of what a model and a user's functions compute on fixed inputs. A resumed run must compute the same."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _DEEPEST = 10  # distributions within distributions
 
 def numbers(value: Tensor, rtol: float | None = None) -> Tensor:
     """
-    Two sums over a tensor, weighted so that elements which change places are seen, ``[3]``: of its elements, of their absolute values,
-    and the share of the latter by which the former may differ by rounding.
+    Checksum of a tensor, ``[3]``: the sum of its elements and that of their absolute values, weighted so that a permutation is noticed,
+    and the relative tolerance, a share of the second sum.
 
-    :param rtol: that share; by default 8 units in the last place.
+    :param rtol: the tolerance; by default 8 units in the last place.
     """
     rtol = rtol if rtol is not None else 8.0 * torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
     flat = value.detach().reshape(-1).to("cpu", torch.float64).nan_to_num(0.0, 1e30, -1e30)
@@ -34,7 +34,7 @@ def numbers(value: Tensor, rtol: float | None = None) -> Tensor:
 
 def of_sites(traces: list[Trace], latent: set[str]) -> dict[str, Tensor]:
     """
-    Parameters and log-density of every site's distribution, ``[n, 3]`` by what they are called.
+    Checksums of parameters and log-density of every site's distribution, ``[n, 3]`` by name.
 
     :param traces: with log-densities.
     :param latent: names of the latent sites.
@@ -53,7 +53,7 @@ def of_sites(traces: list[Trace], latent: set[str]) -> dict[str, Tensor]:
 
 
 def parameters(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    """Numbers in the public attributes of a distribution, and of those that it is made of."""
+    """The numbers in the public attributes of a distribution and of its component distributions and transforms."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -70,9 +70,9 @@ def parameters(value: Any, depth: int = 0) -> Iterator[Tensor]:
 
 def computed(function: Callable[[], list[Tensor]], device: torch.device, rtol: float = 1e-5) -> Tensor:
     """
-    What functions of a user's give, ``[n, 3]``; the random numbers that they take are taken from nobody.
+    Checksums of the results of a user's functions, ``[n, 3]``. The state of the random generators is restored afterwards.
 
-    :param function: makes it.
+    :param function: computes the results.
     """
     state = random_state(device)
     try:
@@ -83,15 +83,15 @@ def computed(function: Callable[[], list[Tensor]], device: torch.device, rtol: f
 
 def check(now: Mapping[str, Tensor], then: Mapping[str, Any], path: Path) -> None:
     """
-    :param now: numbers by what they are of.
+    :param now: checksums by name.
     :param then: those in a file.
-    :raises ValueError: naming what is another.
+    :raises ValueError: naming the first that differs.
     """
     for name in (*now, *then):
         here, there = now.get(name), then.get(name)
         whole = isinstance(there, Tensor) and there.dtype == torch.float64 and there.shape[1:] == (3,) and bool(there.isfinite().all())
         if there is not None and not whole:
-            raise FileError(f"{path}: its reference {name[:100]!r} is none: it is spoilt")
+            raise FileError(f"{path}: its reference {name[:100]!r} is no checksum: it is corrupt")
         same = False
         if here is not None and there is not None and here.shape == there.shape:
             room = torch.maximum(here[:, 1], there[:, 1]) * here[:, 2]

@@ -1,4 +1,4 @@
-"""What a function of a user's is made of: its code and the values that it holds, as digests by name, which tell one from another."""
+"""Digests of a user's function: of its code, and of the values in its closure, defaults and globals. They tell whether it has changed."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _PYTHON = "Python"
 
 def parts(function: Callable) -> dict[str, str]:
     """
-    Digests by name: of the code of a function and of those that it calls, outside of installed packages; of numbers, text, tensors,
-    networks and distributions in their closures, defaults and globals. Of other objects those attributes that the code names.
+    Digests by name: of the code of a function, and of the functions outside of installed packages that it calls; of numbers, strings,
+    tensors, networks and distributions in their closures, defaults and globals. For other objects, of the attributes that the code names.
     """
     walk = _Walk()
     walk.value(function, "")
@@ -44,14 +44,14 @@ def check(now: Mapping[str, str], then: Mapping[str, Any], name: str, path: Path
     :param now: the parts of a function.
     :param then: those that must not have changed.
     :param name: of the argument that it is.
-    :raises ValueError: naming what is another. Warns where another Python, which has other byte code, leaves nothing to compare.
+    :raises ValueError: naming the part that differs. Warns if the file was written by another Python version, whose byte code differs.
     """
     if not all(isinstance(each, str) for each in (then.get(_PYTHON), *then.values())):
-        raise FileError(f"{path}: what it says of its {name} is no text: it is spoilt")
+        raise FileError(f"{path}: the digests of its {name} are not strings: it is corrupt")
     if now[_PYTHON] != then[_PYTHON]:
         warn(
             f"{path} was written by Python {then[_PYTHON][:20]}, here it is {now[_PYTHON]}: whether {name} is the same function "
-            "cannot be told",
+            "cannot be checked",
         )
         return
     for part, digest in then.items():
@@ -60,7 +60,7 @@ def check(now: Mapping[str, str], then: Mapping[str, Any], name: str, path: Path
 
 
 class _Walk:
-    """Goes through functions and what they hold."""
+    """Visits functions and the values that they refer to."""
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
@@ -69,7 +69,7 @@ class _Walk:
         self._named: set[str] = set()
 
     def value(self, value: Any, name: str, depth: int = 0) -> None:
-        """Notes a value."""
+        """Records a value."""
         if isinstance(value, _PLAIN):
             self._found[name] = _digest(repr(value))
             return
@@ -105,7 +105,7 @@ class _Walk:
             self._objects.append((value, name, depth))
 
     def finish(self) -> Iterator[tuple[str, str]]:
-        """What was found; of objects, now that all code is known, the attributes that it names."""
+        """The digests. Attributes of objects come last, when the names in all code are known."""
         while self._objects:
             value, name, depth = self._objects.pop()
             attributes = value._asdict() if hasattr(value, "_fields") else getattr(value, "__dict__", {})
@@ -157,7 +157,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _described_code(code: types.CodeType) -> list[Any]:
-    """Without names of files, line numbers, and the order that a set has in this process."""
+    """Without file names, line numbers, and the order of sets, which differs between processes."""
     constants = [
         _described_code(value)
         if isinstance(value, types.CodeType)

@@ -117,10 +117,10 @@ def damaged(whole: bytes, generator: random.Random) -> tuple[str, bytes]:
         parsed[generator.choice(["x", "t0", "__metadata__", ""])] = parsed.pop(name)
 
     def bits(count: int) -> bytes:
-        spoilt = bytearray(whole)
+        corrupt = bytearray(whole)
         for _ in range(count):
-            spoilt[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
-        return bytes(spoilt)
+            corrupt[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        return bytes(corrupt)
 
     changes: dict[str, Callable[[], bytes]] = {
         "cut": lambda: whole[:place],
@@ -233,8 +233,8 @@ def attack(name: str, count: int, seed: int) -> Counter[str]:
         whole = path.read_bytes()
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for i in range(count):
-            what, spoilt = damaged(whole, generator)
-            path.write_bytes(spoilt)
+            what, corrupt = damaged(whole, generator)
+            path.write_bytes(corrupt)
             _note(counts, name, i, what, _outcome(kind.read, path, expected))
         for i in range(count // 5 if kind.name is not None and kind.use is not None else 0):
             path.write_bytes(whole)

@@ -123,7 +123,7 @@ MUTATIONS = [
         (
             FLIPPED,
             f"{DRAWS}::test_draws_that_have_changed_places_are_refused",
-            f"{DRAWS}::test_what_is_spoilt_after_the_checkpoint_is_drawn_again",
+            f"{DRAWS}::test_what_is_corrupt_after_the_checkpoint_is_drawn_again",
         ),
         ("draws: not checked", "    if check:\n", "    if False:\n"),
         ("draws: not checked by a resumed run", "_check_draws(self.path, values, digests[: self.count])", "pass"),

@@ -172,14 +172,14 @@ def test_a_flipped_bit_is_refused_where_draws_are_checked_and_by_a_resumed_run(t
     assert same(read_draws(path, check=True), expected(7))
     whole, generator = path.read_bytes(), random.Random(0)
     for place in (*range(draws._starts["draws written"], draws._starts["draws written"] + 24), *generator.sample(range(len(whole)), 200)):
-        spoilt = bytearray(whole)
-        spoilt[place] ^= 1 << generator.randrange(8)
-        path.write_bytes(spoilt)
+        corrupt = bytearray(whole)
+        corrupt[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(corrupt)
         with pytest.raises(ValueError, match="draws"):
             read_draws(path, check=True)
         with pytest.raises(ValueError, match="draws"):
             FileDraws(path, FIELDS, 2, 7, resume=7)
-        assert path.read_bytes() == spoilt
+        assert path.read_bytes() == corrupt
 
 
 def test_draws_that_have_changed_places_are_refused(tmp_path):
@@ -195,20 +195,20 @@ def test_draws_that_have_changed_places_are_refused(tmp_path):
         whole[first], whole[second] = whole[second], whole[first]
     path.write_bytes(whole)
     assert read_draws(path)["b"].tolist() == [[1.0, 0.0, 2.0]]
-    with pytest.raises(ValueError, match="draws is spoilt: draw 0 is not what was written to it"):
+    with pytest.raises(ValueError, match="draws is corrupt: draw 0 is not what was written to it"):
         read_draws(path, check=True)
 
 
-def test_what_is_spoilt_after_the_checkpoint_is_drawn_again(tmp_path):
+def test_what_is_corrupt_after_the_checkpoint_is_drawn_again(tmp_path):
     path = tmp_path / "draws"
     draws = FileDraws(path, FIELDS, 2, 7)
     for i in range(5):
         draws.append(values(i))
     draws.close()
-    spoilt = bytearray(path.read_bytes())
-    spoilt[draws._starts["b"] + 4 * 8] ^= 1
-    path.write_bytes(spoilt)
-    with pytest.raises(ValueError, match="draws is spoilt: draw 4 is not what was written to it"):
+    corrupt = bytearray(path.read_bytes())
+    corrupt[draws._starts["b"] + 4 * 8] ^= 1
+    path.write_bytes(corrupt)
+    with pytest.raises(ValueError, match="draws is corrupt: draw 4 is not what was written to it"):
         FileDraws(path, FIELDS, 2, 7, resume=5)
     draws = FileDraws(path, FIELDS, 2, 7, resume=3)
     for i in range(3, 7):

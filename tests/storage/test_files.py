@@ -166,9 +166,9 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, part):
     places = {None: range(len(whole)), 0: range(header), 1: range(header, len(whole))}[part]
     generator = random.Random(0)
     for _ in range(100):
-        spoilt = bytearray(whole)
-        spoilt[generator.choice(places)] ^= 1 << generator.randrange(8)
-        path.write_bytes(spoilt)
+        corrupt = bytearray(whole)
+        corrupt[generator.choice(places)] ^= 1 << generator.randrange(8)
+        path.write_bytes(corrupt)
         try:
             assert same(content, files.load(path))
         except ValueError as error:
@@ -219,14 +219,14 @@ def test_the_same_bytes_as_other_numbers_are_refused(tmp_path, other):
 def test_senseless_content_with_the_right_digest_is_refused(tmp_path, plain):
     metadata = {"format version": files.VERSION, "kind": "values", "content": plain, "digest": files._digest("values", plain, {})}
     save_file({}, tmp_path / "file", metadata=metadata)
-    with pytest.raises(ValueError, match="file is truncated, or no file of this package, or spoilt"):
+    with pytest.raises(ValueError, match="file is truncated, or no file of this package, or corrupt"):
         files.load(tmp_path / "file")
 
 
 @pytest.mark.parametrize("content", [[], None, {}, {"count": -1}, {"count": True}, {"count": 1.0}, {"count": [1]}, {"count": None}])
 def test_a_missing_or_senseless_field_is_refused_by_name(tmp_path, content):
     files.check_fields(tmp_path / "file", {"count": 0}, {"count": int})
-    with pytest.raises(ValueError, match=r"file: (its content (is a|lacks 'count')|'count' in its content is).*: it is spoilt"):
+    with pytest.raises(ValueError, match=r"file: (its content (is a|lacks 'count')|'count' in its content is).*: it is corrupt"):
         files.check_fields(tmp_path / "file", content, {"count": int})
 
 

@@ -152,7 +152,7 @@ def known(x, y):
 
 def test_another_python_has_other_code_and_is_worth_a_warning(tmp_path):
     then = {**sources.parts(holding(1)), "Python": "3.1"}
-    with pytest.warns(UserWarning, match=r"was written by Python 3.1, here it is 3.*cannot be told"):
+    with pytest.warns(UserWarning, match=r"was written by Python 3.1, here it is 3.*cannot be checked"):
         sources.check(sources.parts(holding(2)), then, "fit", tmp_path)
 
 

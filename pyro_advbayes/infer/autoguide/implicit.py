@@ -321,13 +321,13 @@ class AutoImplicit(AutoGuide):
         :param model: the model that it was written for, recognised by the name of its class or function, and by its sites.
         :param generator: a module like the saved one, if that was a custom one.
         :raises FileNotFoundError: if there is no such file.
-        :raises ValueError: if it is truncated, spoilt, no guide, of another version, of another model or of another generator.
+        :raises ValueError: if it is truncated, corrupt, no guide, of another version, of another model or of another generator.
         """
         content = files.load(Path(path), f"file of {cls.__name__}")
         kinds = {"model": str, "generator": str, "settings": dict, "sites": list, "state": dict, "num_draws": int, "reference": dict}
         files.check_fields(Path(path), content, kinds)
         if not content["sites"] or content["num_draws"] == 0:
-            raise files.FileError(f"{path}: its {'num_draws is 0' if content['sites'] else 'sites are []'}: it is spoilt")
+            raise files.FileError(f"{path}: its {'num_draws is 0' if content['sites'] else 'sites are []'}: it is corrupt")
         if content["model"] != model_name(model):
             raise ValueError(f"{path} is of another model: it was saved for {content['model']!r}, here is {model_name(model)!r}")
         kind = content["generator"]
@@ -355,7 +355,7 @@ class AutoImplicit(AutoGuide):
         except RuntimeError as error:
             raise ValueError(f"{path} does not fit the generator given: {error}") from error
         except ValueError as error:
-            raise files.FileError(f"{path}: its state is spoilt: {error}") from error
+            raise files.FileError(f"{path}: its state is corrupt: {error}") from error
         with files.reading(Path(path)):
             then = {name: torch.tensor(value, dtype=torch.float64) for name, value in content["reference"].items()}
         reference.check(guide.network.reference(), then, Path(path))

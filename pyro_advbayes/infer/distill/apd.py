@@ -159,7 +159,7 @@ class APD:
             apd.held = held
             count = content["fingerprint"].get("number of draws")
             if not isinstance(count, int) or count < apd.settings.batch_size:
-                raise files.FileError(f"{path}: its batch_size is {apd.settings.batch_size}, and it is of {count} draws: it is spoilt")
+                raise files.FileError(f"{path}: its batch_size is {apd.settings.batch_size}, and it is of {count} draws: it is corrupt")
             rows, potential = apd._prepare(samples, args, kwargs)
             fingerprint = _fingerprint(guide, rows, potential)
             for what, here in fingerprint.items():

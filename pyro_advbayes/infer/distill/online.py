@@ -156,7 +156,7 @@ class OnlineAPD:
             files.check_fields(Path(path), content["kernel"], {"theta": Tensor}, "kernel")
             files.check_fields(Path(path), content["run"], {"num_chains": int}, "run")
             if content["run"]["num_chains"] != len(content["kernel"]["theta"]):  # before chains are set up
-                raise files.FileError(f"{path}: its number of chains is not that of its state: it is spoilt")
+                raise files.FileError(f"{path}: its number of chains is not that of its state: it is corrupt")
             with files.reading(Path(path)):
                 online = cls(guide, kernel, **content["run"], **content["settings"], checkpoint=path, disable_progbar=disable_progbar)
             online._fitter.held = held

@@ -130,7 +130,7 @@ def load_kernel(kernel: SGMCMCKernel, content: Mapping[str, Any], path: Path) ->
         energy, now = kernel.reference_energy(), kernel.reference()
     rtol = 1e-5 if energy.dtype.itemsize >= 4 else 1e-2  # the same model on another machine differs by rounding
     if then.shape != energy.shape:
-        raise FileError(f"{path}: its energy has shape {list(then.shape)}, not {list(energy.shape)}: it is spoilt")
+        raise FileError(f"{path}: its energy has shape {list(then.shape)}, not {list(energy.shape)}: it is corrupt")
     same = torch.isclose(energy, then.to(energy.device), rtol=rtol, equal_nan=True)
     if not bool(same.all()):
         place = int((~same).nonzero()[0])

@@ -181,7 +181,7 @@ class SGMCMC(AbstractMCMC):
         :param args: the same data, as given to :meth:`run`.
         :return: the finished runner.
         :raises FileNotFoundError: if checkpoint or draws are missing.
-        :raises ValueError: if the file is truncated, spoilt, of another version or kind, or if model, kernel or data differ; says what
+        :raises ValueError: if the file is truncated, corrupt, of another version or kind, or if model, kernel or data differ; says what
             differs. Priors, likelihoods and functions are compared by their values on fixed inputs, a loader by its first 16 batches (or
             16 MiB) from a fixed random state; the start of a run warns of a loader whose batches then differ every time.
         :raises RuntimeError: if another run writes to the files, or another thread samples.
@@ -449,13 +449,13 @@ def _check_content(path: Path, settings: Any, kernel: Any) -> None:
     files.check_fields(path, kernel, {"theta": Tensor, "counts": list}, "kernel")
     total, done = settings["warmup_steps"] + settings["num_samples"], kernel["counts"]
     if 0 in (settings["num_samples"], settings["num_chains"], settings["checkpoint_every"]):
-        raise files.FileError(f"{path}: its settings have a count that is 0: it is spoilt")
+        raise files.FileError(f"{path}: its settings have a count that is 0: it is corrupt")
     if settings["draws_dtype"] not in (None, "float16", "bfloat16", "float32", "float64"):
-        raise files.FileError(f"{path}: its draws_dtype is {settings['draws_dtype'][:100]!r}: it is spoilt")
+        raise files.FileError(f"{path}: its draws_dtype is {settings['draws_dtype'][:100]!r}: it is corrupt")
     if kernel["theta"].dim() != 2 or settings["num_chains"] != len(kernel["theta"]):
-        raise files.FileError(f"{path}: its num_chains={settings['num_chains']} is not that of its state: it is spoilt")
+        raise files.FileError(f"{path}: its num_chains={settings['num_chains']} is not that of its state: it is corrupt")
     if len(done) != 2 or not all(type(count) is int and count >= 0 for count in done) or done[1] > total:
-        raise files.FileError(f"{path}: the counts of its kernel are {str(done)[:100]}, of {total} samples: it is spoilt")
+        raise files.FileError(f"{path}: the counts of its kernel are {str(done)[:100]}, of {total} samples: it is corrupt")
 
 
 class Diagnostics(dict):

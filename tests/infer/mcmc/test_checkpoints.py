@@ -582,7 +582,7 @@ def test_a_critic_of_more_numbers_than_the_file_holds_is_refused_before_there_is
     content = files.load(path, "checkpoint of APD")
     files.save(path, placed(content, ("settings", "critic_hidden"), (width, width)), "checkpoint of APD")
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    with pytest.raises(ValueError, match=r"run is .* spoilt: critic_hidden=\(\d+, \d+\) is of a critic of more than its \d+ numbers"):
+    with pytest.raises(ValueError, match=r"run is .* corrupt: critic_hidden=\(\d+, \d+\) is of a critic of more than its \d+ numbers"):
         APD.resume(path, guide(), SAMPLES)
     assert time.process_time() - start < 1.0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # kB
@@ -598,7 +598,7 @@ def test_a_guide_of_more_numbers_than_its_file_holds_is_refused_before_there_is_
     content = files.load(path, "file of AutoImplicit")
     files.save(path, placed(content, ("settings", "hidden"), hidden), "file of AutoImplicit")
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    with pytest.raises(ValueError, match=r"guide is .* spoilt: its settings .* are of a generator of more than its \d+ numbers"):
+    with pytest.raises(ValueError, match=r"guide is .* corrupt: its settings .* are of a generator of more than its \d+ numbers"):
         AutoImplicit.load(path, logistic)
     assert time.process_time() - start < 1.0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024

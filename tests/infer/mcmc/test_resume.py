@@ -474,7 +474,7 @@ def scramble(path):
 
 
 @pytest.mark.parametrize("spoil", [truncate, scramble])
-def test_a_spoilt_checkpoint_is_refused_and_left_as_it_is(tmp_path, spoil):
+def test_a_corrupt_checkpoint_is_refused_and_left_as_it_is(tmp_path, spoil):
     checkpoint = tmp_path / "run.checkpoint"
     runner(sgld(), checkpoint=checkpoint).run(X, Y)
     spoil(checkpoint)
@@ -490,9 +490,9 @@ def test_a_flipped_bit_of_a_checkpoint_is_refused_or_changes_nothing(tmp_path):
     whole, generator = checkpoint.read_bytes(), random.Random(0)
     good = repr(files.load(checkpoint, "checkpoint of SGMCMC"))
     for _ in range(60):
-        spoilt = bytearray(whole)
-        spoilt[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
-        checkpoint.write_bytes(spoilt)
+        corrupt = bytearray(whole)
+        corrupt[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        checkpoint.write_bytes(corrupt)
         with contextlib.suppress(ValueError):
             assert repr(files.load(checkpoint, "checkpoint of SGMCMC")) == good
 
@@ -553,7 +553,7 @@ def test_a_senseless_field_is_refused_by_name_within_a_second(tmp_path, place, v
 
 
 @pytest.mark.parametrize("spoil,error", [(truncate, ValueError), (scramble, ValueError), (Path.unlink, FileNotFoundError)])
-def test_spoilt_or_missing_draws_are_refused_and_the_checkpoint_stays(tmp_path, spoil, error):
+def test_corrupt_or_missing_draws_are_refused_and_the_checkpoint_stays(tmp_path, spoil, error):
     checkpoint, draws = tmp_path / "run.checkpoint", tmp_path / "run.checkpoint.draws.safetensors"
     runner(sgld(), checkpoint=checkpoint).run(X, Y)
     spoil(draws)
