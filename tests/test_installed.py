@@ -15,6 +15,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+SOURCES = pytest.mark.skipif(not (ROOT / "pyro_advbayes").is_dir(), reason="the package is installed, without its sources beside the tests")
+
+
+@SOURCES
 def test_an_sdist_holds_the_package_and_no_test_without_its_helpers(tmp_path):
     pytest.importorskip("setuptools", minversion="77")
     copy = tmp_path / "copy"
@@ -90,6 +94,7 @@ def test_without_its_extras_the_package_imports_and_names_the_extra_that_a_call_
     assert all(match[1] in EXTRAS[match[2]] for match in found)
 
 
+@SOURCES
 def test_every_extra_that_an_error_names_is_one():
     text = (ROOT / "pyproject.toml").read_text()
     named = {
