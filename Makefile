@@ -3,6 +3,7 @@
 #   make test              lint, then every test
 #   make bench             the speed and memory tables
 #   make trust             first runs with the defaults on posteriors with known moments; takes hours
+#   make uci               what sampling adds to deep ensembles on UCI sets (PYRO_ADVBAYES_DATA); takes hours
 #   make mutants           breaks the code in known ways, and looks whether the tests notice
 #   make fuzz              10 000 calls of what is public with edge values
 #   make kill-test         kills 100 runs at random moments and resumes them
@@ -19,7 +20,7 @@ INSTALLED := $(VENV)/.installed
 # Tests that fork have processes to themselves.
 test: export OMP_NUM_THREADS = 1
 
-.PHONY: quickstart test bench trust mutants fuzz kill-test attack-files test-matrix lint
+.PHONY: quickstart test bench trust uci mutants fuzz kill-test attack-files test-matrix lint
 
 quickstart: $(INSTALLED)
 	$(VENV)/bin/python tutorials/quickstart.py
@@ -33,6 +34,9 @@ bench: $(INSTALLED)
 
 trust: $(INSTALLED)
 	$(VENV)/bin/python tests/benchmarks/trust.py
+
+uci: $(INSTALLED)
+	$(VENV)/bin/python tests/benchmarks/uci.py
 
 mutants: $(INSTALLED)
 	$(VENV)/bin/python tests/mutations/run.py
