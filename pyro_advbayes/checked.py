@@ -191,7 +191,7 @@ def _fits(value: Any, hint: Any) -> bool:
             return False
         return _elements_fit(value, arguments, base)
     if base is collections.abc.Iterable:
-        return (hasattr(value, "__iter__") or hasattr(value, "__getitem__")) and not isinstance(value, (str, bytes, np.generic))
+        return (hasattr(value, "__iter__") or hasattr(value, "__getitem__")) and not isinstance(value, (str, bytes))
     if base in (collections.abc.Mapping, dict):
         items = list(value.items())[:_ELEMENTS] if isinstance(value, collections.abc.Mapping) else None
         return items is not None and (not arguments or all(_fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in items))

@@ -251,7 +251,7 @@ def plot_uncertainty_map(
             f"scores must be {len(x1) * len(x2)} finite numbers, one for each of cartesian_prod(x1, x2), not {list(scores.shape)}"
         )
     ax = _axes(ax)
-    right, up, table = x1.detach().cpu().numpy(), x2.detach().cpu().numpy(), scores.detach().cpu().reshape(len(x1), len(x2)).mT.numpy()
+    right, up, table = x1.cpu().numpy(), x2.cpu().numpy(), scores.detach().cpu().reshape(len(x1), len(x2)).mT.numpy()
     low, high = limits if limits is not None else (None, None)
     mesh = ax.pcolormesh(right, up, table, shading="nearest", vmin=low, vmax=high, cmap="viridis", rasterized=True)
     ax.figure.colorbar(mesh, ax=ax, label=label, shrink=0.8)

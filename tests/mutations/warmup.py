@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutations.mutation import of
 
 WARMUP, ASSESSMENT = "infer/mcmc/test_warmup.py", "infer/mcmc/test_assessment.py"
+ENERGY = "infer/mcmc/test_energy_error.py"
 BOUND = f"{WARMUP}::test_each_kernels_bound_is_its_equation"
 COUNTS = f"{WARMUP}::test_noise_counts_from_the_first_update_and_is_held_to_its_share_from_60_percent_on"
 RESTARTS = (
@@ -42,7 +43,7 @@ MUTATIONS = [
             "torch.addcmul(theta, momentum, root, out=noise)",
             "torch.add(theta, momentum, out=noise)",
         ),
-        ("SGHMC: half the curvature bound", "rate = 2.0 * (2.0 - self.friction) * share", "rate = (2.0 - self.friction) * share"),
+        ("SGHMC: half the curvature bound", "return 2.0 * (2.0 - self.friction) * share", "return (2.0 - self.friction) * share"),
         ("SGHMC: the rate for its root", "return rate**0.5 if self.adaptive else rate", "return rate"),
         (
             "SGHMC: twice the noise bound",
@@ -102,7 +103,7 @@ MUTATIONS = [
     ),
     *of(
         "infer/mcmc/assessment.py",
-        f"{ASSESSMENT}::test_the_neck_of_a_funnel_is_warned_of",
+        f"{ASSESSMENT}::test_a_step_that_is_unstable_in_the_steepest_places_is_warned_of",
         ("assessment: unstable steps are not told", "share <= LARGEST_UNSTABLE", "share <= 1.0"),
     ),
     *of(
@@ -293,8 +294,40 @@ MUTATIONS = [
         ("energy error: upside down", "(target / error) **", "(error / target) **"),
     ),
     *of(
-        "infer/mcmc/energy_error.py",
+        "infer/mcmc/step_size.py",
         "infer/mcmc/test_mclmc.py::test_chains_in_modes_of_different_width_get_steps_of_their_own",
         ("energy error: one step for all", "relative.copy_((log - mean).exp())", "relative.fill_(1.0)"),
+    ),
+    *of(
+        "infer/mcmc/energy_error.py",
+        f"{ENERGY}::test_no_update_counts_with_more_than_the_given_error",
+        ("energy error: rare errors rule", "nan_to_num(most, most).clamp_max(most)", "nan_to_num(most, most)"),
+    ),
+    *of(
+        "infer/mcmc/sghmc.py",
+        f"{ENERGY}::test_the_energy_error_of_updates_is_that_of_leapfrog_steps",
+        ("SGHMC: a kick instead of half of one", "before - 0.5 * self._root", "before - self._root"),
+        ("SGHMC: kinetic energy twice", "sum(-1) / (2.0 * temperature)", "sum(-1) / temperature"),
+        ("SGHMC: momenta of temperature 1", '"momentum": temperature**0.5 * fresh', '"momentum": fresh'),
+        ("SGHMC: the metric's square in a trial", 'step_size * variables["V"].pow(-0.25)', 'step_size * variables["V"].pow(-0.5)'),
+    ),
+    *of(
+        "infer/mcmc/sghmc.py",
+        f"{ENERGY}::test_the_target_is_the_error_of_equal_precisions_at_the_step_of_their_curvature",
+        ("SGHMC: four times the target", "self._rate_at(share) ** 3 / 16.0", "self._rate_at(share) ** 3 / 4.0"),
+    ),
+    *of(
+        "infer/mcmc/step_size.py",
+        f"{ENERGY}::test_one_stiff_direction_among_many_does_not_bound_the_step",
+        ("auto: curvature bounds networks, too", "max(1.0, potential.size / 20.0)", "1.0"),
+    ),
+    *of(
+        "infer/mcmc/schedules.py",
+        f"{ENERGY}::test_every_chain_moves_by_the_step_that_is_given_for_it",
+        (
+            "steps of chains: ratios to the first",
+            "[value / self(0) for value in self.values]",
+            "[value / self.values[0] for value in self.values]",
+        ),
     ),
 ]

@@ -17,8 +17,8 @@ from pyro_advbayes.infer.mcmc import noise_estimate, restart, temperatures
 from pyro_advbayes.infer.mcmc import step_size as auto_step
 from pyro_advbayes.infer.mcmc.control_variate import ControlVariate
 from pyro_advbayes.infer.mcmc.noise_estimate import EVALUATIONS, FRESH_EVALUATIONS
-from pyro_advbayes.infer.mcmc.rule import Rule, Updates
-from pyro_advbayes.infer.mcmc.schedules import Schedule, as_schedule, check_value, keeps_sample, schedule_name
+from pyro_advbayes.infer.mcmc.rule import Rule, Updates, has_own_steps, per_chain
+from pyro_advbayes.infer.mcmc.schedules import PerChain, Schedule, as_schedule, check_value, keeps_sample, schedule_name
 from pyro_advbayes.infer.mcmc.state import AutoStepSize, ChainState, Run
 from pyro_advbayes.infer.mcmc.trajectory import watch_steepest
 from pyro_advbayes.infer.mcmc.update import ChunkUpdates
@@ -38,11 +38,11 @@ class SGMCMCKernel(MCMCKernel):
     ``num_samples`` of a driver count samples, each of ``num_steps_per_sample`` updates.
 
     :param model: a Pyro model with continuous latent sites.
-    :param step_size: a number > 0, a function of the update's number, or ``"auto"``: found in warm-up, so that discretisation and
-        minibatch noise each change the temperature by at most ``auto_share``. Curvature (by power iteration on Hessian-vector products),
-        the energy error of short trajectories and noise bound it; in the first 60 % of warm-up noise may double the temperature. A chain
-        that is lost or runs away in warm-up starts again from its last good state with half the step, up to 10 times. ``diagnostics()``
-        reports the result.
+    :param step_size: a number > 0, a number for each chain (MCLMC, SGHMC), a function of the update's number, or ``"auto"``: found in
+        warm-up, so that discretisation and minibatch noise each change the temperature by at most ``auto_share``. Curvature (by power
+        iteration on Hessian-vector products), the energy error of updates and of short trajectories, and noise bound it; in the first
+        60 % of warm-up noise may double the temperature. A chain that is lost or runs away in warm-up starts again from its last good
+        state with half the step, up to 10 times. ``diagnostics()`` reports the result.
     :param temperature: T, a number >= 0 or a function of the update's number; the law is :math:`p(\theta, D)^{1/T}`.
     :param int batch_size: rows of a minibatch, 1 to N; None for the full data, a plate that subsamples itself, or a loader.
     :param int num_steps_per_sample: updates between samples, >= 1.
@@ -72,7 +72,7 @@ class SGMCMCKernel(MCMCKernel):
     def __init__(
         self,
         model: Callable,
-        step_size: float | str | Schedule = "auto",
+        step_size: float | str | Sequence[float] | Tensor | Schedule = "auto",
         temperature: float | Schedule = 1.0,
         batch_size: int | None = None,
         num_steps_per_sample: int = 1,
@@ -89,17 +89,11 @@ class SGMCMCKernel(MCMCKernel):
         if not callable(model):
             raise ValueError(f"model={model!r} is no Pyro model: a callable is needed")
         check_int(num_steps_per_sample, "num_steps_per_sample", 1)
-        if isinstance(step_size, str) and step_size != "auto":
-            raise ValueError(f'step_size={step_size!r}: a number > 0, a function of the step, or "auto"')
-        if step_size == "auto" and type(self.update_rule).largest_step is Rule.largest_step:
-            raise ValueError(f'step_size="auto": {type(self.update_rule).__name__} has no largest_step. Give a step size')
-        if not 0.0 < auto_share < 1.0:
-            raise ValueError(f"auto_share={auto_share!r}: a share of the temperature, in (0, 1)")
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
         self.model = model
         self.temperature = as_schedule(temperature, "temperature")
-        self._step_size = AutoStepSize(auto_share) if step_size == "auto" else as_schedule(step_size, "step_size")
+        self._step_size = auto_step.as_step_size(step_size, self.update_rule, auto_share)
         self.batch_size, self.batch_args, self.num_data = batch_size, batch_args, num_data
         self.num_steps_per_sample = num_steps_per_sample
         self.backend, self.chunk_size, self.init_strategy = backend, chunk_size, init_strategy
@@ -262,6 +256,10 @@ class SGMCMCKernel(MCMCKernel):
     def _start(self, potential: Potential, theta: Tensor, warmup_samples: int) -> None:
         auto = AutoStepSize(self._step_size.share) if isinstance(self._step_size, AutoStepSize) else None
         chains = self._start_state(theta, auto)
+        if isinstance(self._step_size, PerChain) or (auto is not None and has_own_steps(self.update_rule)):
+            chains.variables |= per_chain(theta)
+        if isinstance(self._step_size, PerChain):
+            self._step_size.write(chains.variables["relative_step"])
         anchor = None if self.control_variate is None else ControlVariate(potential, self.control_variate)
         self._updates = ChunkUpdates(anchor, self._graphs)
         updates = warmup_samples * self.updates_per_sample
@@ -312,7 +310,7 @@ class SGMCMCKernel(MCMCKernel):
             noise along all slow directions; ``"T_eff epochs"``, the temperature if nothing is left of that noise; ``"T_eff direction"``,
             that along the direction in which noise heats most, of the worst of up to four chains; ``"clamped"``, the share of coordinates
             where the rule was clamped; ``"restarts"``, of each chain in warm-up; ``"step fell"``, by what factor ``"auto"`` made the step
-            smaller when noise was held to its share; ``"energy error"``, of each chain.
+            smaller when noise was held to its share; ``"energy error"``, of each chain, where ``"auto"`` measured it.
         """
         chains, error = self.chains, self.chains.variables.get("energy_error")
         return {
@@ -324,7 +322,7 @@ class SGMCMCKernel(MCMCKernel):
             "clamped": chains.clamped,
             "restarts": chains.restarts.counts[0] if self._single else list(chains.restarts.counts),
             "step fell": None if chains.auto is None else chains.auto.fell,
-            "energy error": None if error is None else error.flatten().tolist(),
+            "energy error": None if error is None or not bool(error.any()) else error.flatten().tolist(),
         }
 
     # ------------------------------------------------------------------------------------------------------------- sampling

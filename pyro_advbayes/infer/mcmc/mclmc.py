@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_advbayes.checked import checked
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
-from pyro_advbayes.infer.mcmc.rule import Rule, Variables
+from pyro_advbayes.infer.mcmc.rule import Rule, Variables, own_step
 from pyro_advbayes.infer.mcmc.schedules import Schedule
 
 
@@ -29,18 +29,21 @@ class MCLMCRule(Rule):
         if self.energy_error is not None and not 0.0 < self.energy_error < math.inf:
             raise ValueError(f'energy_error={self.energy_error!r}: what step_size="auto" aims at, a number > 0')
 
-    def target_error(self, size: int) -> float:
+    def target_error(self, size: int, share: float) -> float:
         return min(0.1, 5e-4 * max(1.0, size / 10.0)) if self.energy_error is None else self.energy_error
 
     @property
     def rate_power(self) -> int:
         return 2
 
+    @property
+    def bounded_by_curvature(self) -> bool:
+        return False
+
     def variables(self, theta: Tensor) -> Variables:
         if theta.shape[-1] < 2:
             raise ValueError("MCLMC moves along directions, and needs at least two unknown numbers: this model has one. Take SGHMC")
-        per_chain = torch.ones_like(theta[..., :1])
-        return {"direction": _unit(torch.randn_like(theta)), "relative_step": per_chain, "energy_error": torch.nan * per_chain}
+        return {"direction": _unit(torch.randn_like(theta))}
 
     def step(
         self,
@@ -52,7 +55,7 @@ class MCLMCRule(Rule):
         variables: Variables,
         learning: str | None,
     ) -> Tensor:
-        step = step_size * variables["relative_step"]
+        step = own_step(step_size, variables)
         delta, downhill = _push(gradient, step, temperature)
         direction = turned(variables["direction"], downhill, delta)
         direction = _unit(direction + noise.mul_(math.sqrt(math.expm1(2.0 / self.memory) / theta.shape[-1])))
@@ -69,8 +72,8 @@ class MCLMCRule(Rule):
     def drift(self, theta: Tensor, step_size: Tensor, variables: Variables) -> Tensor:
         return theta + step_size * variables["direction"]
 
-    def _kappa(self, size: int, step_size: float, temperature: float, variables: Variables) -> Tensor:
-        return (self.memory / (2.0 * temperature**2 * size)) * (step_size * variables["relative_step"]).square()
+    def _kappa(self, size: int, step_size: float, temperature: float, variables: Variables) -> Any:
+        return (self.memory / (2.0 * temperature**2 * size)) * own_step(step_size, variables) ** 2
 
     def injected_temperature(self, noise_variance: Tensor, step_size: float, temperature: float, variables: Variables) -> Tensor:
         return temperature / (1.0 + self._kappa(noise_variance.shape[-1], step_size, temperature, variables) * noise_variance.mean())
@@ -83,11 +86,11 @@ class MCLMCRule(Rule):
         # kappa times the variance is the share; the energy error bounds the step in the place of curvature
         if not bool((noise_variance > 0).any()):
             return math.inf
-        unit = self._kappa(variables["direction"].shape[-1], 1.0, temperature, variables).max()
+        unit = torch.as_tensor(self._kappa(variables["direction"].shape[-1], 1.0, temperature, variables)).max()
         return float((share / (unit * noise_variance.max())).sqrt())
 
     def leapfrog_step(self, step_size: float, temperature: float, variables: Variables) -> Tensor:
-        return step_size * variables["relative_step"] / (temperature * variables["direction"].shape[-1]) ** 0.5
+        return own_step(step_size, variables) / (temperature * variables["direction"].shape[-1]) ** 0.5
 
 
 def _push(gradient: Tensor, step_size: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -160,7 +163,7 @@ class MCLMC(SGMCMCKernel):
     def __init__(
         self,
         model: Callable,
-        step_size: float | str | Schedule = "auto",
+        step_size: float | str | Sequence[float] | Tensor | Schedule = "auto",
         temperature: float | Schedule = 1.0,
         batch_size: int | None = None,
         num_steps_per_sample: int = 1,

@@ -25,7 +25,8 @@ def watch(run: Run) -> None:
     last = chains.restarts
     if last.theta is None or last.energy is None:
         last.theta, last.energy = chains.theta.clone(), energy.clone()
-        last.variables = {name: value.clone() for name, value in chains.variables.items()}
+        # a chain's step is not set back with it: an older one may be longer than the one that threw it out
+        last.variables = {name: value.clone() for name, value in chains.variables.items() if name != "relative_step"}
         return
     allowed = T * (1000.0 + 10.0 * potential.size) + 1e-3 * last.energy.abs()
     good = (energy <= last.energy + allowed).to(chains.alive.device)  # False for NaN

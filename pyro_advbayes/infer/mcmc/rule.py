@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,12 +113,24 @@ class Rule(ABC):
         """
         return (2.0 * step_size) ** 0.5
 
-    def target_error(self, size: int) -> float | None:
+    def target_error(self, size: int, share: float) -> float | None:
         r"""
-        The energy error that ``step_size="auto"`` aims at, the mean of :math:`\Delta E^2 / d` over updates, for d = ``size`` weights. Needs
-        :meth:`half_kick` and :meth:`drift`. None where curvature bounds the step.
+        The energy error that ``step_size="auto"`` aims at, the mean of :math:`\Delta E^2 / d` over updates, for d = ``size`` weights. None
+        where curvature alone bounds the step. A rule that has it also has :meth:`half_kick` and :meth:`drift`, and takes its steps from
+        :func:`own_step`.
+
+        :param share: of the temperature, by which discretisation may change it.
         """
         return None
+
+    @property
+    def bounded_by_curvature(self) -> bool:
+        """Whether a step that is too long for the curvature throws a chain out."""
+        return True
+
+    def trial_variables(self, variables: Variables, temperature: float, generator: torch.Generator) -> Variables:
+        """Variables for trial updates, which may overwrite them: copies, or fresh ones."""
+        return {name: value.clone() for name, value in variables.items()}
 
     def half_kick(self, gradient: Tensor, step_size: Tensor, temperature: float, variables: Variables) -> tuple[Variables, Tensor]:
         """
@@ -170,6 +182,25 @@ class Updates(NamedTuple):
     rule: Rule
     step_size: Schedule
     num_steps: int
+
+
+def has_own_steps(rule: Rule) -> bool:
+    """Whether chains of the rule can have steps of their own."""
+    return type(rule).target_error is not Rule.target_error
+
+
+def per_chain(theta: Tensor) -> Variables:
+    """
+    The variables of chains that have steps of their own, ``[chains, 1]``: ``"relative_step"``, the ratio to the geometric mean, and
+    ``"energy_error"``, what was reached at the end of warm-up; 0 where it was not measured.
+    """
+    ones = torch.ones_like(theta[..., :1])
+    return {"relative_step": ones, "energy_error": torch.zeros_like(ones)}
+
+
+def own_step(step_size: Any, variables: Variables) -> Any:
+    """Each chain's step ``[chains, 1]``, from the geometric mean; the same number where chains have none of their own."""
+    return step_size * variables["relative_step"] if "relative_step" in variables else step_size
 
 
 def site_means(values: Tensor, names: list[tuple[str, slice]]) -> Tensor:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from pyro_advbayes.checked import checked
 
 Schedule = Callable[[int], float]
@@ -77,12 +79,34 @@ class Cyclical:
         return step % self.period >= self.explore * self.period
 
 
+@dataclass(frozen=True)
+class PerChain:
+    """Constant steps, of each chain its own. As a schedule it is their geometric mean."""
+
+    values: tuple[float, ...]
+
+    def __call__(self, step: int) -> float:
+        return math.exp(math.fsum(map(math.log, self.values)) / len(self.values))
+
+    def write(self, relative: Tensor) -> None:
+        """
+        :param relative: ``[chains, 1]``, overwritten with the ratios of the steps to their mean.
+        :raises ValueError: if there is another number of chains.
+        """
+        if len(self.values) != len(relative):
+            raise ValueError(f"step_size holds {len(self.values)} numbers, one for each chain: there are {len(relative)} chains")
+        relative.copy_(relative.new_tensor([value / self(0) for value in self.values])[:, None])
+
+
 def as_schedule(value: Any, name: str) -> Schedule:
     """
-    A schedule from a number or a function of the step.
+    A schedule from a number, a function of the step, or, for a step size, a tensor or sequence of numbers, one for each chain.
 
-    :raises ValueError: if it is neither, or gives something else than a finite number > 0 (>= 0 for a temperature) at step 0.
+    :raises ValueError: if it is none of them, or gives something else than finite numbers > 0 (>= 0 for a temperature) at step 0.
     """
+    numbers = value.tolist() if isinstance(value, Tensor) and value.dim() == 1 else value
+    if name == "step_size" and isinstance(numbers, (list, tuple)) and numbers:
+        return PerChain(tuple(check_value(number, f"step_size[{chain}]", 0) for chain, number in enumerate(numbers)))
     if isinstance(value, bool) or not (callable(value) or isinstance(value, (int, float))):
         raise ValueError(f"{name}={value!r}: a number or a function of the step is needed")
     schedule = value if callable(value) else Constant(float(value))
@@ -114,6 +138,6 @@ def schedule_name(schedule: Schedule) -> str:
     """The name of a schedule in a checkpoint. Not the ``repr`` of a function or a custom object, which may show its address."""
     while isinstance(schedule, partial):
         schedule = schedule.func
-    if isinstance(schedule, (Constant, Polynomial, Cyclical)):
+    if isinstance(schedule, (Constant, Polynomial, Cyclical, PerChain)):
         return repr(schedule)
     return getattr(schedule, "__qualname__", type(schedule).__qualname__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_advbayes.checked import checked
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
-from pyro_advbayes.infer.mcmc.rule import Rule, Variables
+from pyro_advbayes.infer.mcmc.rule import Rule, Variables, own_step
 from pyro_advbayes.infer.mcmc.schedules import Schedule
 from pyro_advbayes.infer.mcmc.sgadald import adapt_second_moment, check_window, second_moment_variables
 
@@ -42,8 +42,13 @@ class SGHMCRule(Rule):
             variables["noise"] = torch.zeros_like(theta)
         return variables
 
+    def _rate_at(self, share: float) -> float:
+        """h times the precision of a Gaussian, where discretisation makes its variance larger by the share."""
+        return 2.0 * (2.0 - self.friction) * share / (1.0 + share)
+
     def _rate(self, step_size: Any, variables: Variables) -> Any:
-        return step_size * step_size * variables["V"].rsqrt() if self.adaptive else step_size
+        step = own_step(step_size, variables)
+        return step * step * variables["V"].rsqrt() if self.adaptive else step
 
     def step(
         self,
@@ -80,13 +85,34 @@ class SGHMCRule(Rule):
 
     def largest_step(self, curvature: float, noise_variance: Tensor, temperature: float, share: float, variables: Variables) -> float:
         # stationary variance T / lambda / (1 - h lambda / (2 (2 - a))), and temperature T + h noise / (2 a)
-        rate = 2.0 * (2.0 - self.friction) * share / (1.0 + share) / curvature
+        rate = self._rate_at(share) / curvature
         if bool((noise_variance > 0).any()):
             rate = min(rate, float(2.0 * self.friction * share * temperature / noise_variance.max()))
         return rate**0.5 if self.adaptive else rate
 
-    def leapfrog_step(self, step_size: float, temperature: float, variables: Variables) -> float:
-        return step_size if self.adaptive else step_size**0.5
+    def leapfrog_step(self, step_size: float, temperature: float, variables: Variables) -> float | Tensor:
+        step = own_step(step_size, variables)
+        return step if self.adaptive else step**0.5
+
+    def target_error(self, size: int, share: float) -> float:
+        # of a Gaussian of equal precisions at the step that curvature allows: s^6 / 16 for s^2 = h lambda
+        return self._rate_at(share) ** 3 / 16.0
+
+    def trial_variables(self, variables: Variables, temperature: float, generator: torch.Generator) -> Variables:
+        momentum = variables["momentum"]
+        fresh = torch.randn(momentum.shape, generator=generator, dtype=momentum.dtype, device="cpu").to(momentum.device)
+        return {**variables, "momentum": temperature**0.5 * fresh}
+
+    def half_kick(self, gradient: Tensor, step_size: Tensor, temperature: float, variables: Variables) -> tuple[Variables, Tensor]:
+        before = variables["momentum"]
+        momentum = before - 0.5 * self._root(step_size, variables) * gradient
+        return {**variables, "momentum": momentum}, (momentum.square() - before.square()).sum(-1) / (2.0 * temperature)
+
+    def drift(self, theta: Tensor, step_size: Tensor, variables: Variables) -> Tensor:
+        return theta + self._root(step_size, variables) * variables["momentum"]
+
+    def _root(self, step_size: Tensor, variables: Variables) -> Tensor:
+        return step_size * variables["V"].pow(-0.25) if self.adaptive else step_size.sqrt()
 
     def metric(self, variables: Variables) -> Tensor | None:
         return variables["V"].pow(-0.25) if self.adaptive else None
@@ -102,7 +128,6 @@ class SGHMCRule(Rule):
         return float((2.0 * self.friction * temperature <= rate * variables["noise"]).float().mean())
 
 
-@checked
 @checked
 class SGHMC(SGMCMCKernel):
     r"""
@@ -126,6 +151,13 @@ class SGHMC(SGMCMCKernel):
     On a Gaussian of precision :math:`\lambda` and full data the variance is :math:`(T/\lambda) / (1 - h\lambda / (2 (2 - a)))`; a minibatch
     gradient of variance :math:`\sigma^2` heats it to :math:`T_\mathrm{eff} = T + h \sigma^2 / (2 a)`.
 
+    **Step size.** ``"auto"`` gives each chain the step at which updates without friction and noise, which are leapfrog steps, change its
+    energy by :math:`\overline{\Delta E^2} = d\, s^6 / 16`, for d weights and :math:`s^2 = 2 (2 - a) r / (1 + r)`, r = ``auto_share``: the
+    error on a Gaussian of equal precisions whose variance is larger by the share. It bounds the mean over all directions. The stiffest one
+    is held to its share by its curvature, among up to twenty weights, and to d / 20 times the step of that in larger models.
+    ``diagnostics()["energy error"]`` has :math:`\overline{\Delta E^2} / d`; single updates rule it where U is rough. The search counts at
+    most 20 times the target in an update.
+
     :param friction: a, in (0, 1].
     :param adaptive: whether steps are scaled per weight.
     :param averaging_window: as in :class:`~pyro_advbayes.infer.mcmc.sgadald.SGAdaLD`.
@@ -139,7 +171,7 @@ class SGHMC(SGMCMCKernel):
     def __init__(
         self,
         model: Callable,
-        step_size: float | str | Schedule = "auto",
+        step_size: float | str | Sequence[float] | Tensor | Schedule = "auto",
         temperature: float | Schedule = 1.0,
         batch_size: int | None = None,
         num_steps_per_sample: int = 1,

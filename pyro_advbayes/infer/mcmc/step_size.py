@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_advbayes.infer.mcmc import energy_error, noise_estimate
 from pyro_advbayes.infer.mcmc.noise_estimate import GradientNoise
-from pyro_advbayes.infer.mcmc.rule import site_means
+from pyro_advbayes.infer.mcmc.rule import Rule, has_own_steps, site_means
+from pyro_advbayes.infer.mcmc.schedules import PerChain, Schedule, as_schedule
 from pyro_advbayes.infer.mcmc.state import AutoStepSize, Run
 from pyro_advbayes.infer.mcmc.temperatures import hottest
 from pyro_advbayes.infer.mcmc.trajectory import energy_rise
@@ -26,6 +27,28 @@ GROWTH = 4.0  # by which the rate h may grow from one measurement to the next: w
 POWER_ITERATIONS = 12
 MORE_ITERATIONS = 4  # where the iteration continues from the direction of the measurement before
 HALVINGS = 12
+FIRST_LENGTH = 0.01  # times the root of the number of weights: where the search begins that curvature does not bound
+
+
+def as_step_size(value: Any, rule: Rule, share: float) -> AutoStepSize | Schedule:
+    """
+    A kernel's step size from its argument.
+
+    :raises ValueError: naming the argument.
+    """
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"auto_share={share!r}: a share of the temperature, in (0, 1)")
+    name = type(rule).__name__
+    if isinstance(value, str):
+        if value != "auto":
+            raise ValueError(f'step_size={value!r}: a number > 0, a function of the step, or "auto"')
+        if type(rule).largest_step is Rule.largest_step:
+            raise ValueError(f'step_size="auto": {name} has no largest_step. Give a step size')
+        return AutoStepSize(share)
+    schedule = as_schedule(value, "step_size")
+    if isinstance(schedule, PerChain) and not has_own_steps(rule):
+        raise ValueError(f"step_size={value!r}: {name} has one step for all chains, a number > 0. SGHMC and MCLMC take one for each")
+    return schedule
 
 
 def adapt(run: Run, auto: AutoStepSize) -> None:
@@ -33,8 +56,9 @@ def adapt(run: Run, auto: AutoStepSize) -> None:
     Called before every update: measures where it is time.
 
     The step is the largest at which discretisation and minibatch noise each change the temperature by at most ``auto.share``. Curvature
-    bounds it, the energy error of short trajectories, noise (its mean over each site, and along the direction in which it is largest),
-    and four times the rate of the measurement before. In the first 60 % of warm-up noise may double the temperature.
+    bounds it, the energy error of updates (for each chain its own) and of short trajectories, noise (its mean over each site, and along
+    the direction in which it is largest), and four times the rate of the measurement before. In the first 60 % of warm-up noise may
+    double the temperature.
 
     Curvature and energy error are local, and say nothing about a density of straight pieces (a Laplace likelihood), which needs a step
     size of the user's.
@@ -59,9 +83,9 @@ def finish(run: Run, auto: AutoStepSize) -> None:
     if auto.value is None:
         adapt(run, auto)
     else:
-        auto.value = min(auto.value, bound(run, auto.share, auto.curvature, noise_estimate.estimate(run), rest=True))
+        auto.value = _hold(run, auto, auto.value, noise_estimate.estimate(run), rest=True, find=False)
     auto.directions = {}
-    if run.rule.target_error(run.potential.size) is not None and auto.value is not None:
+    if _target(run, auto) is not None and auto.value is not None:
         run.chains.variables["energy_error"].copy_(energy_error.measure(run, auto.value)[:, None])
 
 
@@ -72,20 +96,17 @@ def _measure(run: Run, auto: AutoStepSize, rest: bool) -> None:
         # g² in the stiffest direction: the first moves are then those of an unscaled rule
         rule.start_metric(variables, 1.0)
         rule.start_metric(variables, max(T, 1e-3) * largest_curvature(run, auto.directions))
-    before, found = auto.value, math.inf
-    target = rule.target_error(run.potential.size)
-    if target is None:
+    before = auto.value
+    if rule.bounded_by_curvature:
         auto.curvature = largest_curvature(run, auto.directions)
-    else:
-        found = energy_error.find_step(run, before, target)
     noise = noise_estimate.estimate(run) if run.warmup_updates == 0 else noise_estimate.fresh(run)
-    value = min(found, bound(run, auto.share, auto.curvature, noise, rest))
+    value = _hold(run, auto, before, noise, rest, find=True)
     half = 0.5 ** (1.0 / rule.rate_power)
     if before is not None:
         most = before / half ** (GROWTH / 2.0)
         auto.growing = most < value
         value = min(value, most)
-    for _ in range(HALVINGS if target is None else 0):
+    for _ in range(HALVINGS if rule.bounded_by_curvature else 0):
         if not energy_rises(run, value):
             break
         value *= half
@@ -95,6 +116,35 @@ def _measure(run: Run, auto: AutoStepSize, rest: bool) -> None:
     auto.value = value
     if rest and auto.warm_value is None:
         auto.warm_value = before
+
+
+def _hold(run: Run, auto: AutoStepSize, before: float | None, noise: GradientNoise, rest: bool, find: bool) -> float:
+    """
+    The step within its bounds. Where chains have steps of their own, each is kept within them, and their mean is returned (geometric).
+
+    :param before: the step so far.
+    :param find: whether to look for the energy error's step; else the step so far is kept to its bounds.
+    """
+    relative, target = run.chains.variables.get("relative_step"), _target(run, auto)
+    if relative is None or target is None:
+        value = bound(run, auto.share, auto.curvature, noise, rest)
+        return value if find or before is None else min(before, value)
+    steps = None if before is None else before * relative
+    relative.fill_(1.0)
+    most = bound(run, auto.share, auto.curvature, noise, rest)
+    if find or steps is None:
+        first = most if run.rule.bounded_by_curvature else min(most, FIRST_LENGTH * run.potential.size**0.5)
+        start = torch.full_like(relative, first) if steps is None else steps
+        steps = energy_error.find_steps(run, start, target, most, first=before is None)
+    log = steps.clamp_max(most).log()
+    mean = log[run.chains.alive.to(log.device)].mean()
+    relative.copy_((log - mean).exp())
+    return float(mean.exp())
+
+
+def _target(run: Run, auto: AutoStepSize) -> float | None:
+    """The energy error to aim at; None for a rule without, and at T = 0, where a chain has no kinetic energy."""
+    return None if run.T == 0.0 else run.rule.target_error(run.potential.size, auto.share)
 
 
 def bound(run: Run, share: float, curvature: float | None, noise: GradientNoise, rest: bool) -> float:
@@ -116,7 +166,9 @@ def bound(run: Run, share: float, curvature: float | None, noise: GradientNoise,
         # far from where it will rest, a chain has more energy to lose than noise brings: |g|² / (2 λ) at the least
         excess = 0.0 if curvature is None else noise.slope / (2.0 * curvature)
         heat = heat * (share * T / (EARLY_SHARE * T + excess))
-    value = rule.largest_step(curvature or 0.0, heat, T, share, alive)
+    # among many weights the stiffest direction hardly shows, and the energy error, a mean over all directions, bounds the step
+    slack = 1.0 if rule.target_error(potential.size, share) is None or T == 0.0 else max(1.0, potential.size / 20.0)
+    value = rule.largest_step((curvature or 0.0) / slack, heat, T, share, alive)
     along = hottest(run, value) if rest and T > 0.0 else None
     allowed = hottest_allowed(share, potential.size) * T
     if along is not None and along - T > allowed:

@@ -244,7 +244,7 @@ def test_the_rise_of_energy_is_the_largest_along_the_way():
 
 
 def test_the_neck_of_a_funnel_is_warned_of():
-    """Neal's funnel: chains leave out the neck, and agree."""
+    """Neal's funnel: chains at a step that fits its mouth leave out the neck; at one that fits the neck they do not mix."""
 
     def funnel():
         v = pyro.sample("v", dist.Normal(0.0, 3.0))
@@ -256,6 +256,19 @@ def test_the_neck_of_a_funnel_is_warned_of():
         mcmc = ab.SGMCMC(ab.SGHMC(funnel, num_steps_per_sample=10), 300, 300, 4, disable_progbar=True)
         texts.append(warned(mcmc.run))
     assert all(texts), texts
+
+
+def test_a_step_that_is_unstable_in_the_steepest_places_is_warned_of():
+    """exp(-x⁴ / 4): the curvature 3x² bounds the step at 4 / (3x²), which chains exceed where they seldom go."""
+
+    def quartic():
+        x = pyro.sample("x", dist.Normal(torch.zeros(4), 10.0).to_event(1))
+        pyro.factor("well", -0.25 * (x**4).sum(-1))
+
+    texts = []
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        texts.append(warned(ab.SGMCMC(ab.SGHMC(quartic, 0.15, num_steps_per_sample=10), 300, 100, 4, disable_progbar=True).run))
     assert any("too large for the steepest places" in text for text in texts), texts
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
-from pyro_advbayes.infer.mcmc.rule import Rule
+from pyro_advbayes.infer.mcmc.rule import Rule, has_own_steps, per_chain
 from pyro_advbayes.infer.mcmc.runner import SGMCMC
 from pyro_advbayes.infer.mcmc.sgadald import SGAdaLDRule, adapt_second_moment, second_moment_variables
 from pyro_advbayes.infer.mcmc.sghmc import SGHMCRule
@@ -45,6 +45,8 @@ def take(rule, theta, gradient, noise, variables, step_size=STEP, temperature=T,
 def varied(rule, theta):
     """The rule's variables with numbers in them that are not those of the start."""
     variables = rule.variables(theta)
+    if has_own_steps(rule):
+        variables |= per_chain(theta)
     for i, value in enumerate(variables.values()):
         value.copy_(torch.linspace(1.0, 2.0 + i, value.numel(), dtype=value.dtype).reshape(value.shape))
     return variables
@@ -62,7 +64,8 @@ def by_hand(name, theta, g, n, variables):
         assert (variance > 0).all()
         return theta - h * g + variance.sqrt() * n
     a, v = 0.1, variables["momentum"]
-    h = STEP**2 / variables["V"].sqrt() if name == "SGHMC adaptive" else torch.full_like(theta, STEP)
+    step = STEP * variables["relative_step"].expand_as(theta)
+    h = step**2 / variables["V"].sqrt() if name == "SGHMC adaptive" else step
     variance = 2 * a * T - (h * variables["noise"] if name == "SGHMC corrected" else torch.zeros_like(h))
     return theta + h.sqrt() * ((1 - a) * v - h.sqrt() * g + variance.clamp_min(0.0).sqrt() * n)
 
