@@ -127,9 +127,10 @@ def _blackjax(start: Mapping[str, Tensor], x: Tensor, y: Tensor, updates: int, s
         import blackjax
         import jax
         import jax.numpy as jnp
+        from blackjax.adaptation.mclmc_adaptation import MCLMCAdaptationState
     except ImportError as error:
         raise Missing(f"blackjax is not installed ({error})") from None
-    sites = list(start)
+    sites, size = list(start), sum(value[0].numel() for value in start.values())
     inputs, targets = jnp.asarray(x.numpy()), jnp.asarray(y.numpy())
 
     def log_density(weights: dict[str, Any]) -> Any:
@@ -148,8 +149,10 @@ def _blackjax(start: Mapping[str, Tensor], x: Tensor, y: Tensor, updates: int, s
         adapt_key, start_key, run_key = jax.random.split(key, 3)
         kernel = blackjax.mcmc.mclmc.build_kernel()
         state = blackjax.mcmc.mclmc.init(weights, log_density, start_key)
+        # shares of warm-up, first step and energy error of Sommer et al. (2025): the default first step throws trained networks away
+        first = MCLMCAdaptationState(math.sqrt(size), 1e-3, jnp.ones(()))
         adapted = blackjax.mclmc_find_L_and_step_size(
-            kernel, steps, state, adapt_key, log_density, diagonal_preconditioning=False, desired_energy_var=0.1
+            kernel, steps, state, adapt_key, log_density, 0.8, 0.1, 0.1, 0.1, diagonal_preconditioning=False, params=first
         )
         state, parameters = adapted[0], adapted[1]
 
