@@ -42,6 +42,15 @@ class EnsembleStart(Mapping[str, Tensor]):
     held_out: Tensor
     _params: dict[str, Tensor] = field(repr=False)
 
+    @property
+    def description(self) -> str:
+        """The scores in a line, which ``SGMCMC.summary`` prints."""
+        low, high = min(self.member_scores), max(self.member_scores)
+        return (
+            f"deep ensemble of {len(self.epochs)}: log density of held-out rows {self.score:.4g} nats, members {low:.4g} to {high:.4g}. "
+            "Compare it with the posterior on test rows, since the chains have seen these"
+        )
+
     def __getitem__(self, site: str) -> Tensor:
         return self._params[site]
 

@@ -89,7 +89,7 @@ def test_training_ends_when_no_member_has_improved_for_a_while() -> None:
     assert max(start.epochs) < 1000
 
 
-def test_chains_start_at_the_members_in_unconstrained_space() -> None:
+def test_chains_start_at_the_members_in_unconstrained_space(capsys: pytest.CaptureFixture) -> None:
     x, y = line()
     start = ab.ensemble_start(model, x, y, num_chains=3, num_epochs=5)
     assert set(start) == {"weight", "scale"} and len(start) == 2
@@ -99,6 +99,9 @@ def test_chains_start_at_the_members_in_unconstrained_space() -> None:
         warnings.simplefilter("ignore", ab.SamplingWarning)
         mcmc.run(x, y)
     assert torch.allclose(mcmc.get_samples(group_by_chain=True)["scale"][:, 0], start.samples["scale"], atol=1e-2)
+    capsys.readouterr()
+    mcmc.summary()
+    assert f"started from: deep ensemble of 3: log density of held-out rows {start.score:.4g} nats" in capsys.readouterr().out
 
 
 def test_members_start_apart_and_a_seed_fixes_them() -> None:

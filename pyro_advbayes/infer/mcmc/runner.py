@@ -417,7 +417,8 @@ class SGMCMC(AbstractMCMC):
     @checked
     def summary(self, *args: Any, sites: Sequence[str] | None = None, prob: float = 0.9, max_elements: int = 8, **kwargs: Any) -> None:
         """
-        Prints a table of mean, standard deviation, median, an interval, ``n_eff`` and ``r_hat``.
+        Prints a table of mean, standard deviation, median, an interval, ``n_eff`` and ``r_hat``; and the scores of the deep ensemble that
+        the chains started from (:func:`~pyro_advbayes.ensemble_start`; not after a resume).
 
         :param args: inputs, as the model takes them. The table then shows the model's return values there, in which the chains of a
             network can be compared; without inputs it shows the sites' elements.
@@ -437,6 +438,8 @@ class SGMCMC(AbstractMCMC):
         drift = self._assessment.drift
         if drift is not None:
             print(f"\nenergy: first draws {drift['first']:.4g}, last half {drift['last']:.4g}, drift z {drift['z']:.1f}")
+        if description := getattr(self._initial, "description", None):  # of an EnsembleStart
+            print(f"\nstarted from: {description}")
         print(f"\nchains lost: {len(self._left_out)} of {self._asked_chains}")
         for finding in self._assessment.findings:
             print(f"warning: {finding}")
