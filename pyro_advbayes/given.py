@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +72,12 @@ def check_int(value: Any, name: str, least: int, meaning: str = "", most: int | 
         allowed = f"an int >= {least}" if most is None else f"an int from {least} to {most}"
         raise ValueError(f"{name}={value!r}: {meaning + ', ' if meaning else ''}{allowed}")
     return value
+
+
+def check_choice(value: Any, name: str, choices: Collection[str], remedy: str = "") -> None:
+    """:raises ValueError: naming the argument and its choices, if the value is none of them; ends with ``remedy``."""
+    if not (isinstance(value, str) and value in choices):
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}{remedy}")
 
 
 def kind(value: Any) -> str:

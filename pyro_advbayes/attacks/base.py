@@ -15,7 +15,7 @@ from pyro_advbayes.attacks.geometry import BALLS, Ball, Clip, Region, rows
 from pyro_advbayes.attacks.losses import LOSSES
 from pyro_advbayes.attacks.problem import OBJECTIVES, ClassifierProblem, LossProblem, Problem, Slope
 from pyro_advbayes.checked import checked
-from pyro_advbayes.given import check_int, class_labels, need_tensor
+from pyro_advbayes.given import check_choice, check_int, class_labels, need_tensor
 from pyro_advbayes.kinds import BATCH_NORMS, INSTANCE_NORMS
 from pyro_advbayes.model.refusals import naming
 
@@ -145,8 +145,7 @@ class Attack(ABC, Generic[Allowed]):
 
     def check_choice(self, name: str, choices: Any) -> None:
         """:raises ValueError: unless the setting is one of ``choices``."""
-        if getattr(self, name) not in choices:
-            raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}")
+        check_choice(getattr(self, name), name, choices)
 
     def check_count(self, name: str) -> None:
         """:raises ValueError: unless the setting is an int >= 1."""

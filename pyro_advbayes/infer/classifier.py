@@ -18,11 +18,10 @@ from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
 from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.predictive import Predictive, predict, record_draws, refuse_nan
 from pyro_advbayes.kinds import sample_sites
-from pyro_advbayes.model.functions import Kept
 from pyro_advbayes.model.outcomes import Origins
 from pyro_advbayes.model.program import run
 from pyro_advbayes.model.readout import Readout
-from pyro_advbayes.tracing.guard import Guard, RandomState, agree, autocast_state, roots_of, version_of
+from pyro_advbayes.tracing.guard import Guard, Kept, RandomState, agree, autocast_state, roots_of, version_of
 from pyro_advbayes.tracing.record import record
 from pyro_advbayes.tracing.replay import Interpreter, Replays, draws_together
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,33 +16,6 @@ from pyro_advbayes.tracing.guard import DIFFERS, Guard, agree, autocast_state, n
 from pyro_advbayes.tracing.replay import quiet_batching, trace_graph
 
 BACKENDS = ("handlers", "graph", "compile")
-
-# Number of graphs that a kernel keeps from run to run. A run makes one or two for each shape of a batch and of a chunk of chains.
-KEPT = 32
-
-
-class Kept(OrderedDict):
-    """
-    At most ``most`` entries; those that were used last stay.
-
-    :param int most: >= 1.
-    """
-
-    def __init__(self, most: int = KEPT) -> None:  # pickle needs the default
-        super().__init__()
-        self._most = most
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(key, value)
-        self.move_to_end(key)
-        if len(self) > self._most:
-            self.popitem(last=False)
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        if key not in self:
-            return default
-        self.move_to_end(key)
-        return self[key]
 
 
 class _Mark(NamedTuple):

@@ -10,6 +10,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_advbayes.checked import checked
+from pyro_advbayes.given import check_choice
 from pyro_advbayes.model.batches import Batch
 from pyro_advbayes.model.data import Chunk
 from pyro_advbayes.model.energy import Energy
@@ -84,8 +85,7 @@ class Potential(Energy):
         shared_batches: bool = False,
         batch_dependent: bool = False,
     ) -> None:
-        if backend not in BACKENDS:
-            raise ValueError(f"backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
+        check_choice(backend, "backend", BACKENDS)
         super().__init__(
             model,
             args,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,33 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pyro_advbayes.given import warn
 
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+# Number of graphs that a kernel keeps from run to run. A run makes one or two for each shape of a batch and of a chunk of chains.
+KEPT = 32
+
+
+class Kept(OrderedDict):
+    """
+    Recordings by key: at most ``most`` of them; those that were used last stay.
+
+    :param int most: >= 1.
+    """
+
+    def __init__(self, most: int = KEPT) -> None:  # pickle needs the default
+        super().__init__()
+        self._most = most
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        if len(self) > self._most:
+            self.popitem(last=False)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        if key not in self:
+            return default
+        self.move_to_end(key)
+        return self[key]
 
 
 def autocast_state() -> list[tuple[str, torch.dtype]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_advbayes.checked import checked
-from pyro_advbayes.given import check_int, warn
+from pyro_advbayes.given import check_choice, check_int, warn
 from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import RowGenerator, mlp_numbers
 from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
@@ -326,8 +326,7 @@ def settings_of(preset: str, changes: Mapping[str, Any]) -> Settings:
 
     :raises ValueError: naming what is unknown or out of range.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset={preset!r}: choose one of {', '.join(map(repr, PRESETS))}")
+    check_choice(preset, "preset", PRESETS)
     known = [field.name for field in dataclasses.fields(Settings)]
     for name in changes:
         if name not in known:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pyro_advbayes.given import check_int
+from pyro_advbayes.given import check_choice, check_int
 from pyro_advbayes.infer.autoguide.generators import RowGenerator, as_widths
 
 OBJECTIVES = ("energy", "wgan-gp")
@@ -45,8 +45,7 @@ class Settings:
     critic_hidden: tuple[int, ...] = (100, 100, 100)
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective={self.objective!r}: choose one of {', '.join(map(repr, OBJECTIVES))}")
+        check_choice(self.objective, "objective", OBJECTIVES)
         for name, least in (("batch_size", 2), ("critic_steps", 1), ("num_steps", 1), ("check_every", 1)):
             if name != "check_every" or self.check_every is not None:
                 check_int(getattr(self, name), name, least)

@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_advbayes.checked import checked
+from pyro_advbayes.given import check_choice
 from pyro_advbayes.infer.mcmc.adversary import L2, Adversary, Box, Cost, Pixels, as_cost, check_one_a_row
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel, named
 from pyro_advbayes.infer.mcmc.rule import Updates
@@ -146,8 +147,7 @@ class BAL(SGMCMCKernel):
         for name in ("inputs", "weights"):
             if not isinstance(getattr(self, name), Updates):
                 raise ValueError(f"{name}={getattr(self, name)!r}: a kernel's rule is needed, SGLD.rule(step_size=..., num_steps=...)")
-        if learners not in LEARNERS:
-            raise ValueError(f"learners={learners!r}: choose one of {', '.join(map(repr, LEARNERS))}")
+        check_choice(learners, "learners", LEARNERS)
         if not 0.0 <= clean_share <= 1.0:
             raise ValueError(f"clean_share={clean_share!r}: a share of the rows, from 0 to 1")
         self.perturb, self.learners, self.copies, self.clip = perturb, learners, copies, clip

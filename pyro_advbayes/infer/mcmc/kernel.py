@@ -12,7 +12,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyro_advbayes.checked import checked
-from pyro_advbayes.given import check_int, refuse_unknown
+from pyro_advbayes.given import check_choice, check_int, refuse_unknown
 from pyro_advbayes.infer.mcmc import noise_estimate, restart, temperatures
 from pyro_advbayes.infer.mcmc import step_size as auto_step
 from pyro_advbayes.infer.mcmc.control_variate import ControlVariate
@@ -23,12 +23,13 @@ from pyro_advbayes.infer.mcmc.state import AutoStepSize, ChainState, Run
 from pyro_advbayes.infer.mcmc.trajectory import watch_steepest
 from pyro_advbayes.infer.mcmc.update import ChunkUpdates
 from pyro_advbayes.model.batches import Batch
-from pyro_advbayes.model.functions import BACKENDS, KEPT, Kept
+from pyro_advbayes.model.functions import BACKENDS
 from pyro_advbayes.model.initialization import init_to_fan_in
 from pyro_advbayes.model.loader import Loader
 from pyro_advbayes.model.potential import Potential
 from pyro_advbayes.storage import reference
 from pyro_advbayes.storage.files import FileError, random_state, set_random_state
+from pyro_advbayes.tracing.guard import KEPT, Kept
 
 
 class SGMCMCKernel(MCMCKernel):
@@ -89,8 +90,7 @@ class SGMCMCKernel(MCMCKernel):
         if not callable(model):
             raise ValueError(f"model={model!r} is no Pyro model: a callable is needed")
         check_int(num_steps_per_sample, "num_steps_per_sample", 1)
-        if backend not in BACKENDS:
-            raise ValueError(f"backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
+        check_choice(backend, "backend", BACKENDS)
         self.model = model
         self.temperature = as_schedule(temperature, "temperature")
         self._step_size = auto_step.as_step_size(step_size, self.update_rule, auto_share)
