@@ -310,12 +310,14 @@ class SGMCMCKernel(MCMCKernel):
             noise along all slow directions; ``"T_eff epochs"``, the temperature if nothing is left of that noise; ``"T_eff direction"``,
             that along the direction in which noise heats most, of the worst of up to four chains; ``"clamped"``, the share of coordinates
             where the rule was clamped; ``"restarts"``, of each chain in warm-up; ``"step fell"``, by what factor ``"auto"`` made the step
-            smaller when noise was held to its share; ``"energy error"``, of each chain, where ``"auto"`` measured it.
+            smaller when noise was held to its share; of each chain ``"step sizes"``, where it has its own, and ``"energy error"``.
         """
-        chains, error = self.chains, self.chains.variables.get("energy_error")
+        chains, step = self.chains, self.chains.info.get("step_size")
+        ratios, error = (chains.variables.get(name) for name in ("relative_step", "energy_error"))
         return {
             "divergences": chains.divergences[0] if self._single else chains.divergences,
-            "step size": chains.info.get("step_size"),
+            "step size": step,
+            "step sizes": None if ratios is None or step is None else (step * ratios).flatten().tolist(),
             "T_eff": self.effective_temperatures(),
             "T_eff direction": chains.hottest,
             "T_eff epochs": chains.coldest,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from pyro_advbayes.checked import checked
@@ -104,7 +105,7 @@ def as_schedule(value: Any, name: str) -> Schedule:
 
     :raises ValueError: if it is none of them, or gives something else than finite numbers > 0 (>= 0 for a temperature) at step 0.
     """
-    numbers = value.tolist() if isinstance(value, Tensor) and value.dim() == 1 else value
+    numbers = value.tolist() if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1 else value
     if name == "step_size" and isinstance(numbers, (list, tuple)) and numbers:
         return PerChain(tuple(check_value(number, f"step_size[{chain}]", 0) for chain, number in enumerate(numbers)))
     if isinstance(value, bool) or not (callable(value) or isinstance(value, (int, float))):

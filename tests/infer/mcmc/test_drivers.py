@@ -168,7 +168,18 @@ def test_logging_is_json_at_every_step():
 def test_diagnostics_name_sites_and_what_the_kernel_knows(driver, capsys):
     mcmc = run(driver, KERNELS["SGAdaLD"](logistic, batch_size=10, backend="handlers"))
     diagnostics = mcmc.diagnostics()
-    known = {"divergences", "step size", "step fell", "T_eff", "T_eff direction", "T_eff epochs", "restarts", "clamped", "energy error"}
+    known = {
+        "divergences",
+        "step size",
+        "step sizes",
+        "step fell",
+        "T_eff",
+        "T_eff direction",
+        "T_eff epochs",
+        "restarts",
+        "clamped",
+        "energy error",
+    }
     assert set(diagnostics) == known | ({"w", "b"} if driver is MCMC else {"sites", "drift", "warnings", "lost"})
     assert set(diagnostics["w"]) == {"n_eff", "r_hat"} and diagnostics["w"]["n_eff"].shape == (3,)
     assert list(diagnostics["divergences"].values()) == [[]]

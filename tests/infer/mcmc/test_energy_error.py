@@ -110,18 +110,20 @@ def test_chains_in_modes_of_different_width_get_steps_of_their_own() -> None:
 @pytest.mark.parametrize("kernel_type", [ab.SGHMC, ab.MCLMC])
 def test_every_chain_moves_by_the_step_that_is_given_for_it(kernel_type: Any) -> None:
     steps = torch.tensor([0.01, 0.04, 0.09])
-    draws = {}
-    for given in (steps, steps.tolist(), 0.04):
+    draws = []
+    for given in (steps, steps.tolist(), steps.numpy(), 0.04):
         pyro.set_rng_seed(0)
         mcmc = run(kernel_type(gaussian(torch.ones(4)), step_size=given), chains=3, samples=5, warmup=2)
-        draws[str(given)] = mcmc.get_samples(group_by_chain=True)["x"]
-    one, two, same = draws.values()
-    assert torch.equal(one, two)
+        draws.append(mcmc.get_samples(group_by_chain=True)["x"])
+        found = mcmc.diagnostics()
+        assert found["step sizes"] == (None if isinstance(given, float) else pytest.approx(steps.tolist()))
+    one, *others, same = draws
+    assert all(torch.equal(one, other) for other in others)
     assert torch.allclose(one[1], same[1], atol=1e-5)
     assert not torch.allclose(one[::2], same[::2], atol=1e-3)
     length = (one[:, 1] - one[:, 0]).norm(dim=-1)
     assert length[0] < length[1] < length[2]
-    assert mcmc.diagnostics()["energy error"] is None
+    assert found["energy error"] is None
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ def test_diagnostics_hold_every_site_and_what_the_kernel_found():
         "lost",
         "divergences",
         "step size",
+        "step sizes",
         "step fell",
         "energy error",
         "T_eff",
