@@ -13,6 +13,7 @@ RARE = 20.0  # times the target: the most that one update counts in the search. 
 LARGEST_ERROR = 1e6  # which stands for an energy that is not finite, in what is reported
 NEAR = 2.0  # within this factor of the target an error is left as it is: it is a mean over a few updates
 POWER = 6.0  # of the length of a step, to which the error of a second-order integrator grows
+RESOLVED = 10.0  # times the dtype's epsilon: the share of an energy below which its change is rounding
 SLOWEST, FASTEST = 0.3, 3.0  # the factors by which a round may change a length
 
 
@@ -46,7 +47,8 @@ def measure(run: Run, step_size: float) -> Tensor:
 
 def trial_errors(run: Run, step: Tensor, seed: int, most: float) -> Tensor:
     r"""
-    :math:`\overline{\Delta E^2} / d` over trial updates without noise, energies in units of T, both of an update on one minibatch.
+    :math:`\overline{\Delta E^2} / d` over trial updates without noise, energies in units of T, both of an update on one minibatch. Changes
+    that the dtype does not resolve do not count: no step would be short enough for them.
 
     :param step: ``[chains, 1]``.
     :param seed: of the momenta, where the rule has one. The run's own random numbers stay as they are.
@@ -57,6 +59,7 @@ def trial_errors(run: Run, step: Tensor, seed: int, most: float) -> Tensor:
     theta = run.chains.theta.clone()
     variables = rule.trial_variables(run.chains.variables, T, torch.Generator().manual_seed(seed))
     full_data = potential.batches.num_data is None
+    resolved = RESOLVED * torch.finfo(theta.dtype).eps / T
     total = torch.zeros(len(theta), dtype=torch.float64, device=theta.device)
     batch = potential.batches.next()
     gradient, energy = potential.evaluate("both", theta, batch, T)
@@ -65,7 +68,8 @@ def trial_errors(run: Run, step: Tensor, seed: int, most: float) -> Tensor:
         theta = rule.drift(theta, step, variables)
         gradient, new = potential.evaluate("both", theta, batch, T)
         variables, last = rule.half_kick(gradient, step, T, variables)
-        change = (new.double() - energy.double()) / T + first.double() + last.double()
+        change = ((new.double() - energy.double()) / T + first.double() + last.double()).abs()
+        change = (change - resolved * energy.double().abs()).clamp_min(0.0)
         total += (change.square() / potential.size).nan_to_num(most, most).clamp_max(most)
         energy = new
         if not full_data:

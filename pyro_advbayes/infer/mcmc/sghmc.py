@@ -155,8 +155,9 @@ class SGHMC(SGMCMCKernel):
     energy by :math:`\overline{\Delta E^2} = d\, s^6 / 16`, for d weights and :math:`s^2 = 2 (2 - a) r / (1 + r)`, r = ``auto_share``: the
     error on a Gaussian of equal precisions whose variance is larger by the share. It bounds the mean over all directions. The stiffest one
     is held to its share by its curvature, among up to twenty weights, and to d / 20 times the step of that in larger models.
-    ``diagnostics()["energy error"]`` has :math:`\overline{\Delta E^2} / d`; single updates rule it where U is rough. The search counts at
-    most 20 times the target in an update.
+    ``diagnostics()["energy error"]`` has :math:`\overline{\Delta E^2} / d`, and ``"step sizes"`` the chains' steps, whose geometric mean is
+    ``"step size"``. The search counts at most 20 times the target in an update, since rare updates rule the mean where U is rough, and
+    no change of the energy that the dtype does not resolve.
 
     :param friction: a, in (0, 1].
     :param adaptive: whether steps are scaled per weight.

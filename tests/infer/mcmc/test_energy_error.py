@@ -89,6 +89,23 @@ def test_no_update_counts_with_more_than_the_given_error() -> None:
     assert not bool(trial_errors(mcmc.kernel.run, torch.full((500, 1), 1e30), 0, most).isnan().any())
 
 
+@pytest.mark.parametrize("kernel_type", [ab.SGHMC, ab.MCLMC])
+def test_rounding_of_a_large_energy_does_not_shorten_the_step(kernel_type: Any) -> None:
+    """Many rows, or targets in large units: float32 resolves an energy of 1e7 to 1, and the error of no step is smaller."""
+    steps = []
+    for offset in (0.0, 1e7):
+
+        def model(offset: float = offset) -> None:
+            pyro.sample("x", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            pyro.factor("rows", torch.tensor(-offset))
+
+        pyro.set_rng_seed(0)
+        steps.append(run(kernel_type(model, num_steps_per_sample=5), warmup=60).diagnostics()["step size"])
+    assert steps[1] > 0.5 * steps[0]
+    if kernel_type is ab.SGHMC:  # which curvature bounds
+        assert steps[1] < 1.5 * steps[0]
+
+
 def test_chains_in_modes_of_different_width_get_steps_of_their_own() -> None:
     centers = torch.tensor([0.0, 60.0])
 
