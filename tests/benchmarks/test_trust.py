@@ -32,6 +32,8 @@ def judged(samples, warned=False, lost=0):
 def test_exact_draws_are_right_and_a_warning_about_them_is_a_false_alarm():
     assert {judged(exact_draws()) for _ in range(20)} == {"right"}
     assert judged(exact_draws(), warned=True) == "false alarm"
+    alternating = {name: torch.stack([value, 2.0 * value.mean() - value], 2).flatten(1, 2) for name, value in exact_draws().items()}
+    assert judged(alternating) == "right"
 
 
 @pytest.mark.parametrize("scale, shift", [(1.3, 0.0), (0.75, 0.0), (1.0, 0.3), (math.nan, 0.0)])

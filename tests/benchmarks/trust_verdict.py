@@ -110,6 +110,7 @@ def verdict(findings: Findings | None, warned: bool) -> str:
 
 
 def _size(draws: Tensor) -> Tensor:
-    """Effective sample size; 1 for a chain that stands still, and at most the number of draws."""
+    """Effective sample size; 1 for a chain that stands still, and at most the number of draws, which it is for draws that alternate."""
+    most = draws.shape[0] * draws.shape[1]
     size = effective_sample_size(draws, chain_dim=0, sample_dim=1).nan_to_num(1.0)
-    return size.clamp(1.0, draws.shape[0] * draws.shape[1])
+    return torch.where(size <= 0.0, most, size).clamp(1.0, most)

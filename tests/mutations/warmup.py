@@ -103,6 +103,12 @@ MUTATIONS = [
     ),
     *of(
         "infer/mcmc/assessment.py",
+        f"{ASSESSMENT}::test_few_effective_draws_are_warned_of_with_their_number",
+        ("mixing: few draws are not told", "LEAST_EFFECTIVE = 50.0", "LEAST_EFFECTIVE = 5.0"),
+        ("mixing: few draws are told of good runs", "LEAST_EFFECTIVE = 50.0", "LEAST_EFFECTIVE = 500.0"),
+    ),
+    *of(
+        "infer/mcmc/assessment.py",
         f"{ASSESSMENT}::test_a_step_that_is_unstable_in_the_steepest_places_is_warned_of",
         ("assessment: unstable steps are not told", "share <= LARGEST_UNSTABLE", "share <= 1.0"),
     ),
@@ -151,7 +157,7 @@ MUTATIONS = [
     *of(
         "infer/mcmc/summary.py",
         R_HAT,
-        ("R-hat: of the draws themselves", "split_gelman_rubin(_normal_scores(each)", "split_gelman_rubin((each)"),
+        ("R-hat: of the draws themselves", "split_gelman_rubin(normal_scores(each)", "split_gelman_rubin((each)"),
         ("R-hat: without the folded draws", "for each in (values, folded)]", "for each in (values, values)]"),
     ),
     *of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from torch.distributions import Distribution
 from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
 from pyro_advbayes.infer.mcmc.state import AutoStepSize
 from pyro_advbayes.infer.mcmc.step_size import hottest_allowed
-from pyro_advbayes.infer.mcmc.summary import effective_size, function_values, shrink_factor, spaced, stands_still
+from pyro_advbayes.infer.mcmc.summary import effective_size, function_values, normal_scores, shrink_factor, spaced, stands_still
 from pyro_advbayes.infer.mcmc.trajectory import LEAPFROG_STEPS, TRAJECTORIES, unstable_share
 from pyro_advbayes.model import program
 from pyro_advbayes.model.batches import Arguments
@@ -23,6 +24,7 @@ LEAST_DRAWS = 20  # per chain; fewer are not assessed
 LARGEST_Z, LARGEST_SHIFT = 5.0, 0.5
 LEAST_ENERGIES = 5.0  # effective draws of a chain
 LARGEST_R_HAT = 1.1
+LEAST_EFFECTIVE = 50.0  # effective draws of all chains: fewer leave a mean uncertain by 0.14 posterior standard deviations or more
 LARGEST_COLD = 0.88  # share of T; "auto" keeps to 0.9
 LARGEST_HEAT = 1.12  # mean over a site; "auto" keeps to 1.1
 DIRECTION_SHARE = 0.125  # along the direction in which noise heats most; "auto" keeps to 0.1 of it
@@ -282,14 +284,22 @@ def _mixing(run: Finished, energy: Tensor, constant: bool) -> list[str]:
     predictions = fitted_values(run)
     if predictions is not None:
         looked["the predicted means of the data"] = predictions
-    worst, where_worst = 0.0, ""
-    for name, values in looked.items():
-        r_hat = shrink_factor(spaced(_thinned(values), ROWS)[0])
-        largest = float(r_hat.nan_to_num(0.0).max())
-        if largest > worst:
-            worst, where_worst = largest, name
-    if worst > LARGEST_R_HAT:
-        findings.append(f"the chains have not mixed: R-hat of {where_worst} is {worst:.3g}: {slow}")
+    elements = {name: spaced(_thinned(value), ROWS)[0] for name, value in looked.items()}
+    if not elements:
+        return findings
+    shrink = {name: float(shrink_factor(v).nan_to_num(0.0).max()) for name, v in elements.items()}
+    worst = max(shrink, key=lambda name: shrink[name])
+    if shrink[worst] > LARGEST_R_HAT:
+        findings.append(f"the chains have not mixed: R-hat of {worst} is {shrink[worst]:.3g}: {slow}")
+    if not findings and constant:
+        sizes = {name: float(effective_size(normal_scores(v)).nan_to_num(math.inf).min()) for name, v in elements.items()}
+        few = [name for name, v in elements.items() if sizes[name] < min(LEAST_EFFECTIVE, 0.5 * v.shape[:2].numel())]
+        if few:
+            worst = min(few, key=lambda name: sizes[name])
+            findings.append(
+                f"{worst} has {sizes[worst]:.0f} effective draws in all chains together, which leave its mean uncertain by "
+                f"{sizes[worst] ** -0.5:.2f} posterior standard deviations, and hide what was not visited: {slow}"
+            )
     return findings
 
 

@@ -83,7 +83,7 @@ def finish(run: Run, auto: AutoStepSize) -> None:
     if auto.value is None:
         adapt(run, auto)
     else:
-        auto.value = _hold(run, auto, auto.value, noise_estimate.estimate(run), rest=True, find=False)
+        auto.value = min(auto.value, _hold(run, auto, auto.value, noise_estimate.estimate(run), rest=True, find=False))
     auto.directions = {}
     if _target(run, auto) is not None and auto.value is not None:
         run.chains.variables["energy_error"].copy_(energy_error.measure(run, auto.value)[:, None])

@@ -52,11 +52,12 @@ def shrink_factor(values: Tensor) -> Tensor:
     if values.shape[1] < 4:
         return torch.full(values.shape[2:], math.nan)
     folded = (values - values.flatten(0, 1).quantile(0.5, dim=0)).abs()
-    both = torch.stack([split_gelman_rubin(_normal_scores(each), chain_dim=0, sample_dim=1) for each in (values, folded)])
+    both = torch.stack([split_gelman_rubin(normal_scores(each), chain_dim=0, sample_dim=1) for each in (values, folded)])
     return torch.where(both.isnan().any(0), both[0], both.amax(0))  # two values alone are equally far from their median
 
 
-def _normal_scores(values: Tensor) -> Tensor:
+def normal_scores(values: Tensor) -> Tensor:
+    """Draws ``[chains, draws, k]`` by their ranks among all, as quantiles of a standard normal law."""
     flat = values.flatten(0, 1)
     ranks = torch.from_numpy(rankdata(flat.double().numpy(), axis=0)).reshape(values.shape)
     return torch.special.ndtri((ranks - 0.375) / (len(flat) + 0.25))

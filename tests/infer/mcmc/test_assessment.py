@@ -15,8 +15,9 @@ from pyro.ops.stats import effective_sample_size
 
 import pyro_advbayes as ab
 from models.mlp import mlp
+from pyro_advbayes.infer.mcmc import assessment
 from pyro_advbayes.infer.mcmc.assessment import _drifting, _heat, _thrown, drift, fitted_values
-from pyro_advbayes.infer.mcmc.summary import shrink_factor
+from pyro_advbayes.infer.mcmc.summary import effective_size, normal_scores, shrink_factor
 from pyro_advbayes.infer.mcmc.temperatures import hottest
 from pyro_advbayes.infer.mcmc.trajectory import energy_rise, unstable_share, watch_steepest
 
@@ -143,6 +144,25 @@ def test_chains_that_have_not_mixed_are_warned_of_by_their_predictions():
     values = fitted_values(mcmc.finished())
     kept = torch.linspace(0, 59, values.shape[1]).round().long()
     torch.testing.assert_close(values, mcmc.get_samples(group_by_chain=True)["w"][:, kept] @ x.T)
+
+
+def test_few_effective_draws_are_warned_of_with_their_number(monkeypatch):
+    """An autoregression of the first order: N h / 2 effective draws of N at a step size of h."""
+    monkeypatch.setattr(assessment, "LARGEST_R_HAT", 2.0)  # which so few draws exceed by chance
+
+    def normal():
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    for step_size, expected in ((0.03, 15), (0.4, None)):
+        mcmc = ab.SGMCMC(ab.SGLD(normal, step_size), 1000, 100, 1, disable_progbar=True)
+        text = warned(mcmc.run)
+        effective = float(effective_size(normal_scores(mcmc.get_samples(group_by_chain=True)["x"].double())).min())
+        assert effective > 100 if expected is None else 0.5 * expected < effective < 3.0 * expected
+        if expected is None:
+            assert text is None
+        else:
+            assert f"site 'x' has {effective:.0f} effective draws in all chains together" in text
+            assert f"uncertain by {effective**-0.5:.2f} posterior standard deviations" in text and "take more samples" in text
 
 
 def test_a_coefficient_that_few_rows_know_of_is_looked_at_too():

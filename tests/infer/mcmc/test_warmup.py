@@ -252,16 +252,16 @@ def test_restarts_are_bounded_and_a_step_that_was_given_has_none():
 
 
 def test_the_rate_grows_by_four_at_most_from_one_measurement_to_the_next():
-    """A chain that comes from a steep slope into a valley of a thousandth of the curvature."""
+    """A chain that comes from a steep slope into a valley where there is next to no curvature."""
 
     def valley():
-        x = pyro.sample("x", dist.Normal(torch.zeros(2), 100.0).to_event(1))
-        pyro.factor("walls", -(10.0 * (x.abs() - 3.0).clamp_min(0.0).square().sum(-1)))
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1000.0).to_event(1))
+        pyro.factor("walls", -(100.0 * (x.abs() - 3.0).clamp_min(0.0).square().sum(-1)))
 
-    for make, power in ((ab.SGLD, 1.0), (partial(ab.SGHMC, adaptive=True), 2.0)):
+    for make, power in ((ab.SGLD, 1.0), (ab.SGHMC, 1.0), (partial(ab.SGHMC, adaptive=True), 2.0)):
         steps = []
         hook = lambda kernel, *_, steps=steps: steps.append(kernel.step_size.value)  # noqa: E731
-        sampled(make(valley), samples=5, warmup=400, chains=2, initial_params={"x": torch.full((2, 2), 4.0)}, hook_fn=hook)
+        sampled(make(valley), samples=5, warmup=1000, chains=2, initial_params={"x": torch.full((2, 2), 4.0)}, hook_fn=hook)
         ratios = [(new / old) ** power for old, new in itertools.pairwise(steps)]
         assert max(ratios) == pytest.approx(4.0, rel=1e-6)
 
