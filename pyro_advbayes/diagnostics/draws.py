@@ -83,7 +83,7 @@ def draw_quality(log_probs: Tensor | Iterable[Tensor], labels: Tensor) -> DrawQu
             raise ValueError("log_probs must be a tensor [draws, N, K] of floating type, or chunks of draws of this form")
         if chunk.numel() and not (chunk <= 1e-4).all():
             raise ValueError("log_probs has entries above 0: give logarithms of probabilities, logits.log_softmax(-1) or probs.log()")
-        probs = check_probs(_normalised(chunk.detach()).exp(), ranks=(3,))
+        probs = check_probs(_normalised(chunk.detach()).exp(), ranks=(3,), name="log_probs.exp()")
         right.append((probs.argmax(-1) == check_labels(labels, probs)).double().mean(-1))
         total, count = total + probs.sum(0), count + len(probs)
     if not count:

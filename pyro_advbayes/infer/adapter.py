@@ -58,10 +58,13 @@ def weight_decay_prior(weight_decay: float, num_data: int) -> Normal:
     :param float weight_decay: > 0.
     :param int num_data: N, >= 1.
     """
+    check_int(num_data, "num_data", 1)
     if not 0 < weight_decay < math.inf:
         raise ValueError(f"weight_decay={weight_decay!r}: the factor that the network was trained with, > 0")
-    check_int(num_data, "num_data", 1)
-    return Normal(0.0, float((num_data * weight_decay) ** -0.5))
+    scale = (num_data * weight_decay) ** -0.5
+    if not torch.finfo(torch.float32).tiny <= scale <= torch.finfo(torch.float32).max:
+        raise ValueError(f"weight_decay={weight_decay!r}: the prior's standard deviation would be {scale:.1e}, which float32 does not hold")
+    return Normal(0.0, scale)
 
 
 @checked

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.fx.node import map_aggregate
 
 from pyro_advbayes.checked import checked
-from pyro_advbayes.given import check_int, need_tensor, warn
+from pyro_advbayes.given import check_int, need_dense, need_tensor, warn
 from pyro_advbayes.handlers import in_a_line
 from pyro_advbayes.infer.conditioned import ConditionedModel
 from pyro_advbayes.infer.subsampled import predict_all_rows, subsampling_plate
 from pyro_advbayes.kinds import latent_sites, sites
 from pyro_advbayes.model.program import values_of
+from pyro_advbayes.model.refusals import label_of
 from pyro_advbayes.tracing.guard import DIFFERS, RandomState, agree, warn_of_handlers
 from pyro_advbayes.tracing.record import record
 from pyro_advbayes.tracing.replay import Interpreter, Replays, draws_together
@@ -80,7 +81,12 @@ class Predictive(pyro.infer.Predictive):
         :param args: the model's arguments.
         :param kwargs: its keyword arguments.
         :return: site -> ``[draws, *site]``, with dimensions of size 1 for plates that the site is not in, as in Pyro.
+        :raises ValueError: for a tensor without data.
         """
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for key, value in given:
+            if isinstance(value, Tensor) and value.is_meta:
+                need_dense(value, f"argument {label_of(self.model, key)}")
         samples, return_sites = self.posterior_samples, self.return_sites
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(_attached((args, kwargs)))):
             if self.guide is not None:

@@ -6,8 +6,8 @@ import copy
 from typing import Any
 
 from torch import Tensor
-from torch.distributions import Transform, biject_to, transform_to
-from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
+from torch.distributions import Transform, biject_to, constraints, transform_to
+from torch.distributions.constraints import Constraint
 
 
 def map_onto(name: str, prior: Any) -> Transform:
@@ -25,13 +25,11 @@ def map_onto(name: str, prior: Any) -> Transform:
         ) from None
 
 
-@biject_to.register(MixtureSameFamilyConstraint)
-def _onto_mixture(constraint: MixtureSameFamilyConstraint) -> Transform:
+def _onto_mixture(constraint: Any) -> Transform:
     return biject_to(_of_one_component(constraint.base_constraint, -1 - constraint.event_dim))
 
 
-@transform_to.register(MixtureSameFamilyConstraint)
-def _to_mixture(constraint: MixtureSameFamilyConstraint) -> Transform:
+def _to_mixture(constraint: Any) -> Transform:
     return transform_to(_of_one_component(constraint.base_constraint, -1 - constraint.event_dim))
 
 
@@ -51,3 +49,9 @@ def _of_one_component(constraint: Constraint, dim: int) -> Constraint:
                 raise NotImplementedError("the components of the mixture have different supports")
             setattr(constraint, name, first.squeeze(dim))
     return constraint
+
+
+# before PyTorch 2.8 a mixture's support is that of its components
+if hasattr(constraints, "MixtureSameFamilyConstraint"):
+    biject_to.register(constraints.MixtureSameFamilyConstraint, _onto_mixture)
+    transform_to.register(constraints.MixtureSameFamilyConstraint, _to_mixture)

@@ -57,6 +57,9 @@ FOUND: list[tuple[Callable[[], Any], str]] = [
     # arguments of the model
     (lambda: targets.posterior()(torch.tensor(0.5)), "argument x is a tensor []"),
     (lambda: targets.posterior()(X[:0]), "argument x is a tensor [0, 3]"),
+    (lambda: ab.Predictive(logistic, SAMPLES)(X.to("meta")), "argument x is a tensor of the meta device"),
+    (lambda: diagnostics.draw_quality(PROBS.log()[:, :, :2], targets.LABELS), "log_probs.exp() must sum to 1"),
+    (lambda: ab.weight_decay_prior(1e300, 100), "weight_decay=1e+300"),
     (lambda: ab.Predictive(logistic, SAMPLES)(X[:0]), "argument x is a tensor [0, 3]"),
     (lambda: targets._sampler().run(X, b"x"), "is given a bytes: give a tensor"),
     (lambda: ab.Potential(logistic, (X, "nonsense")), "is given a str: give a tensor"),

@@ -103,9 +103,9 @@ def check_fingerprint(now: dict[str, Any], then: dict[str, Any], path: Path) -> 
                 key, here, there = f"{key}[{name!r}]", here.get(name), there.get(name)
             raise ValueError(f"{path} is of another run: its {key} is {_shorten(there)}, here it is {_shorten(here)}")
     for key in ("threads", "torch"):
-        if now[key] != then.get(key):
+        if _differ(now[key], then.get(key)):
             warn(
-                f"{path} was written with {key}={then.get(key)}, here it is {now[key]}: results may differ in the last bits",
+                f"{path} was written with {key}={_shorten(then.get(key))}, here it is {now[key]}: results may differ in the last bits",
             )
 
 
@@ -127,10 +127,13 @@ def load_kernel(kernel: SGMCMCKernel, content: Mapping[str, Any], path: Path) ->
     then = content["energy"]
     with reading(path):
         kernel.load(_to(content["kernel"], kernel.potential.device))
+        coldest = None if kernel.chains.effective is None else {site.name for site in kernel.potential.sites}
+        if (None if kernel.chains.coldest is None else set(kernel.chains.coldest)) != coldest:
+            raise ValueError(f"coldest is {str(kernel.chains.coldest)[:100]}")
         energy, now = kernel.reference_energy(), kernel.reference()
     rtol = 1e-5 if energy.dtype.itemsize >= 4 else 1e-2  # the same model on another machine differs by rounding
-    if then.shape != energy.shape:
-        raise FileError(f"{path}: its energy has shape {list(then.shape)}, not {list(energy.shape)}: it is corrupt")
+    if (then.shape, then.dtype) != (energy.shape, energy.dtype):
+        raise FileError(f"{path}: its energy is of shape {list(then.shape)} and {then.dtype}: it is corrupt")
     same = torch.isclose(energy, then.to(energy.device), rtol=rtol, equal_nan=True)
     if not bool(same.all()):
         place = int((~same).nonzero()[0])

@@ -213,8 +213,8 @@ class SGMCMC(AbstractMCMC):
         check_fingerprint(self._fingerprint(), content["fingerprint"], path)
         load_kernel(self.kernel, content, path)
         done = self.kernel.chains.counts.samples
-        if not draws.exists():
-            raise FileNotFoundError(f"{draws}: the draws that belong to {path} are missing")
+        if not draws.is_file():
+            raise FileNotFoundError(f"{draws}: the draws that belong to {path} are missing, or are no file")
         self._sample(done, resume=max(0, done - self.warmup_steps))
 
     def _setup(self, args: Sequence[Any], kwargs: Mapping[str, Any], find_start: bool = True) -> None:

@@ -11,8 +11,7 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from scipy.stats import rankdata
 from torch import Tensor
 
-from pyro_advbayes.given import check_int, need_dense
-from pyro_advbayes.model.refusals import label_of
+from pyro_advbayes.given import check_int
 
 
 def spaced(values: Tensor, max_elements: int) -> tuple[Tensor, list[tuple[int, ...]]]:
@@ -86,10 +85,6 @@ def function_values(
     """The model's return values at some inputs, ``[chains, draws, *shape]``."""
     from pyro_advbayes.infer.predictive import Predictive
 
-    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    for key, value in given:
-        if isinstance(value, Tensor) and value.is_meta:
-            need_dense(value, f"argument {label_of(model, key)}")
     values = Predictive(model, dict(samples), return_sites=["_RETURN"])(*args, **kwargs)["_RETURN"].detach()
     return values.reshape(num_chains, -1, *values.shape[1:])
 
