@@ -520,6 +520,8 @@ NAMED = [  # the last name of the place is in the message
             (("param_groups", 0, "lr"), -1.0),
         )
     ],
+    *[("SGMCMC", ("kernel", "coldest"), value) for value in (None, {}, {"a": 1.0})],
+    ("SGMCMC", ("energy",), torch.full((2,), HUGE)),
     ("OnlineAPD", ("kernel", "counts"), [-1, 5]),
     ("OnlineAPD", ("kernel", "effective"), True),
     *[
