@@ -6,7 +6,7 @@
 #   make uci               what sampling adds to deep ensembles on UCI sets (PYRO_ADVBAYES_DATA); takes hours
 #   make mutants           breaks the code in known ways, and looks whether the tests notice
 #   make fuzz              10 000 calls of what is public with edge values
-#   make kill-test         kills 100 runs at random moments and resumes them
+#   make kill-test         kills runs at 100 random moments and resumes them
 #   make attack-files      500 damaged files of every kind
 #   make test-matrix       installs with the oldest and newest Python, PyTorch and Pyro, and tests each
 #   make lint              ruff, the layers of the package, types

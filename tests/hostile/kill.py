@@ -214,12 +214,14 @@ def main() -> None:
     torch.set_num_threads(1)
     generator, counts = random.Random(options.seed), Counter()
     start = time.monotonic()
-    for i in range(options.kills):
-        name = list(CASES)[i % len(CASES)]
+    runs = 0
+    while counts["killed"] + counts["killed before a checkpoint"] < options.kills and not counts["lost"]:
+        name = list(CASES)[runs % len(CASES)]
         happened = kill(name, generator)
         counts.update(happened)
+        runs += 1
         print(f"{name}: {', '.join(happened)}", flush=True)
-    print(f"{options.kills} runs of {len(CASES)} kinds in {time.monotonic() - start:.0f} s: {dict(counts)}")
+    print(f"{runs} runs of {len(CASES)} kinds in {time.monotonic() - start:.0f} s: {dict(counts)}")
     sys.exit(bool(counts["lost"]))
 
 

@@ -137,9 +137,9 @@ def _effective(energy: Tensor) -> float:
     return float(effective_size(_thinned(energy).double().unsqueeze(-1)).nan_to_num(1.0))
 
 
-def _thinned(values: Tensor) -> Tensor:
-    """At most 1000 evenly spaced draws of values ``[chains, draws, ...]``, to save memory on a long run."""
-    return values[:, :: -(-values.shape[1] // 1000)]
+def _thinned(values: Tensor, most: int = 1000) -> Tensor:
+    """At most so many evenly spaced draws of values ``[chains, draws, ...]``, to save memory on a long run."""
+    return values[:, :: -(-values.shape[1] // most)]
 
 
 def _drifting(found: dict[str, float]) -> list[str]:
@@ -292,8 +292,9 @@ def _mixing(run: Finished, energy: Tensor, constant: bool) -> list[str]:
     if shrink[worst] > LARGEST_R_HAT:
         findings.append(f"the chains have not mixed: R-hat of {worst} is {shrink[worst]:.3g}: {slow}")
     if not findings and constant:
-        sizes = {name: float(effective_size(normal_scores(v)).nan_to_num(math.inf).min()) for name, v in elements.items()}
-        few = [name for name, v in elements.items() if sizes[name] < min(LEAST_EFFECTIVE, 0.5 * v.shape[:2].numel())]
+        fewer = {name: _thinned(v, DRAWS) for name, v in elements.items()}
+        sizes = {name: float(effective_size(normal_scores(v)).nan_to_num(math.inf).min()) for name, v in fewer.items()}
+        few = [name for name, v in fewer.items() if sizes[name] < min(LEAST_EFFECTIVE, 0.5 * v.shape[:2].numel())]
         if few:
             worst = min(few, key=lambda name: sizes[name])
             findings.append(

@@ -33,7 +33,8 @@ def effective_size(values: Tensor) -> Tensor:
     """
     if values.shape[1] < 4:
         return torch.full(values.shape[2:], math.nan)
-    found = effective_sample_size(values, chain_dim=0, sample_dim=1)
+    together = max(1, 2**18 // values.shape[1] ** 2)  # Pyro's estimate makes a matrix of draws by draws for each column
+    found = torch.cat([effective_sample_size(columns, chain_dim=0, sample_dim=1) for columns in values.split(together, -1)])
     total = values.shape[0] * values.shape[1]
     most = total * math.log10(total)
     return torch.where(found <= 0.0, most, found).clamp_max(most)
