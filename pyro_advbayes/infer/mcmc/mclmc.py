@@ -136,8 +136,8 @@ class MCLMC(SGMCMCKernel):
 
     **Step size.** ``"auto"`` gives each chain the step at which updates without noise change its energy by
     :math:`\overline{\Delta E^2} = d \cdot` ``energy_error``; ``diagnostics()["energy error"]`` has what was reached. The default is
-    0.00025 up to five weights, where it makes the standard deviation along the stiffest direction at most a tenth too large (on Gaussians of
-    condition 1 to 100), and grows with d, since that direction's part in a weight's variance falls: 0.0005 d / 10, at most the 0.1 of
+    0.00025 up to five weights, where it makes the standard deviation along the stiffest direction at most a tenth too large (on Gaussians
+    of condition 1 to 100), and grows with d, since that direction's part in a weight's variance falls: 0.0005 d / 10, at most the 0.1 of
     Sommer et al. The step grows with the sixth root of it.
 
     **Minibatches.** Noise of variance :math:`\sigma_i^2` along direction i of the weights leads to
