@@ -51,7 +51,7 @@ def _of_one_component(constraint: Constraint, dim: int) -> Constraint:
     return constraint
 
 
-# before PyTorch 2.8 a mixture's support is that of its components
+# in PyTorch 2.6 a mixture's support is that of its components
 if hasattr(constraints, "MixtureSameFamilyConstraint"):
     biject_to.register(constraints.MixtureSameFamilyConstraint, _onto_mixture)
     transform_to.register(constraints.MixtureSameFamilyConstraint, _to_mixture)
