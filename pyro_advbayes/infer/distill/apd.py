@@ -24,6 +24,7 @@ from pyro_advbayes.infer.distill.noise import fit_noise
 from pyro_advbayes.infer.distill.stopping import Stopping
 from pyro_advbayes.infer.distill.training import Settings, Training
 from pyro_advbayes.infer.distill.wgan import WGAN
+from pyro_advbayes.infer.mcmc.fingerprint import differ
 from pyro_advbayes.model.potential import Potential
 from pyro_advbayes.storage import files, reference
 from pyro_advbayes.storage.digests import hash_of, tensor_digest
@@ -163,7 +164,7 @@ class APD:
             rows, potential = apd._prepare(samples, args, kwargs)
             fingerprint = _fingerprint(guide, rows, potential)
             for what, here in fingerprint.items():
-                if content["fingerprint"].get(what) != here:
+                if differ(here, content["fingerprint"].get(what)):
                     raise ValueError(f"{path} is of another fit: its {what} is {content['fingerprint'].get(what)}, here it is {here}")
             with files.reading(Path(path)):
                 guide.network.restore(content["training"]["generator"])  # which determines the codes

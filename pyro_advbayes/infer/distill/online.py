@@ -155,7 +155,8 @@ class OnlineAPD:
             files.check_fields(Path(path), content, {**kinds, "training": object, "stopping": object, "generator": object})
             files.check_fields(Path(path), content["kernel"], {"theta": Tensor}, "kernel")
             files.check_fields(Path(path), content["run"], {"num_chains": int}, "run")
-            if content["run"]["num_chains"] != len(content["kernel"]["theta"]):  # before chains are set up
+            theta = content["kernel"]["theta"]
+            if theta.dim() != 2 or content["run"]["num_chains"] != len(theta):  # before chains are set up
                 raise files.FileError(f"{path}: its number of chains is not that of its state: it is corrupt")
             with files.reading(Path(path)):
                 online = cls(guide, kernel, **content["run"], **content["settings"], checkpoint=path, disable_progbar=disable_progbar)

@@ -298,8 +298,8 @@ def _mixing(run: Finished, energy: Tensor, constant: bool) -> list[str]:
         if few:
             worst = min(few, key=lambda name: sizes[name])
             findings.append(
-                f"{worst} has {sizes[worst]:.0f} effective draws in all chains together, which leave its mean uncertain by "
-                f"{sizes[worst] ** -0.5:.2f} posterior standard deviations, and hide what was not visited: {slow}"
+                f"{sizes[worst]:.0f} effective draws of {worst} in all chains together: a mean is uncertain by {sizes[worst] ** -0.5:.2f} "
+                f"posterior standard deviations, and what was not visited does not show: {slow}"
             )
     return findings
 

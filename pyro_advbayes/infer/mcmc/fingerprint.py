@@ -97,13 +97,13 @@ def check_fingerprint(now: dict[str, Any], then: dict[str, Any], path: Path) -> 
     """
     for key in [key for key in now if key not in ("threads", "torch")]:
         here, there = now[key], then.get(key)
-        if _differ(here, there):
+        if differ(here, there):
             if isinstance(here, dict) and isinstance(there, dict):  # name the setting that differs
-                name = next(name for name in (*here, *there) if _differ(here.get(name), there.get(name)))
+                name = next(name for name in (*here, *there) if differ(here.get(name), there.get(name)))
                 key, here, there = f"{key}[{name!r}]", here.get(name), there.get(name)
             raise ValueError(f"{path} is of another run: its {key} is {_shorten(there)}, here it is {_shorten(here)}")
     for key in ("threads", "torch"):
-        if _differ(now[key], then.get(key)):
+        if differ(now[key], then.get(key)):
             warn(
                 f"{path} was written with {key}={_shorten(then.get(key))}, here it is {now[key]}: results may differ in the last bits",
             )
@@ -145,7 +145,8 @@ def load_kernel(kernel: SGMCMCKernel, content: Mapping[str, Any], path: Path) ->
     reference.check(now, content["reference"], path)
 
 
-def _differ(here: Any, there: Any) -> bool:
+def differ(here: Any, there: Any) -> bool:
+    """Whether two entries of a fingerprint differ."""
     try:
         return bool(here != there)
     except RuntimeError:  # a tensor, in a file that somebody changed

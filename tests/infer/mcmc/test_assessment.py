@@ -161,7 +161,7 @@ def test_few_effective_draws_are_warned_of_with_their_number(monkeypatch):
         if expected is None:
             assert text is None
         else:
-            assert f"site 'x' has {effective:.0f} effective draws in all chains together" in text
+            assert f"{effective:.0f} effective draws of site 'x' in all chains together" in text
             assert f"uncertain by {effective**-0.5:.2f} posterior standard deviations" in text and "take more samples" in text
 
 

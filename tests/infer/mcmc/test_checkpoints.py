@@ -399,6 +399,8 @@ SENSELESS = [
             (("stopping",), []),
         )
     ],
+    ("APD", ("fingerprint", "sites", 0, 1, 0), torch.zeros(3, 3)),
+    ("OnlineAPD", ("kernel", "theta"), NAN),
     *[
         ("active learning", place, value)
         for place, value in (
