@@ -108,6 +108,8 @@ def adversarial_detection(clean_probs: Tensor, attacked_probs: Tensor, hit: Tens
     for name, value in (("attacked_probs", attacked_probs), ("hit", hit)):
         if not need_tensor(value, name).numel():
             raise ValueError(f"{name} is {_kind(value)}: a tensor is needed, of one attacked input at least")
+    if attacked_probs.dim() < 2:
+        raise ValueError(f"attacked_probs is {_kind(attacked_probs)}: [draws, M, K] or [M, K] is needed")
     if hit.dtype != torch.bool or hit.shape != attacked_probs.shape[-2:-1]:
         raise ValueError(f"hit is {hit.dtype} {_kind(hit)}: a bool for each of the {attacked_probs.shape[-2]} attacked inputs is needed")
     parts = {"all": torch.ones_like(hit), "hit": hit, "missed": ~hit}

@@ -35,7 +35,7 @@ RESULTS = {
     *("EnsembleStart", "Reliability", "Report", "RetainedAccuracy", "SamplingWarning", "TemperedLikelihoodWarning"),
     *("Prior", "PRESETS", "Attack"),
 }
-FREE_TEXT = {"label", "xlabel", "root", "path", "shared", "exclude", "coords", "dims"}  # whatever is said there has a meaning
+FREE_TEXT = {"label", "xlabel", "root", "path", "checkpoint", "shared", "exclude", "coords", "dims"}  # whatever is said there has a meaning
 
 X, Y = data(6)
 LABELS = Y.long()
