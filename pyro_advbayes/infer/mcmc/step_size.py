@@ -83,7 +83,7 @@ def finish(run: Run, auto: AutoStepSize) -> None:
     if auto.value is None:
         adapt(run, auto)
     else:
-        auto.value = min(auto.value, _hold(run, auto, auto.value, noise_estimate.estimate(run), rest=True, find=False))
+        auto.value = _hold(run, auto, auto.value, noise_estimate.estimate(run), rest=True, find=False)
     auto.directions = {}
     if _target(run, auto) is not None and auto.value is not None:
         run.chains.variables["energy_error"].copy_(energy_error.measure(run, auto.value)[:, None])
@@ -136,6 +136,9 @@ def _hold(run: Run, auto: AutoStepSize, before: float | None, noise: GradientNoi
         first = most if run.rule.bounded_by_curvature else min(most, FIRST_LENGTH * run.potential.size**0.5)
         start = torch.full_like(relative, first) if steps is None else steps
         steps = energy_error.find_steps(run, start, target, most, first=before is None)
+    elif before is not None and bool((steps <= most).all()):  # nothing to change, not even by rounding
+        relative.copy_(steps / before)
+        return before
     log = steps.clamp_max(most).log()
     mean = log[run.chains.alive.to(log.device)].mean()
     relative.copy_((log - mean).exp())
