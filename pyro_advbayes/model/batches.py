@@ -112,9 +112,15 @@ class FullData:
     num_data: int | None = None
     batch_size: int | None = None
 
+    numbers = 0  # in a batch
+
     def next(self) -> Batch:
         """The tensors that differ from step to step: none."""
         return ()
+
+    def many(self, count: int) -> list[Batch]:
+        """What :meth:`next` would give in as many calls."""
+        return [()] * count
 
     def epoch(self) -> Iterator[tuple[Batch, int]]:
         """The whole data set once, as ``(batch, rows)``."""
@@ -149,13 +155,17 @@ class Permutations:
 
     def next(self) -> Tensor:
         """Row indices ``[chains, batch_size]``, or ``[batch_size]`` for one chain."""
-        epoch, start = divmod(self.position * self.batch_size, self.num_data)
-        self.position += 1
-        stop = start + self.batch_size
-        index = self._epoch(epoch)[:, start:stop]
-        if stop > self.num_data:
-            index = torch.cat([index, self._epoch(epoch + 1)[:, : stop - self.num_data]], dim=1)
-        return index[0] if self.num_chains == 1 else index
+        return self.many(1)[0]
+
+    def many(self, count: int) -> Tensor:
+        """What :meth:`next` would give in as many calls, ``[count, chains, batch_size]`` or ``[count, batch_size]``."""
+        first = self.position * self.batch_size
+        last = first + count * self.batch_size
+        self.position += count
+        epochs = range(first // self.num_data, (last - 1) // self.num_data + 1)
+        index = torch.cat([self._epoch(e)[:, max(0, first - e * self.num_data) : last - e * self.num_data] for e in epochs], dim=1)
+        index = index.view(self.num_chains, count, self.batch_size).transpose(0, 1)
+        return index[:, 0] if self.num_chains == 1 else index
 
     def _epoch(self, epoch: int) -> Tensor:
         if epoch not in self._epochs:
@@ -175,10 +185,15 @@ class PlateIndices:
         self.num_data, self.batch_size, self.device = num_data, batch_size, device
         self.per_chain = num_chains > 1
         self._rows = Permutations(num_data, batch_size, num_chains, seed)
+        self.numbers = num_chains * batch_size  # in a batch
 
     def next(self) -> Batch:
         """``(indices,)`` of shape ``[chains, batch_size]``, or ``[batch_size]`` for one chain."""
-        return (self._rows.next().to(self.device),)
+        return self.many(1)[0]
+
+    def many(self, count: int) -> list[Batch]:
+        """What :meth:`next` would give in as many calls."""
+        return [(index,) for index in self._rows.many(count).to(self.device).contiguous()]
 
     def epoch(self) -> Iterator[tuple[Batch, int]]:
         """
@@ -212,12 +227,20 @@ class TensorRows(PlateIndices):
     def __init__(self, tensors: Sequence[Tensor], batch_size: int, num_chains: int, seed: int) -> None:
         super().__init__(len(tensors[0]), batch_size, num_chains, seed, tensors[0].device)
         self.tensors = tuple(tensors)
+        self.numbers *= sum(t[0].numel() for t in tensors)
 
     def next(self) -> Batch:
         """One tensor ``[chains, batch_size, ...]`` per argument, or ``[batch_size, ...]`` for one chain."""
-        (index,) = super().next()
-        flat = index.reshape(-1)
-        return tuple(t.index_select(0, flat).view(index.shape + t.shape[1:]) for t in self.tensors)
+        return self.many(1)[0]
+
+    def many(self, count: int) -> list[Batch]:
+        """What :meth:`next` would give in as many calls."""
+        index = self._rows.many(count).to(self.device)
+        shape = index.shape[1:]
+        # not read at once: products of parts of a tensor, in memory of another alignment, round differently
+        return [
+            tuple(t.index_select(0, rows).view(shape + t.shape[1:]) for t in self.tensors) for rows in index.reshape(count, -1).unbind()
+        ]
 
     def epoch(self) -> Iterator[tuple[Batch, int]]:
         """The whole data set once, in order, as ``(batch, rows)``; the last batch may be shorter."""

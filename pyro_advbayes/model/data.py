@@ -179,6 +179,8 @@ class Data:
         """
         if size == 1:
             return [(chain, self.inputs(batch, chain)) for chain in range(num_chains)]
+        if size >= num_chains:
+            return [(slice(0, num_chains), self.inputs(batch))]
         parts = [slice(start, min(start + size, num_chains)) for start in range(0, num_chains, size)]
         return [(part, self.inputs(batch, part)) for part in parts]
 

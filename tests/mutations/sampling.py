@@ -238,8 +238,8 @@ MUTATIONS = [
         "model/test_batches.py",
         (
             "batches: what is left of an epoch is lost",
-            "self._epoch(epoch + 1)[:, : stop - self.num_data]",
-            "self._epoch(epoch)[:, : stop - self.num_data]",
+            "self._epoch(e)[:, max(0, first - e * self.num_data) : last - e * self.num_data]",
+            "self._epoch(epochs[0])[:, max(0, first - e * self.num_data) : last - e * self.num_data]",
         ),
         ("batches: every epoch in the same order", 'f"{self.seed}/{epoch}"', 'f"{self.seed}/"'),
         ("batches: chains see the same rows", "for _ in range(self.num_chains)]", "for _ in range(1)] * self.num_chains"),

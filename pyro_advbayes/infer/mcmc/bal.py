@@ -225,10 +225,14 @@ class BAL(SGMCMCKernel):
 
     # -------------------------------------------------------------------------------------------------------------- iterating
 
+    def _iterations(self, most: int) -> int:
+        self._iterate("gradient")  # its inputs depend on the weights
+        return 1
+
     def _iterate(self, kind: str) -> None:
         batch = self._next_batch()
         for i in range(self.weights.num_steps):
-            self._update(kind if i == self.weights.num_steps - 1 else "gradient", batch)
+            self._updates.update(self.run, kind if i == self.weights.num_steps - 1 else "gradient", batch)
 
     def _next_batch(self) -> Batch:
         return self._perturbed(super()._next_batch())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_choice, check_int, refuse_unknown
-from pyro_advbayes.infer.mcmc import noise_estimate, restart, temperatures
+from pyro_advbayes.infer.mcmc import noise_estimate, temperatures
 from pyro_advbayes.infer.mcmc import step_size as auto_step
 from pyro_advbayes.infer.mcmc.control_variate import ControlVariate
 from pyro_advbayes.infer.mcmc.noise_estimate import EVALUATIONS, FRESH_EVALUATIONS
@@ -261,7 +261,7 @@ class SGMCMCKernel(MCMCKernel):
         if isinstance(self._step_size, PerChain):
             self._step_size.write(chains.variables["relative_step"])
         anchor = None if self.control_variate is None else ControlVariate(potential, self.control_variate)
-        self._updates = ChunkUpdates(anchor, self._graphs)
+        self._updates = ChunkUpdates(self._step_size if auto is None else auto, anchor, self._graphs)
         updates = warmup_samples * self.updates_per_sample
         self._run = Run(
             potential, self.update_rule, self.temperature, chains, self.gradient, warmup_samples, updates, self.updates_per_batch
@@ -348,8 +348,10 @@ class SGMCMCKernel(MCMCKernel):
             if "moment" in rule.learns:
                 rule.settle(chains.variables, noise_estimate.fresh(run).second_moment, FRESH_EVALUATIONS)
         schedules = (self.step_size, self.temperature)
-        for i in range(self.num_steps_per_sample):
-            self._iterate("both" if i == self.num_steps_per_sample - 1 else "gradient")
+        left = self.num_steps_per_sample - 1
+        while left > 0:
+            left -= self._iterations(left)
+        self._iterate("both")
         while not (self.adapting or keeps_sample(schedules, counts.updates - 1)):
             self._iterate("both")
         counts.samples += 1
@@ -378,34 +380,19 @@ class SGMCMCKernel(MCMCKernel):
         """Further values to keep with a sample, ``[chains, ...]``."""
         return {}
 
+    def _iterations(self, most: int) -> int:
+        """Up to ``most`` steps of a sample, without a report; how many they were."""
+        done = self._updates.updates(self.run, most)
+        if done == 0:
+            self._iterate("gradient")
+        return done or 1
+
     def _iterate(self, kind: str) -> None:
         """One of the ``num_steps_per_sample`` steps of a sample."""
-        self._update(kind, self._next_batch())
+        self._updates.update(self.run, kind, self._next_batch())
 
     def _next_batch(self) -> Batch:
         return self.potential.batches.next()
-
-    def _update(self, kind: str, batch: Batch) -> None:
-        run, chains, adapting = self.run, self.chains, self.adapting
-        if chains.auto is not None:
-            auto_step.adapt(run, chains.auto)
-            if adapting:
-                restart.watch(run)
-        step_size = check_value(self.step_size(self.steps), "step_size", self.steps)
-        temperature = check_value(run.T, "temperature", self.steps)
-        if adapting:
-            noise_estimate.adapt(run)
-        elif chains.restarts.theta is not None:
-            chains.restarts.forget_states()
-        chains.normal.fill(chains.buffer)
-        finite, report = self._updates.step(run, kind, batch, step_size, temperature)
-        if not finite:
-            restart.find_lost(chains, step_size, report.get("energy"), adapting)
-        if chains.some_lost:
-            restart.hold_lost(chains)
-        chains.theta, chains.buffer = chains.buffer, chains.theta
-        chains.counts.updates += 1
-        chains.info.update(step_size=step_size, temperature=temperature, **report)
 
     def gradient(self) -> Tensor:
         """A fresh stochastic gradient where the chains are, ``[chains, size]``."""

@@ -29,6 +29,7 @@ class NormalNoise:
         seed = int(torch.randint(2**31 - 1, ()))
         own = like.device.type == "cpu" and like.dtype == torch.float32 and like.shape[-1] >= LONG
         self._bits = np.random.SFC64(seed) if own else None
+        self._of_torch: Any = torch if like.device.type == "cpu" else torch.get_device_module(like.device)
 
     def fill(self, state: Tensor) -> None:
         """Overwrites a state ``[chains, size]``."""
@@ -37,6 +38,17 @@ class NormalNoise:
             return
         for row in state:
             _fill_row(row, self._bits)
+
+    def mark(self) -> Any:
+        """Where the generator is, for :meth:`rewind`."""
+        return self._of_torch.get_rng_state(), None if self._bits is None else self._bits.state
+
+    def rewind(self, mark: Any) -> None:
+        """Goes back to a :meth:`mark`."""
+        of_torch, bits = mark
+        self._of_torch.set_rng_state(of_torch)
+        if self._bits is not None:
+            self._bits.state = bits
 
     def state(self) -> dict[str, Any] | None:
         """The generator's state for :meth:`load`, as plain values; None for PyTorch's own."""

@@ -39,10 +39,14 @@ def adapt(run: Run) -> None:
     with the gradients of two minibatches. The last factor is there because batches of one epoch do not overlap. A rule with a variable
     ``"noise"`` gets the estimate, which is then made at every update; otherwise at 32 of them.
     """
-    updates, done = run.warmup_updates, run.chains.counts.updates
-    every = 1 if "noise" in run.chains.variables else max(1, int((1.0 - ESTIMATE_FROM) * updates / EVALUATIONS))
-    if done >= ESTIMATE_FROM * updates and done % every == 0:
+    if due(run, run.chains.counts.updates):
         measure(run)
+
+
+def due(run: Run, updates: int) -> bool:
+    """Whether :func:`adapt` measures after so many updates."""
+    every = 1 if "noise" in run.chains.variables else max(1, int((1.0 - ESTIMATE_FROM) * run.warmup_updates / EVALUATIONS))
+    return updates >= ESTIMATE_FROM * run.warmup_updates and updates % every == 0
 
 
 def finish(run: Run) -> None:

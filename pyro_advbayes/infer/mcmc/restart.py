@@ -19,7 +19,7 @@ def watch(run: Run) -> None:
     chain that was thrown out to where U is flat has finite numbers, and would count as converged there.
     """
     chains, potential, T = run.chains, run.potential, run.T
-    if chains.counts.updates % max(1, run.warmup_updates // LOOKS):
+    if not due(run, chains.counts.updates):
         return
     _, energy = potential.evaluate("both", chains.theta, potential.probe_batches[0], T)
     last = chains.restarts
@@ -35,6 +35,11 @@ def watch(run: Run) -> None:
     last.theta[good], last.energy[good] = chains.theta[good], energy[good]
     for name, value in last.variables.items():
         value[good] = chains.variables[name][good]
+
+
+def due(run: Run, updates: int) -> bool:
+    """Whether :func:`watch` looks after so many updates of warm-up."""
+    return updates % max(1, run.warmup_updates // LOOKS) == 0
 
 
 def restart(chains: ChainState, lost: Tensor, into: Tensor) -> Tensor:

@@ -63,19 +63,25 @@ def adapt(run: Run, auto: AutoStepSize) -> None:
     Curvature and energy error are local, and say nothing about a density of straight pieces (a Laplace likelihood), which needs a step
     size of the user's.
     """
-    updates = run.warmup_updates
-    if updates == 0:
+    if run.warmup_updates == 0:
         if auto.value is None:
             noise_estimate.finish(run)
             _measure(run, auto, rest=True)
         return
-    place = run.chains.counts.updates / updates
-    due = auto.measured < len(MEASURE_AT) and place >= MEASURE_AT[auto.measured]
-    while auto.measured < len(MEASURE_AT) and place >= MEASURE_AT[auto.measured]:
-        auto.measured += 1
-    if due or (auto.growing and auto.measured_at + GROWS_AFTER <= place <= GROWS_UNTIL):
-        auto.measured_at = place
+    updates = run.chains.counts.updates
+    if due(run, auto, updates):
+        place = auto.measured_at = updates / run.warmup_updates
+        while auto.measured < len(MEASURE_AT) and place >= MEASURE_AT[auto.measured]:
+            auto.measured += 1
         _measure(run, auto, rest=place >= REST_FROM)
+
+
+def due(run: Run, auto: AutoStepSize, updates: int) -> bool:
+    """Whether :func:`adapt` measures after so many updates of warm-up."""
+    place = updates / run.warmup_updates
+    if auto.measured < len(MEASURE_AT) and place >= MEASURE_AT[auto.measured]:
+        return True
+    return auto.growing and auto.measured_at + GROWS_AFTER <= place <= GROWS_UNTIL
 
 
 def finish(run: Run, auto: AutoStepSize) -> None:
