@@ -261,7 +261,7 @@ class SGMCMCKernel(MCMCKernel):
         if isinstance(self._step_size, PerChain):
             self._step_size.write(chains.variables["relative_step"])
         anchor = None if self.control_variate is None else ControlVariate(potential, self.control_variate)
-        self._updates = ChunkUpdates(self._step_size if auto is None else auto, anchor, self._graphs)
+        self._updates = ChunkUpdates(self._step_size if auto is None else auto, self.num_steps_per_sample - 1, anchor, self._graphs)
         updates = warmup_samples * self.updates_per_sample
         self._run = Run(
             potential, self.update_rule, self.temperature, chains, self.gradient, warmup_samples, updates, self.updates_per_batch

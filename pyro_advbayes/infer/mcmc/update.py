@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +20,22 @@ from pyro_advbayes.infer.mcmc.schedules import Schedule, check_value
 from pyro_advbayes.infer.mcmc.state import Run
 from pyro_advbayes.model.batches import Batch
 from pyro_advbayes.model.loader import Loader
+from pyro_advbayes.tracing.compiled import compile_graph
 from pyro_advbayes.tracing.guard import autocast_state
 
 # Updates in one call. Their minibatches and noise are drawn ahead, and the largest state and minibatches for which that is done are, in
 # numbers, as here: where an update takes a millisecond, Python's tenth of one hardly shows.
 MOST_TOGETHER = 16
+MOST_COMPILED = 8  # compiling takes a second for every two
 LARGEST_STATE, LARGEST_BATCHES = 50_000, 2**20
+
+
+class Ahead(NamedTuple):
+    """What updates in a row need: their minibatches, step sizes and temperatures, and the noise that they overwrite."""
+
+    batches: Sequence[Batch]
+    noises: Sequence[Tensor]
+    settings: Sequence[tuple[float, float]]
 
 
 class ChunkUpdates:
@@ -32,17 +43,21 @@ class ChunkUpdates:
     The updates of one run; keeps a function for every chunk.
 
     :param step_size: of the update's number.
+    :param in_a_row: how many updates of a sample have no report.
     :param anchor: a control variate, or None.
     :param compiled: compiled updates of earlier runs, used again and added to.
+
+    :ivar seconds: how long compiling took.
     """
 
-    def __init__(self, step_size: Schedule, anchor: ControlVariate | None, compiled: dict[Any, Callable]) -> None:
+    def __init__(self, step_size: Schedule, in_a_row: int, anchor: ControlVariate | None, compiled: dict[Any, Callable]) -> None:
         self.step_size, self.anchor, self._compiled = step_size, anchor, compiled
+        # compiled code is for one number of updates: of at most eight, the one that leaves fewest over
+        self._compiled_together = in_a_row // max(1, -(-in_a_row // MOST_COMPILED))
         self._functions: dict[Any, list[Callable]] = {}
         self._scalars: dict[float, Tensor] = {}
         self._buffers: list[Tensor] = []
-
-    # ------------------------------------------------------------------------------------------------------------- one update
+        self.seconds = 0.0
 
     def update(self, run: Run, kind: str, batch: Batch) -> None:
         """
@@ -56,9 +71,9 @@ class ChunkUpdates:
 
     def _move(self, run: Run, kind: str, batch: Batch) -> None:
         chains = run.chains
-        step_size, temperature = self._settings(run, chains.counts.updates)
+        step_size, temperature = settings = self._settings(run, chains.counts.updates)
         chains.normal.fill(chains.buffer)
-        finite, report = self._step(run, kind, batch, step_size, temperature)
+        finite, report = self._call(run, kind, Ahead([batch], [chains.buffer], [settings]))
         if not finite:
             restart.find_lost(chains, step_size, report.get("energy"), run.adapting)
         if chains.some_lost:
@@ -66,36 +81,6 @@ class ChunkUpdates:
         chains.theta, chains.buffer = chains.buffer, chains.theta
         chains.counts.updates += 1
         chains.info.update(step_size=step_size, temperature=temperature, **report)
-
-    def _settings(self, run: Run, updates: int) -> tuple[float, float]:
-        """Step size and temperature after so many updates."""
-        step_size, temperature = self.step_size(updates), run.temperature(updates)
-        return check_value(step_size, "step_size", updates), check_value(temperature, "temperature", updates)
-
-    def _step(self, run: Run, kind: str, batch: Batch, step_size: float, temperature: float) -> tuple[bool, dict[str, Tensor]]:
-        """
-        Writes the next theta of all chains over the noise in ``run.chains.buffer``, and updates their variables.
-
-        :return: whether all of it is finite; and for ``"both"`` ``"energy"`` and ``"gradient_norm"``, ``[chains]``.
-        """
-        chains, due = run.chains, learning(run, run.chains.counts.updates)
-        chunks = run.potential.chunks(len(chains.theta), batch)
-        key = (kind, due, tuple(t.shape for t in chunks[0][1]), *autocast_state())
-        if key not in self._functions:
-            self._functions[key] = [self._function(run, kind, rows, tensors, due) for rows, tensors in chunks]
-        scalars = self._scalar(run, step_size), self._scalar(run, temperature)
-        finite, reports = True, []
-        for (rows, tensors), function in zip(chunks, self._functions[key], strict=True):
-            variables = {name: value[rows] for name, value in chains.variables.items()}
-            *report, total = function(chains.theta[rows], chains.buffer[rows], *scalars, variables, *tensors)
-            finite = finite and math.isfinite(total)
-            reports.append(report)
-        if kind != "both":
-            return finite, {}
-        energy, norm = (torch.cat([report[i].reshape(-1) for report in reports]) for i in (0, 1))
-        return finite, {"energy": energy, "gradient_norm": norm}
-
-    # ----------------------------------------------------------------------------------------------------------- many updates
 
     def updates(self, run: Run, most: int) -> int:
         """
@@ -106,71 +91,91 @@ class ChunkUpdates:
             next.
         :raises RuntimeError: if every chain is lost.
         """
-        chains, batches = run.chains, run.potential.batches
-        most = min(most, MOST_TOGETHER)
-        small = chains.theta.numel() <= LARGEST_STATE and most * getattr(batches, "numbers", 0) <= LARGEST_BATCHES
-        if most == 1 or not small or isinstance(batches, Loader) or chains.some_lost or self.anchor is not None:
-            return 0
-        if run.potential.backend != "graph":
-            return 0
-        count, first = _undisturbed(run, most), chains.counts.updates
+        chains, count = run.chains, self._together(run, most)
         if count < 2:
             return 0
-        settings = [self._settings(run, updates) for updates in range(first, first + count)]
-        ahead, mark = batches.many(count), chains.normal.mark()
+        first, mark, batches = chains.counts.updates, chains.normal.mark(), run.potential.batches.many(count)
         before = {name: value.clone() for name, value in chains.variables.items()}
-        while len(self._buffers) < count:
-            self._buffers.append(torch.empty_like(chains.theta))
-        noises = self._buffers[:count]
-        for noise in noises:
+        self._buffers += [torch.empty_like(chains.theta) for _ in range(count - len(self._buffers))]
+        ahead = Ahead(batches, self._buffers[:count], [self._settings(run, updates) for updates in range(first, first + count)])
+        for noise in ahead.noises:
             chains.normal.fill(noise)
-        if self._steps(run, ahead, noises, settings):
-            chains.theta, self._buffers[count - 1] = noises[-1], chains.theta
+        finite, _ = self._call(run, "gradient", ahead)
+        if finite:
+            chains.theta, self._buffers[count - 1] = ahead.noises[-1], chains.theta
             chains.counts.updates += count
             return count
         chains.normal.rewind(mark)
         for name, value in before.items():
             chains.variables[name].copy_(value)
-        for batch in ahead:
+        for batch in batches:
             self._move(run, "gradient", batch)
         return count
 
-    def _steps(self, run: Run, batches: Sequence[Batch], noises: Sequence[Tensor], settings: Sequence[tuple[float, float]]) -> bool:
-        """Writes the next thetas over the noises; whether the last one is finite, as it is only if all are."""
+    def _together(self, run: Run, most: int) -> int:
+        """How many of the next updates are made in one call."""
+        chains, batches, backend = run.chains, run.potential.batches, run.potential.backend
+        if backend == "handlers" or isinstance(batches, Loader) or chains.some_lost or self.anchor is not None:
+            return 0
+        most = min(most, MOST_TOGETHER)
+        if backend == "compile":
+            # what a rule learns in warm-up would be one more function to compile
+            most = self._compiled_together if most >= self._compiled_together and learning(run, chains.counts.updates) is None else 0
+        if chains.theta.numel() > LARGEST_STATE or most * batches.numbers > LARGEST_BATCHES:
+            return 0
+        count = _undisturbed(run, most)
+        return 0 if backend == "compile" and count < most else count
+
+    def _settings(self, run: Run, updates: int) -> tuple[float, float]:
+        """Step size and temperature after so many updates."""
+        step_size, temperature = self.step_size(updates), run.temperature(updates)
+        return check_value(step_size, "step_size", updates), check_value(temperature, "temperature", updates)
+
+    def _call(self, run: Run, kind: str, ahead: Ahead) -> tuple[bool, dict[str, Tensor]]:
+        """
+        Moves all chains, and writes the last theta over the last noise.
+
+        :return: whether it is finite, as it is only if all before it are; and for ``"both"`` ``"energy"`` and ``"gradient_norm"``,
+            ``[chains]``.
+        """
         chains, due = run.chains, learning(run, run.chains.counts.updates)
-        scalars = [(self._scalar(run, step_size), self._scalar(run, temperature)) for step_size, temperature in settings]
-        each = [run.potential.chunks(len(chains.theta), batch) for batch in batches]
-        key = ("many", due, tuple(t.shape for t in each[0][0][1]), *autocast_state())
+        each = [run.potential.chunks(len(chains.theta), batch) for batch in ahead.batches]
+        together = len(each) if run.potential.backend == "compile" else 1
+        key = (kind, due, together, tuple(t.shape for t in each[0][0][1]), *autocast_state())
         if key not in self._functions:
-            self._functions[key] = [self._many(run, rows, tensors, due) for rows, tensors in each[0]]
-        finite = True
+            self._functions[key] = [self._function(run, kind, rows, tensors, due, together) for rows, tensors in each[0]]
+        settings = [(self._scalar(run, step_size), self._scalar(run, temperature)) for step_size, temperature in ahead.settings]
+        finite, reports = True, []
         for place, function in enumerate(self._functions[key]):
             rows = each[0][place][0]
             variables = {name: value[rows] for name, value in chains.variables.items()}
             tensors = [chunks[place][1] for chunks in each]
-            total = function(chains.theta[rows], [noise[rows] for noise in noises], scalars, variables, tensors)
+            *report, total = function(chains.theta[rows], [noise[rows] for noise in ahead.noises], settings, variables, tensors)
             finite = finite and math.isfinite(total)
-        return finite
+            reports.append(report)
+        if kind != "both":
+            return finite, {}
+        energy, norm = (torch.cat([report[i].reshape(-1) for report in reports]) for i in (0, 1))
+        return finite, {"energy": energy, "gradient_norm": norm}
 
-    def _many(self, run: Run, rows: slice | int, tensors: tuple[Tensor, ...], due: str | None) -> Callable[..., Tensor]:
-        evaluate = run.potential.function("gradient", run.chains.theta[rows], tensors)
-        return many_updates(evaluate, run.rule, due)
-
-    # -------------------------------------------------------------------------------------------------------------- functions
-
-    def _function(self, run: Run, kind: str, rows: slice | int, tensors: tuple[Tensor, ...], due: str | None) -> Callable[..., Any]:
+    def _function(
+        self, run: Run, kind: str, rows: slice | int, tensors: tuple[Tensor, ...], due: str | None, together: int
+    ) -> Callable[..., Any]:
         theta, potential = run.chains.theta[rows], run.potential
         evaluate = potential.function(kind, theta, tensors)
         correction = None if self.anchor is None else self.anchor.correction(rows, tensors)
         update = chunk_update(kind, evaluate, correction, run.rule, due)
         if potential.backend != "compile":
             return update
-        key = (run.rule, evaluate, due, theta.shape)
+        key = (run.rule, evaluate, due, theta.shape, together)
         compiled = None if correction is not None else self._compiled.get(key)
         if compiled is None:
-            variables = {name: value[rows].clone() for name, value in run.chains.variables.items()}
-            scalars = self._scalar(run, 1e-6), self._scalar(run, 1.0)
-            compiled = compile_update(update, (theta.clone(), torch.zeros_like(theta), *scalars, variables, *tensors))
+            start = time.perf_counter()
+            variables = {name: value[rows] for name, value in run.chains.variables.items()}
+            settings = [(self._scalar(run, 1e-6), self._scalar(run, 1.0))] * together
+            held = [getattr(evaluate, node.target) for node in evaluate.graph.nodes if node.op == "get_attr"]
+            compiled = compile_update(update, theta, [torch.zeros_like(theta)] * together, settings, variables, [tensors] * together, held)
+            self.seconds += time.perf_counter() - start
             if compiled is None:
                 potential.backend = "graph"
                 return update
@@ -224,12 +229,14 @@ def _undisturbed(run: Run, most: int) -> int:
     return most
 
 
-def many_updates(evaluate: Callable, rule: Rule, learning: str | None) -> Callable[..., Tensor]:
+def chunk_update(kind: str, evaluate: Callable, correction: Callable | None, rule: Rule, learning: str | None) -> Callable[..., Any]:
     """
     A function of ``(theta, noises, settings, variables, tensors)`` that writes one theta after the other over ``noises``, with step size
-    and temperature from ``settings``, and the minibatches' tensors. It returns a number that is finite if the last theta is.
+    and temperature from ``settings``, and the tensors of a minibatch each. It returns one number, which is finite if the last theta is; for
+    the kind ``"both"``, energy and norm of the gradient before it.
 
-    :param evaluate: from :meth:`Potential.function`, for ``"gradient"``.
+    :param evaluate: from :meth:`Potential.function`, for ``kind``.
+    :param correction: a control variate's, or None.
     """
     call = getattr(evaluate, "forward", evaluate)  # of a graph, without the hooks of a module
 
@@ -239,51 +246,66 @@ def many_updates(evaluate: Callable, rule: Rule, learning: str | None) -> Callab
         settings: Sequence[tuple[Tensor, Tensor]],
         variables: Variables,
         tensors: Sequence[tuple[Tensor, ...]],
-    ) -> Tensor:
-        for noise, (step_size, temperature), inputs in zip(noises, settings, tensors, strict=True):
-            theta = rule.step(theta, call(theta, temperature, *inputs), noise, step_size, temperature, variables, learning)
-        return theta.sum()
-
-    return update
-
-
-def chunk_update(kind: str, evaluate: Callable, correction: Callable | None, rule: Rule, learning: str | None) -> Callable[..., Any]:
-    """
-    A function of ``(theta, noise, step_size, temperature, variables, *tensors)`` that writes the new theta over ``noise``. It returns
-    one number, which is finite if all of theta is; for the kind ``"both"``, energy and norm of the gradient before it.
-
-    :param evaluate: from :meth:`Potential.function`, for ``kind``.
-    :param correction: a control variate's, or None.
-    """
-
-    def update(theta: Tensor, noise: Tensor, step_size: Tensor, temperature: Tensor, variables: Variables, *tensors: Tensor) -> Any:
+    ) -> Any:
         report: tuple[Tensor, ...] = ()
-        if kind == "both":
-            gradient, energy = evaluate(theta, temperature, *tensors)
-            report = (energy, torch.linalg.vector_norm(gradient, dim=-1))
-        else:
-            gradient = evaluate(theta, temperature, *tensors)
-        if correction is not None:
-            gradient = gradient + correction(*tensors)
-        new = rule.step(theta, gradient, noise, step_size, temperature, variables, learning)
-        return *report, new.sum() + report[0].sum() if report else new.sum()
+        for noise, (step_size, temperature), inputs in zip(noises, settings, tensors, strict=True):
+            if kind == "both":
+                gradient, energy = call(theta, temperature, *inputs)
+                report = (energy, torch.linalg.vector_norm(gradient, dim=-1))
+            else:
+                gradient = call(theta, temperature, *inputs)
+            if correction is not None:
+                gradient = gradient + correction(*inputs)
+            theta = rule.step(theta, gradient, noise, step_size, temperature, variables, learning)
+        return *report, theta.sum() + report[0].sum() if report else theta.sum()
 
     return update
 
 
-def compile_update(update: Callable, example: Sequence[Any]) -> Callable | None:
+def compile_update(
+    update: Callable,
+    theta: Tensor,
+    noises: Sequence[Tensor],
+    settings: Sequence[tuple[Tensor, Tensor]],
+    variables: Variables,
+    tensors: Sequence[tuple[Tensor, ...]],
+    held: Sequence[Tensor],
+) -> Callable | None:
     """
-    The update under ``torch.compile``; None, with a warning, where that fails.
+    :func:`chunk_update` as machine code; None, with a warning, where that fails. It writes the last theta over the last noise, and leaves
+    the other noises as they are.
 
-    :param example: arguments to compile it for, which it may overwrite.
+    :param theta: with ``noises``, ``settings``, ``variables`` and ``tensors``, the arguments of ``update`` that it is compiled for; not
+        changed.
+    :param held: tensors in ``update`` whose values may change in place.
     """
-    # PyTorch allows one code object eight compilations: give each update its own
-    update.__code__ = update.__code__.replace()
-    compiled = torch.compile(update, dynamic=False)
+    names, count, width = list(variables), len(noises), len(tensors[0])
+
+    def flat(
+        theta: Tensor,
+        noises: Sequence[Tensor],
+        settings: Sequence[tuple[Tensor, Tensor]],
+        variables: Variables,
+        tensors: Sequence[tuple[Tensor, ...]],
+    ) -> list[Tensor]:
+        pairs = [value for pair in settings for value in pair]
+        return [theta, *noises, *pairs, *variables.values(), *(value for inputs in tensors for value in inputs)]
+
+    def functional(theta: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        own = [noise.clone() for noise in rest[:count]]
+        pairs = list(zip(rest[count : 3 * count : 2], rest[count + 1 : 3 * count : 2], strict=True))
+        values = {name: value.clone() for name, value in zip(names, rest[3 * count : 3 * count + len(names)], strict=True)}
+        inputs = rest[3 * count + len(names) :]
+        results = update(
+            theta, own, pairs, values, [inputs[i : i + width] for i in range(0, count * width, width)] if width else [()] * count
+        )
+        return *results, own[-1], *values.values()
+
+    overwritten = [count, *range(1 + 3 * count, 1 + 3 * count + len(names))]
     try:
-        compiled(*example)
+        run_compiled = compile_graph(functional, flat(theta, noises, settings, variables, tensors), overwritten, held)
     except Exception as error:  # no C++ compiler, or an operation that it does not support: the graph runs all the same
         reason = str(error).strip().splitlines()[0]
-        warn(f"backend='compile' falls back to 'graph', which is slower: torch.compile failed ({reason})")
+        warn(f"backend='compile' falls back to 'graph', which is slower: the compiler failed ({reason})")
         return None
-    return compiled
+    return lambda *arguments: run_compiled(*flat(*arguments))
