@@ -37,6 +37,7 @@ USED = {
     r"_python_dispatch\b": "tracing/record.py",
     r"_should_skip_dynamo\b": "tracing/record.py",
     r'"_op"': "tracing/calls.py",
+    r"torch\._inductor\b": "tracing/compiled.py",
     r"\b_PYRO_STACK\b": "infer/elbo/objective.py",
     r"\._version\b": "tracing/guard.py",
     r"\._buffers\b": "tracing/guard.py",

@@ -43,7 +43,7 @@ class Potential(Energy):
 
     Three backends give the same numbers. ``"handlers"`` runs Pyro's handlers at every evaluation. ``"graph"`` traces them once
     into a flat graph and compares it with ``"handlers"`` on a second state and a second batch; where they differ, or the trace
-    fails, it falls back to ``"handlers"`` with one warning that says why. ``"compile"`` gives that graph to ``torch.compile``.
+    fails, it falls back to ``"handlers"`` with one warning that says why. ``"compile"`` compiles that graph.
 
     :param model: a Pyro model with continuous latent sites.
     :param args: its arguments, or one loader.

@@ -88,17 +88,22 @@ def against_posteriors(watch: Stopwatch) -> list[Result]:
 
 
 def against_blackjax(watch: Stopwatch) -> list[Result]:
-    """Against BlackJAX's SGLD under ``jax.jit``, a step a call; chains by ``jax.vmap``, for large networks also one by one."""
+    """
+    Against BlackJAX's SGLD under ``jax.jit``, a step a call, and all steps in one call by ``jax.lax.scan``; chains by ``jax.vmap``, for
+    large networks also one by one.
+    """
     results = []
     for network, chains, steps in ((SMALL, 1, STEPS), (SMALL, 20, STEPS), (LARGE, 1, 20), (LARGE, 5, 10)):
         few = 2 if watch.quick else steps
         theirs = {"blackjax": partial(blackjax_sgld, network, chains, watch.device, steps=few)}
+        theirs["blackjax, scan"] = partial(theirs["blackjax"], scanned=True)
         if (network, chains) == (LARGE, 5):
             theirs["blackjax, one by one"] = partial(theirs["blackjax"], vmapped=False)
         if network is LARGE:
             wanted = [(own, name, Target("<", 1.0)) for name in theirs for own in ("graph", "compile")]
         else:
             wanted = [("compile", "blackjax", Target("<=", 1.5 if chains == 1 else 0.8)), ("graph", "blackjax", None)]
+            wanted += [("compile", "blackjax, scan", Target("<=", 1.3 if chains == 1 else 0.8)), ("graph", "blackjax, scan", None)]
         results.append(compare(watch, _title(network, chains), {**theirs, **_own(watch, network, chains, steps)}, wanted))
     return results
 

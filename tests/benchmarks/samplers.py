@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -148,10 +149,14 @@ def _posteriors_transform(network: Network, device: torch.device) -> tuple[Any, 
     return transform, data(network.inputs, network.classes, ROWS, device)
 
 
-def blackjax_sgld(network: Network, chains: int, device: torch.device, *, vmapped: bool = True, steps: int = STEPS) -> Contender:
+def blackjax_sgld(
+    network: Network, chains: int, device: torch.device, *, vmapped: bool = True, scanned: bool = False, steps: int = STEPS
+) -> Contender:
     """
     BlackJAX's SGLD, one jitted call a step: the minibatch is gathered and the key split inside it, and the state's memory is given
     back to it. The rows are drawn outside, like everyone's.
+
+    :param scanned: whether one call makes all steps, by ``jax.lax.scan``.
     """
     try:
         import blackjax
@@ -190,14 +195,20 @@ def blackjax_sgld(network: Network, chains: int, device: torch.device, *, vmappe
         states = [(jax.random.split(jax.random.key(0), chains), jax.tree.map(lambda *p: jnp.stack(p), *(start() for _ in range(chains))))]
     else:
         states = [(jax.random.key(chain), start()) for chain in range(chains)]
-    step = jax.jit(step, donate_argnums=(0, 1))
+    one = step
+
+    def scan(key: Any, position: dict[str, Any], indices: Any, x: Any, y: Any) -> tuple[Any, dict[str, Any]]:
+        return jax.lax.scan(lambda state, index: (one(*state, index, x, y), None), (key, position), indices)[0]
+
+    step = jax.jit(scan if scanned else one, donate_argnums=(0, 1))
 
     def run() -> None:
         for place, (key, position) in enumerate(states):
             own = batches if side_by_side else [batches[place]]
-            for _ in range(steps):
-                index = torch.stack([b.next() for b in own]).numpy().astype("int32")
-                key, position = step(key, position, index if side_by_side else index[0], x, y)
+            rows = (torch.stack([b.next() for b in own]).numpy().astype("int32") for _ in range(steps))
+            indices = (index if side_by_side else index[0] for index in rows)
+            for index in [np.stack(list(indices))] if scanned else indices:
+                key, position = step(key, position, index, x, y)
             states[place] = key, position
         jax.block_until_ready(states)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.mutations.mutation import of
 
 WARMUP, ASSESSMENT = "infer/mcmc/test_warmup.py", "infer/mcmc/test_assessment.py"
-ENERGY = "infer/mcmc/test_energy_error.py"
+ENERGY, UPDATE = "infer/mcmc/test_energy_error.py", "infer/mcmc/test_update.py"
 BOUND = f"{WARMUP}::test_each_kernels_bound_is_its_equation"
 COUNTS = f"{WARMUP}::test_noise_counts_from_the_first_update_and_is_held_to_its_share_from_60_percent_on"
 RESTARTS = (
@@ -24,7 +24,19 @@ MUTATIONS = [
     *of(
         "infer/mcmc/update.py",
         FIRST_TENTH,
-        ("V adapts through all of warm-up", "if 2 * counts.samples < run.warmup_samples:", "if run.adapting:"),
+        ("V adapts through all of warm-up", "if 2 * run.chains.counts.samples < run.warmup_samples:", "if run.adapting:"),
+    ),
+    *of(
+        "infer/mcmc/update.py",
+        f"{UPDATE}::test_updates_in_one_call_are_those_of_as_many_calls_in_warm_up_and_after",
+        ("updates in one call: nothing is measured between them", "            return updates - first", "            return most"),
+        ("updates in one call: a rule learns what the first one learns", "or learning(run, updates) != now:", "or False:"),
+    ),
+    *of(
+        "infer/mcmc/update.py",
+        f"{UPDATE}::test_a_chain_that_is_lost_in_the_middle_of_a_call_is_lost_at_the_same_update",
+        ("updates made again: with other noise", "chains.normal.rewind(mark)", "pass"),
+        ("updates made again: from other variables", "chains.variables[name].copy_(value)", "pass"),
     ),
     *of(
         "infer/mcmc/kernel.py",

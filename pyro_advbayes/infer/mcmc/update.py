@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from pyro_advbayes.given import warn
 from pyro_advbayes.infer.mcmc import noise_estimate, restart
@@ -56,7 +56,7 @@ class ChunkUpdates:
         self._compiled_together = in_a_row // max(1, -(-in_a_row // MOST_COMPILED))
         self._functions: dict[Any, list[Callable]] = {}
         self._scalars: dict[float, Tensor] = {}
-        self._buffers: list[Tensor] = []
+        self._noises: list[Tensor] = []
         self.seconds = 0.0
 
     def update(self, run: Run, kind: str, batch: Batch) -> None:
@@ -94,15 +94,17 @@ class ChunkUpdates:
         chains, count = run.chains, self._together(run, most)
         if count < 2:
             return 0
-        first, mark, batches = chains.counts.updates, chains.normal.mark(), run.potential.batches.many(count)
+        source, mark, first = run.potential.batches, chains.normal.mark(), chains.counts.updates
+        assert not isinstance(source, Loader)
+        batches = source.many(count)
         before = {name: value.clone() for name, value in chains.variables.items()}
-        self._buffers += [torch.empty_like(chains.theta) for _ in range(count - len(self._buffers))]
-        ahead = Ahead(batches, self._buffers[:count], [self._settings(run, updates) for updates in range(first, first + count)])
+        self._noises += [torch.empty_like(chains.theta) for _ in range(count - len(self._noises))]
+        ahead = Ahead(batches, self._noises[:count], [self._settings(run, updates) for updates in range(first, first + count)])
         for noise in ahead.noises:
             chains.normal.fill(noise)
         finite, _ = self._call(run, "gradient", ahead)
         if finite:
-            chains.theta, self._buffers[count - 1] = ahead.noises[-1], chains.theta
+            chains.theta, self._noises[count - 1] = ahead.noises[-1], chains.theta
             chains.counts.updates += count
             return count
         chains.normal.rewind(mark)
@@ -117,12 +119,12 @@ class ChunkUpdates:
         chains, batches, backend = run.chains, run.potential.batches, run.potential.backend
         if backend == "handlers" or isinstance(batches, Loader) or chains.some_lost or self.anchor is not None:
             return 0
-        most = min(most, MOST_TOGETHER)
+        if chains.theta.numel() > LARGEST_STATE:
+            return 0
+        most = min(most, MOST_TOGETHER, LARGEST_BATCHES // max(1, batches.numbers))
         if backend == "compile":
             # what a rule learns in warm-up would be one more function to compile
             most = self._compiled_together if most >= self._compiled_together and learning(run, chains.counts.updates) is None else 0
-        if chains.theta.numel() > LARGEST_STATE or most * batches.numbers > LARGEST_BATCHES:
-            return 0
         count = _undisturbed(run, most)
         return 0 if backend == "compile" and count < most else count
 
@@ -173,7 +175,8 @@ class ChunkUpdates:
             start = time.perf_counter()
             variables = {name: value[rows] for name, value in run.chains.variables.items()}
             settings = [(self._scalar(run, 1e-6), self._scalar(run, 1.0))] * together
-            held = [getattr(evaluate, node.target) for node in evaluate.graph.nodes if node.op == "get_attr"]
+            graph = cast(fx.GraphModule, evaluate)
+            held = [getattr(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"]
             compiled = compile_update(update, theta, [torch.zeros_like(theta)] * together, settings, variables, [tensors] * together, held)
             self.seconds += time.perf_counter() - start
             if compiled is None:
@@ -296,9 +299,7 @@ def compile_update(
         pairs = list(zip(rest[count : 3 * count : 2], rest[count + 1 : 3 * count : 2], strict=True))
         values = {name: value.clone() for name, value in zip(names, rest[3 * count : 3 * count + len(names)], strict=True)}
         inputs = rest[3 * count + len(names) :]
-        results = update(
-            theta, own, pairs, values, [inputs[i : i + width] for i in range(0, count * width, width)] if width else [()] * count
-        )
+        results = update(theta, own, pairs, values, [inputs[i * width : (i + 1) * width] for i in range(count)])
         return *results, own[-1], *values.values()
 
     overwritten = [count, *range(1 + 3 * count, 1 + 3 * count + len(names))]
