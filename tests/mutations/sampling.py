@@ -163,7 +163,7 @@ MUTATIONS = [
     *of(
         "infer/mcmc/update.py",
         "infer/mcmc/test_control_variate.py::test_at_the_anchor_an_update_follows_the_full_gradient_of_its_temperature",
-        ("update: the correction's sign", "gradient = gradient + correction(*tensors)", "gradient = gradient - correction(*tensors)"),
+        ("update: the correction's sign", "gradient = gradient + correction(*inputs)", "gradient = gradient - correction(*inputs)"),
     ),
     *of(
         "infer/mcmc/update.py",
@@ -243,7 +243,7 @@ MUTATIONS = [
         ),
         ("batches: every epoch in the same order", 'f"{self.seed}/{epoch}"', 'f"{self.seed}/"'),
         ("batches: chains see the same rows", "for _ in range(self.num_chains)]", "for _ in range(1)] * self.num_chains"),
-        ("batches: rows of two tensors come apart", "t.index_select(0, flat)", "t.index_select(0, flat.roll(t.dim()))"),
+        ("batches: rows of two tensors come apart", "t.index_select(0, rows)", "t.index_select(0, rows.roll(t.dim()))"),
     ),
     *of(
         "infer/mcmc/noise_estimate.py",
