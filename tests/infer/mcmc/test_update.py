@@ -72,10 +72,11 @@ KERNELS = {
 @pytest.mark.parametrize("batch_size", [None, 7])
 def test_updates_in_one_call_are_those_of_as_many_calls_in_warm_up_and_after(name, batch_size, monkeypatch):
     make = lambda: KERNELS[name](regression, batch_size=batch_size, num_steps_per_sample=12)  # noqa: E731
-    one, many = run(make(), monkeypatch, 1), run(make(), monkeypatch, 16)
+    # of 408 updates of warm-up, a rule learns something else from the 286th on, which is in the middle of a call
+    one, many = (run(make(), monkeypatch, together, warmup=34, samples=4) for together in (1, 16))
     assert_same(many, one)
     assert set(one[4]) == {1} and max(many[4]) == 11, "a sample of twelve updates has eleven without a report"
-    assert sum(many[4]) == sum(one[4]) == 20 * 12
+    assert sum(many[4]) == sum(one[4]) == 38 * 12
 
 
 @pytest.mark.parametrize(
@@ -103,22 +104,16 @@ def test_a_plate_that_subsamples_is_as_in_single_calls(monkeypatch):
     assert max(many[4]) == 8
 
 
-@pytest.mark.parametrize("step_size, warmup, steepness", [("auto", 20, 6.0), (1e-3, 0, 1.0)])
-def test_a_chain_that_is_lost_in_the_middle_of_a_call_is_lost_at_the_same_update(step_size, warmup, steepness, monkeypatch):
+@pytest.mark.parametrize("kernel_type, step_size", [(ab.SGLD, 1e-3), (ab.SGHMC, 1e-4)])
+def test_a_chain_that_is_lost_in_the_middle_of_a_call_is_lost_at_the_same_update(kernel_type, step_size, monkeypatch):
     torch.manual_seed(0)
     x = torch.randn(40, 3)
-    y = torch.poisson((steepness * x @ torch.tensor([1.5, -1.0, 0.5])).exp().clamp(max=1e6))
-    kernels = [(ab.SGHMC if step_size == "auto" else ab.SGLD)(counts, step_size, batch_size=8, num_steps_per_sample=12) for _ in range(2)]
-    many, one = (
-        run(kernel, monkeypatch, together, (x, y), warmup=warmup, chains=6) for kernel, together in zip(kernels, (16, 1), strict=True)
-    )
+    y = torch.poisson((x @ torch.tensor([1.5, -1.0, 0.5])).exp())
+    kernels = [kernel_type(counts, step_size, batch_size=8, num_steps_per_sample=12) for _ in range(2)]
+    many, one = (run(kernel, monkeypatch, most, (x, y), warmup=0, chains=6) for kernel, most in zip(kernels, (16, 1), strict=True))
     assert_same(many, one)
     assert torch.equal(kernels[0].alive, kernels[1].alive) and torch.equal(kernels[0].theta, kernels[1].theta)
-    assert max(many[4]) == 11
-    if step_size == "auto":
-        assert sum(many[2]["restarts"].values() if isinstance(many[2]["restarts"], dict) else many[2]["restarts"]) > 0
-    else:
-        assert 0 < int((~kernels[0].alive).sum()) < 6
+    assert max(many[4]) == 11 and 0 < int((~kernels[0].alive).sum()) < 6
 
 
 def test_no_state_is_too_large_and_no_minibatch_too_long_for_memory(monkeypatch):
