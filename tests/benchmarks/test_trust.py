@@ -9,10 +9,11 @@ from functools import partial
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 
-from tests.benchmarks import temperature, trust
-from tests.benchmarks.trust_cases import CASES
-from tests.benchmarks.trust_references import Quadrature, gaussian_moments, log_grid
+from tests.benchmarks import course_cases, temperature, trust
+from tests.benchmarks.trust import CASES
+from tests.benchmarks.trust_references import Moments, Quadrature, gaussian_moments, log_grid, unknown_noise
 from tests.benchmarks.trust_verdict import VERDICTS, find, verdict
 
 MOMENTS = {
@@ -103,3 +104,47 @@ def test_temperature_is_compared_along_axes_with_its_prediction(tmp_path, monkey
     assert row["predicted"][0] == pytest.approx(row["T_eff"], rel=0.02) and row["predicted"] == sorted(row["predicted"])
     assert row["predicted"][-1] <= 1.1 * row["T_eff"] + 1e-3
     assert "| SGLD | 2 | auto |" in out.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("name", course_cases.TARGETS)
+def test_a_density_by_hand_is_that_of_the_model_as_a_beginner_writes_it(name):
+    """Up to a constant, with the Jacobian of every constrained site."""
+    pytest.importorskip("jax")
+    target, problem = course_cases.TARGETS[name](), CASES[name].make(0)
+    torch.manual_seed(0)
+    points = torch.tensor(target.start) + 0.3 * torch.randn(4, len(target.start))
+    ours, theirs = [], []
+    for point in points:
+        row = point.clone().requires_grad_()
+        values = {site: value[0, 0] for site, value in target.sites(row.expand(1, 1, -1)).items()}
+        flat = torch.cat([value.reshape(-1) for value in values.values()])
+        jacobian = torch.stack([torch.autograd.grad(value, row, retain_graph=True)[0] for value in flat])
+        log_joint = poutine.trace(poutine.condition(problem.model, data=values)).get_trace(*problem.args).log_prob_sum()
+        ours.append(float(log_joint.detach()) + float(torch.linalg.slogdet(jacobian).logabsdet))
+        theirs.append(float(target.log_density(point.numpy())))
+    for one, other in zip(ours[1:], theirs[1:], strict=True):
+        assert one - ours[0] == pytest.approx(other - theirs[0], rel=2e-4, abs=2e-2)
+
+
+def test_moments_on_a_grid_and_of_one_unknown_noise_scale_are_those_of_long_runs_by_hand():
+    """Importance sampling from the prior, which shares nothing with the quadratures."""
+    torch.manual_seed(0)
+    problem = CASES["course bioassay"].make(0)
+    alpha, beta = 2.0 * torch.randn(2_000_000), 10.0 * torch.randn(2_000_000)
+    dose, deaths = problem.args
+    weight = sum(dist.Binomial(5, logits=alpha + beta * x).log_prob(d) for x, d in zip(dose, deaths, strict=True)).softmax(0)
+    x, y = torch.randn(6, 1), torch.randn(6)
+    w, sigma = torch.randn(2_000_000), 2.0 * torch.randn(2_000_000).abs()
+    both = dist.Normal(w.unsqueeze(-1) * x.squeeze(-1), sigma.unsqueeze(-1)).log_prob(y).sum(-1).softmax(0)
+    known = unknown_noise(x, y, 1.0, dist.HalfNormal(2.0), log_grid(0.05, 30.0, 1500))
+    line = known.linear(torch.ones(1, 1, 1).double())
+    for moments, values, law in (
+        (problem.moments["alpha"], alpha, weight),
+        (problem.moments["beta"], beta, weight),
+        (Moments(*(part.squeeze() for part in line[:3])), w, both),
+        (known.scale(log_grid(0.05, 30.0, 1500)), sigma, both),
+    ):
+        mean = law @ values
+        sd = (law @ (values - mean).square()).sqrt()
+        assert float(moments.mean) == pytest.approx(float(mean), abs=0.02 * float(sd))
+        assert float(moments.sd) == pytest.approx(float(sd), rel=0.02)

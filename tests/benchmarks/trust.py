@@ -44,8 +44,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `models` and `tests` are not installed
 
 import pyro_advbayes as ab
+from tests.benchmarks import course_cases, trust_cases
 from tests.benchmarks.measure import machine
-from tests.benchmarks.trust_cases import CASES, FIXED, Case, Problem
+from tests.benchmarks.trust_cases import Case, Problem
 from tests.benchmarks.trust_references import run_nuts
 from tests.benchmarks.trust_table import write_table
 from tests.benchmarks.trust_verdict import Findings, find, verdict
@@ -57,6 +58,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "SGHMC-adaptive": partial(ab.SGHMC, adaptive=True),
     "MCLMC": ab.MCLMC,
 }
+CASES = {**trust_cases.CASES, **course_cases.CASES}
 NUM_SAMPLES, WARMUP_STEPS, UPDATES = 1000, 1000, 10  # 20 000 updates
 RESULTS = Path(__file__).parent / "results" / "trust.jsonl"
 
@@ -120,8 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     options = _parse(arguments)
     if options.references:
-        for key, make in FIXED.items():
-            run_nuts(key, key.split()[0], *make()[1])
+        for key, make in {**trust_cases.TARGETS, **course_cases.TARGETS}.items():
+            run_nuts(key, make)
         return
     if not options.table:
         cases = [name for name in CASES if not options.only or any(re.search(pattern, name) for pattern in options.only)]

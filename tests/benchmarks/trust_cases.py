@@ -20,7 +20,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from models.linear_regression import LinearRegression
 from models.logistic_regression import LogisticRegression
 from pyro_advbayes.nn import bayesianize
-from tests.benchmarks.trust_references import Moments, Quadrature, gaussian_moments, log_grid, nuts_moments
+from tests.benchmarks.trust_references import (
+    Moments,
+    Quadrature,
+    Target,
+    gaussian_moments,
+    linear_predictor_target,
+    log_grid,
+    nuts_moments,
+    unknown_noise,
+)
 
 
 @dataclass(frozen=True)
@@ -96,9 +105,7 @@ def collinear(seed: int) -> Problem:
             pyro.sample("obs", dist.Normal(x @ weight + bias, sigma), obs=y)
 
     sigma = log_grid(0.2, 2.0, 800)
-    design = torch.cat([x, torch.ones(100, 1)], -1).double() / sigma.reshape(-1, 1, 1)
-    log_weight = dist.HalfNormal(100.0).log_prob(sigma) + sigma.log() - 100 * sigma.log()
-    known = Quadrature(design, y.double() / sigma.unsqueeze(-1), torch.full((6,), 1e-6, dtype=torch.float64), log_weight)
+    known = unknown_noise(torch.cat([x, torch.ones(100, 1)], -1), y, 1000.0, dist.HalfNormal(100.0), sigma)
     weights = known.linear(torch.eye(6, dtype=torch.float64).unsqueeze(0))
     moments = {
         "weight": Moments(*(part[:5] for part in weights[:3])),
@@ -161,6 +168,13 @@ FIXED = {  # the data sets that NUTS has to run on
     "poisson 100x3": partial(poisson_data, 100, 3),
     "poisson 100x10": partial(poisson_data, 100, 10),
 }
+
+
+def _target(key: str) -> Target:
+    return linear_predictor_target(key.split()[0], *FIXED[key]()[1])
+
+
+TARGETS = {key: partial(_target, key) for key in FIXED}
 
 
 def against_nuts(key: str, seed: int) -> Problem:

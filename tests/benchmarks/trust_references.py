@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
+from torch.distributions import Distribution
 
 NUTS_FILE = Path(__file__).parent / "results" / "trust_references.json"
 NUTS_SETTINGS = {"sampler": "BlackJAX NUTS", "chains": 4, "num_samples": 3000, "warmup_steps": 500, "dense_mass": True, "seed": 0}
@@ -71,6 +72,21 @@ class Quadrature:
         return Moments(mean, variance.sqrt(), self.weight @ (values - mean).pow(4) / variance.square())
 
 
+def unknown_noise(design: Tensor, y: Tensor, prior_sd: Tensor | float, noise: Distribution, sigma: Tensor) -> Quadrature:
+    """
+    A linear model with one unknown noise scale.
+
+    :param design: ``[N, P]``.
+    :param prior_sd: of the coefficients, each ~ Normal(0, prior_sd); a number or ``[P]``.
+    :param noise: prior of the noise scale.
+    :param sigma: a grid of it, evenly spaced in the logarithm.
+    """
+    rows = design.double() / sigma.reshape(-1, 1, 1)
+    log_weight = noise.log_prob(sigma) + (1 - len(y)) * sigma.log()
+    precision = torch.as_tensor(prior_sd, dtype=torch.float64).expand(design.shape[1]) ** -2
+    return Quadrature(rows, y.double() / sigma.unsqueeze(-1), precision, log_weight)
+
+
 def log_grid(low: float, high: float, points: int) -> Tensor:
     """Evenly spaced in the logarithm, whose Jacobian is then the value itself; float64."""
     return torch.logspace(math.log10(low), math.log10(high), points, dtype=torch.float64)
@@ -95,28 +111,26 @@ def nuts_moments(key: str) -> dict[str, Moments]:
     }
 
 
-def run_nuts(key: str, likelihood: str, x: Tensor, y: Tensor) -> None:
+class Target(NamedTuple):
     """
-    Runs NUTS on a generalised linear model with weights and bias ~ Normal(0, 1), and keeps its moments, unless they are there with the
-    same settings.
+    A posterior density on :math:`R^d`, written out by hand in JAX: not by the models under test.
+
+    :ivar log_density: unnormalised, of a point ``[d]``.
+    :ivar start: where chains start, ``[d]``, give or take 0.1.
+    :ivar sites: from draws ``[chains, draws, d]`` to those of a model's sites, ``[chains, draws, *site]``.
+    """
+
+    log_density: Callable[[Any], Any]
+    start: Sequence[float]
+    sites: Callable[[Tensor], dict[str, Tensor]]
+
+
+def linear_predictor_target(likelihood: str, x: Tensor, y: Tensor) -> Target:
+    """
+    A generalised linear model with weights and bias ~ Normal(0, 1).
 
     :param likelihood: ``"logistic"`` or ``"poisson"``.
     """
-    kept = json.loads(NUTS_FILE.read_text()) if NUTS_FILE.exists() else {}
-    if key in kept and kept[key]["settings"] == NUTS_SETTINGS:
-        return
-    draws = _nuts_draws(likelihood, x, y)
-    found = _summary({"net.weight": draws[..., None, :-1], "net.bias": draws[..., -1:]})
-    if found["ess"] < 4000:
-        raise RuntimeError(f"{key}: an effective sample size of {found['ess']} is too small for a reference (4000)")
-    kept[key] = {"settings": NUTS_SETTINGS, **found}
-    NUTS_FILE.write_text(json.dumps(kept, indent=1) + "\n")
-    print(f"{key}: R-hat {found['r_hat']:.4f}, ESS {found['ess']}", flush=True)
-
-
-def _nuts_draws(likelihood: str, x: Tensor, y: Tensor) -> Tensor:
-    """Weights and bias ``[chains, draws, D + 1]``, by BlackJAX from a density written out here: not by the models under test."""
-    import blackjax
     import jax
     import jax.numpy as jnp
 
@@ -127,12 +141,39 @@ def _nuts_draws(likelihood: str, x: Tensor, y: Tensor) -> Tensor:
         rows = labels * f - (jnp.exp(f) if likelihood == "poisson" else jax.nn.softplus(f))
         return rows.sum() - 0.5 * theta @ theta
 
+    return Target(log_density, [0.0] * design.shape[1], lambda draws: {"net.weight": draws[..., None, :-1], "net.bias": draws[..., -1:]})
+
+
+def run_nuts(key: str, make: Callable[[], Target]) -> None:
+    """
+    Runs NUTS, and keeps its moments, unless they are there with the same settings.
+
+    :raises RuntimeError: if the effective sample size is below 4000.
+    """
+    kept = json.loads(NUTS_FILE.read_text()) if NUTS_FILE.exists() else {}
+    if key in kept and kept[key]["settings"] == NUTS_SETTINGS:
+        return
+    target = make()
+    found = _summary(target.sites(_nuts_draws(target)))
+    if found["ess"] < 4000:
+        raise RuntimeError(f"{key}: an effective sample size of {found['ess']} is too small for a reference (4000)")
+    kept[key] = {"settings": NUTS_SETTINGS, **found}
+    NUTS_FILE.write_text(json.dumps(kept, indent=1) + "\n")
+    print(f"{key}: R-hat {found['r_hat']:.4f}, ESS {found['ess']}", flush=True)
+
+
+def _nuts_draws(target: Target) -> Tensor:
+    """Draws ``[chains, draws, d]``, by BlackJAX."""
+    import blackjax
+    import jax
+    import jax.numpy as jnp
+
     def chain(key: Any) -> Any:
         begin, warmup, sampling = jax.random.split(key, 3)
-        adaptation = blackjax.window_adaptation(blackjax.nuts, log_density, is_mass_matrix_diagonal=False)
-        start = 0.1 * jax.random.normal(begin, (design.shape[1],))
+        adaptation = blackjax.window_adaptation(blackjax.nuts, target.log_density, is_mass_matrix_diagonal=False)
+        start = jnp.asarray(target.start) + 0.1 * jax.random.normal(begin, (len(target.start),))
         (state, parameters), _ = adaptation.run(warmup, start, num_steps=NUTS_SETTINGS["warmup_steps"])
-        step = blackjax.nuts(log_density, **parameters).step
+        step = blackjax.nuts(target.log_density, **parameters).step
 
         def body(state: Any, key: Any) -> Any:
             state, _ = step(key, state)
