@@ -11,6 +11,7 @@ Attacks on classifiers and posteriors, one file each over one base; :func:`evalu
 from pyro_advbayes.attacks.apgd import APGD
 from pyro_advbayes.attacks.base import Attack
 from pyro_advbayes.attacks.carlini_wagner import CarliniWagner, OneStepCarliniWagner
+from pyro_advbayes.attacks.distribution import AdversarialDistribution
 from pyro_advbayes.attacks.evaluate import Report, evaluate
 from pyro_advbayes.attacks.feature import FeatureAttack
 from pyro_advbayes.attacks.fgsm import FGSM
@@ -29,6 +30,7 @@ __all__ = [
     "MIM",
     "PGD",
     "WRM",
+    "AdversarialDistribution",
     "Attack",
     "CarliniWagner",
     "FeatureAttack",

@@ -20,6 +20,7 @@ from pyro_advbayes.kinds import BATCH_NORMS, INSTANCE_NORMS
 from pyro_advbayes.model.refusals import naming
 
 Allowed = TypeVar("Allowed", bound=Region)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,14 +75,24 @@ class Attack(ABC, Generic[Allowed]):
         :return: attacked inputs, detached, of the shape of ``x``.
         :raises ValueError: if inputs or labels are anything else, or the classifier gives NaN or no logits ``[N, K]``.
         """
+        return torch.cat(self.in_batches(self._perturb, classifier, x, y))
+
+    def in_batches(
+        self, work: Callable[[Problem, Tensor], Result], classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor
+    ) -> list[Result]:
+        """
+        What ``work`` gives for the problem and the inputs of each batch, once the arguments of a call are checked.
+
+        :raises ValueError: as for a call.
+        """
         x, y = self.check(classifier, x, y)
         size = self.batch_size or len(x)
         parts = []
         for inputs, labels in zip(x.split(size), y.split(size), strict=True):
             problem = ClassifierProblem(classifier, labels, self.loss, self.objective, self.targeted, self.eot)
             with naming(lambda values: classifier(values["x"]), {"x": inputs}):
-                parts.append(self._perturb(problem, inputs))
-        return torch.cat(parts)
+                parts.append(work(problem, inputs))
+        return parts
 
     @final
     def on_loss(self, loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from pyro_advbayes.attacks import (
     MIM,
     PGD,
     WRM,
+    AdversarialDistribution,
     CarliniWagner,
     FeatureAttack,
     OneStepCarliniWagner,
@@ -45,6 +46,7 @@ QUICK = [
     WRM(1.3, 3),
     CarliniWagner(4, 0.2),
     OneStepCarliniWagner(),
+    AdversarialDistribution(EPS, 3, 2),
 ]
 
 
@@ -123,7 +125,7 @@ def test_attacks_in_batches_are_those_of_all_inputs_together(attack, objective):
     torch.testing.assert_close(replace(attack, objective=objective, batch_size=4)(classifier, x, y), whole)
 
 
-@named([Uniform(EPS), FGSM(EPS), IFGSM(EPS, 3), MIM(EPS, 3), PGD(EPS, 3), APGD(EPS, 3), WRM(1.3, 3)])
+@named([Uniform(EPS), FGSM(EPS), IFGSM(EPS, 3), MIM(EPS, 3), PGD(EPS, 3), APGD(EPS, 3), WRM(1.3, 3), AdversarialDistribution(EPS, 3)])
 def test_an_attack_on_a_loss_is_the_attack_on_the_classifier_with_that_loss(attack):
     _, (network,) = posterior(1)
     x, y = examples()
@@ -147,7 +149,7 @@ def test_inputs_may_be_single_numbers(attack):
         assert (attacked[:2] > x[:2]).all() and attacked[2] < x[2]
 
 
-@named([PGD(EPS, 3), Uniform(EPS, tries=3), APGD(EPS, 5), Square(EPS, 5)])
+@named([PGD(EPS, 3), Uniform(EPS, tries=3), APGD(EPS, 5), Square(EPS, 5), AdversarialDistribution(EPS, 3)])
 def test_random_attacks_follow_the_seed(attack):
     classifier, _ = posterior(3)
     x, y = examples()
@@ -158,7 +160,18 @@ def test_random_attacks_follow_the_seed(attack):
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
-@named([IFGSM(0.5), MIM(0.5, 20), PGD(0.3), PGD(3.0, norm="l2"), APGD(0.5, 50), CarliniWagner(100, 0.1), Square(0.5, 500)])
+@named(
+    [
+        IFGSM(0.5),
+        MIM(0.5, 20),
+        PGD(0.3),
+        PGD(3.0, norm="l2"),
+        APGD(0.5, 50),
+        CarliniWagner(100, 0.1),
+        Square(0.5, 500),
+        AdversarialDistribution(0.5),
+    ]
+)
 def test_targeted_attacks_reach_their_targets(attack):
     net = digits_network()
     x, y = digits_examples(60)
@@ -168,7 +181,19 @@ def test_targeted_attacks_reach_their_targets(attack):
     assert (net(x).argmax(-1) == targets).double().mean() < 0.05
 
 
-@named([FGSM(EPS), IFGSM(EPS), MIM(EPS), PGD(EPS), APGD(EPS, 30), APGD(EPS, 30, loss="dlr"), Square(EPS, 300), WRM(1.0)])
+@named(
+    [
+        FGSM(EPS),
+        IFGSM(EPS),
+        MIM(EPS),
+        PGD(EPS),
+        APGD(EPS, 30),
+        APGD(EPS, 30, loss="dlr"),
+        Square(EPS, 300),
+        WRM(1.0),
+        AdversarialDistribution(EPS),
+    ]
+)
 @pytest.mark.parametrize("objective", ["mean_loss", "loss_of_mean"])
 def test_attacks_on_a_posterior_do_more_than_noise_of_their_size(attack, objective):
     """A posterior of the trained network's weights with some noise on them."""

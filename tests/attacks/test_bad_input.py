@@ -13,6 +13,7 @@ from pyro_advbayes.attacks import (
     MIM,
     PGD,
     WRM,
+    AdversarialDistribution,
     CarliniWagner,
     FeatureAttack,
     GuideClassifier,
@@ -24,7 +25,7 @@ from pyro_advbayes.attacks import (
 from tests.attacks.posteriors import examples, posterior
 
 
-@pytest.mark.parametrize("kind", [Uniform, FGSM, IFGSM, MIM, PGD, APGD, Square])
+@pytest.mark.parametrize("kind", [Uniform, FGSM, IFGSM, MIM, PGD, APGD, Square, AdversarialDistribution])
 @pytest.mark.parametrize("eps", [0, -0.1, float("inf"), float("nan"), "0.1", True])
 def test_a_radius_that_is_no_positive_number_is_refused(kind, eps):
     with pytest.raises(ValueError, match=r"eps=.*finite number > 0"):
@@ -47,6 +48,12 @@ def test_a_radius_that_is_no_positive_number_is_refused(kind, eps):
         (lambda: IFGSM(0.1, step_size=-1.0), r"step_size=-1.0"),
         (lambda: MIM(0.1, decay=0.0), r"decay=0.0"),
         (lambda: WRM(0.0), r"strength=0.0"),
+        (lambda: AdversarialDistribution(0.1, steps=0), r"steps=0: an int >= 1"),
+        (lambda: AdversarialDistribution(0.1, num_samples=0), r"num_samples=0: an int >= 1"),
+        (lambda: AdversarialDistribution(0.1, step_size=0.0), r"step_size=0.0: a finite number > 0"),
+        (lambda: AdversarialDistribution(0.1, init_scale=0.0), r"init_scale=0.0: a finite number > 0"),
+        (lambda: AdversarialDistribution(0.1, entropy_weight=-0.1), r"entropy_weight=-0.1: a finite number >= 0"),
+        (lambda: AdversarialDistribution(0.1, norm="l2"), r"norm='l2': tanh fills the ball of the maximum norm only: leave norm='linf'"),
         (lambda: Square(0.1, share=0.0), r"share=0.0"),
         (lambda: Uniform(0.1, tries=0), r"tries=0"),
         (lambda: CarliniWagner(confidence=-1.0), r"confidence=-1.0"),
@@ -82,7 +89,15 @@ def badly_drawn():
     return classifier
 
 
-@pytest.mark.parametrize("call", [lambda *a: FGSM(0.1)(*a), lambda *a: Uniform(0.1)(*a), lambda *a: evaluate(*a, [FGSM(0.1)])])
+CALLS = [
+    lambda *a: FGSM(0.1)(*a),
+    lambda *a: Uniform(0.1)(*a),
+    lambda *a: evaluate(*a, [FGSM(0.1)]),
+    lambda *a: AdversarialDistribution(0.1).fit(*a),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(
     ("classifier", "x", "y", "message"),
     [
@@ -174,7 +189,15 @@ def test_layers_that_are_not_there_or_give_no_features_are_refused():
         FeatureAttack(0.1, "net.1", towards=x[:1])(classifier, x, y)
 
 
-WITH_GRADIENTS = (FGSM(0.1), PGD(0.1), APGD(0.1, loss="dlr"), CarliniWagner(), OneStepCarliniWagner(), FeatureAttack(0.1, "net.1"))
+WITH_GRADIENTS = (
+    FGSM(0.1),
+    PGD(0.1),
+    APGD(0.1, loss="dlr"),
+    CarliniWagner(),
+    OneStepCarliniWagner(),
+    FeatureAttack(0.1, "net.1"),
+    AdversarialDistribution(0.1),
+)
 
 
 @pytest.mark.parametrize("attack", [*WITH_GRADIENTS, Square(0.1)], ids=str)

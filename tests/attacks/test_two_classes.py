@@ -10,7 +10,7 @@ import torch
 import pyro_advbayes as ab
 from models.logistic_regression import LogisticRegression
 from pyro_advbayes import diagnostics
-from pyro_advbayes.attacks import APGD, FGSM, IFGSM, MIM, PGD, WRM, CarliniWagner, Square, Uniform, evaluate
+from pyro_advbayes.attacks import APGD, FGSM, IFGSM, MIM, PGD, WRM, AdversarialDistribution, CarliniWagner, Square, Uniform, evaluate
 
 DRAWS, N, D = 10, 24, 5
 ATTACKS = [
@@ -24,6 +24,7 @@ ATTACKS = [
     APGD(0.1, steps=8),
     APGD(0.1, steps=8, loss="margin"),
     WRM(steps=3),
+    AdversarialDistribution(0.1, steps=3),
     CarliniWagner(steps=8),
     Square(0.1, queries=20),
     Uniform(0.1),
