@@ -136,6 +136,7 @@ class AdversarialDistribution(GradientAttack):
         a = torch.addcmul(mu, F.softplus(rho), torch.randn_like(mu)).tanh()
         return region.center + self.eps * a.to(region.center.dtype)
 
+    @checked
     def fit(self, classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> TorchDistribution:
         """
         The distribution of which a call returns a draw, before clipping::

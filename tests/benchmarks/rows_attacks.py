@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_advbayes import PosteriorClassifier
-from pyro_advbayes.attacks import PGD
+from pyro_advbayes.attacks import PGD, AdversarialDistribution, Attack
 from tests.benchmarks.measure import Contender, Missing, Result, Stopwatch, Target
 from tests.benchmarks.rows_prediction import draws_of
 from tests.benchmarks.rows_sampling import Against, compare
@@ -20,6 +20,7 @@ EPS = 0.1
 INPUTS = 500
 STEPS = 10  # of the forty that such an attack takes: all that comes before them weighs more, not less
 OURS, LOOP, FOOLBOX = "PGD, {}", "loop over draws, {}", "foolbox"
+DISTRIBUTION = "distribution"
 
 
 def _attack(objective: str, steps: int, network: Network, samples: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Contender:
@@ -94,3 +95,19 @@ def attack_large(watch: Stopwatch) -> list[Result]:
 def attack_small(watch: Stopwatch) -> list[Result]:
     """The same on 2-20-20-2 with more draws: times faster than the loop."""
     return _race(watch, SMALL, 200, Target(">=", 5.0), faster=True)
+
+
+def attack_distribution(watch: Stopwatch) -> list[Result]:
+    """A gradient of ``AdversarialDistribution``, its noise and its laws with it, against a gradient of ``PGD``, on 784-400-400-10."""
+    gradients, draws = (2, 2) if watch.quick else (STEPS, 10)
+    samples = draws_of(LARGE, draws, watch.device)
+    x, y = (t[:INPUTS] for t in data(LARGE.inputs, LARGE.classes, ROWS, watch.device))
+
+    def maker(attack: Attack) -> Contender:
+        classifier = PosteriorClassifier(LARGE.model().to(x.device), samples)
+        return Contender(lambda: attack(classifier, x, y), gradients)
+
+    ours = AdversarialDistribution(EPS, gradients // 2, 2)
+    makers = {DISTRIBUTION: partial(maker, ours), "PGD": partial(maker, PGD(EPS, gradients))}
+    what = f"a gradient of an attack on {draws} draws of {LARGE.name}, {INPUTS} inputs"
+    return [compare(watch, what, makers, [(DISTRIBUTION, "PGD", Target("<=", 1.1))])]

@@ -47,6 +47,7 @@ ROWS: dict[str, Callable[[Stopwatch], list[Result]]] = {
         rows_memory.classifier_memory,
         rows_attacks.attack_large,
         rows_attacks.attack_small,
+        rows_attacks.attack_distribution,
         rows_memory.attack_memory,
         rows_variational.mean_field_step,
         rows_variational.adversarial_step,

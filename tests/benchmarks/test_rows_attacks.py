@@ -33,3 +33,5 @@ def test_the_rows_name_what_they_compare():
         "loop over draws, loss_of_mean / PGD, loss_of_mean",
         "PGD, loss_of_mean / foolbox",
     ]
+    (result,) = rows_attacks.attack_distribution(Stopwatch(torch.device("cpu"), quick=True))
+    assert [comparison.what for comparison in result.comparisons] == ["distribution / PGD"]

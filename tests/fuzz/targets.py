@@ -338,6 +338,13 @@ METHODS = [
         for kind in (attacks.FGSM, attacks.Square, attacks.Uniform)
     ],
     _method(lambda: attacks.PGD(0.1, 2, clip=(-5.0, 5.0)), "PGD.__call__", classifier=posterior, x=X.clone, y=LABELS.clone),
+    _method(
+        lambda: attacks.AdversarialDistribution(0.1, 2, 2, clip=(-5.0, 5.0)),
+        "AdversarialDistribution.fit",
+        classifier=lambda: classify,
+        x=X.clone,
+        y=LABELS.clone,
+    ),
     *[
         Target(f"schedules.{name}", lambda name=name, options=options: (getattr(schedules, name), dict(options)))
         for name, options in (

@@ -13,6 +13,8 @@ SQUARE = (
 )
 APGD = f"{STEPS}::test_apgd_steps_with_momentum_and_begins_anew_at_the_best_point_after_a_checkpoint"
 HALVING = f"{STEPS}::test_step_sizes_are_halved_one_by_one_where_little_rose_or_nothing_changed"
+ADT = "attacks/test_distribution.py::test_the"
+ADT_SURFACE = "attacks/test_distribution.py::test_densities_of_rounded_draws_are_finite_up_to_the_surface"
 
 MUTATIONS = [
     *of(
@@ -100,6 +102,42 @@ MUTATIONS = [
         ("WRM: the price of the distance doubled", "- (x - clean)", "- 2 * (x - clean)"),
         ("WRM: steps begin at 1", "math.sqrt(t + 2)", "math.sqrt(t + 1)"),
         ("WRM: the first step", "clean + self.strength * problem", "clean + problem"),
+    ),
+    *of(
+        "attacks/distribution.py",
+        f"{ADT}_fit_is_its_formula_by_autograd_with_the_same_noise",
+        ("distribution: the slope of tanh", "a.square().neg_().add_(1).mul_(gradient)", "a.abs().neg_().add_(1).mul_(gradient)"),
+        ("distribution: the entropy pushes outwards", "sub_(a, alpha=2 * weight)", "add_(a, alpha=2 * weight)"),
+        ("distribution: the entropy's part of mu halved", "alpha=2 * weight", "alpha=weight"),
+        ("distribution: the entropy of one draw for all", "self.num_samples * weight / scale", "weight / scale"),
+        ("distribution: the entropy's weight is not per number", "self.entropy_weight / x[0].numel()", "self.entropy_weight"),
+        ("distribution: rho without the noise", "of_scale.addcmul_(slope, noise)", "of_scale.add_(slope)"),
+        ("distribution: clipped numbers count", " * (inside == wide)", ""),
+        ("distribution: softplus has no slope", "of_rho.addcmul_(of_scale, rho.sigmoid())", "of_rho.add_(of_scale)"),
+        ("distribution: gradients always add up", "if not self.accumulate:", "if False:"),
+        ("distribution: gradients never add up", "if not self.accumulate:", "if True:"),
+        (
+            "distribution: the mean is returned",
+            "F.softplus(rho), torch.randn_like(mu)).tanh()",
+            "F.softplus(rho), torch.zeros_like(mu)).tanh()",
+        ),
+    ),
+    *of(
+        "attacks/distribution.py",
+        (f"{ADT}_density_integrates_to_one_over_the_ball", ADT_SURFACE),
+        ("distribution: the density without the radius", "math.log(self._eps) + 2 *", "2 *"),
+        (
+            "distribution: the density with tanh's slope once",
+            "+ 2 * (math.log(2) - u - F.softplus(-2 * u))",
+            "+ (math.log(2) - u - F.softplus(-2 * u))",
+        ),
+        ("distribution: no density on the surface", ".clamp(-most, most).atanh()", ".atanh()"),
+    ),
+    *of(
+        "attacks/distribution.py",
+        "attacks/test_distribution.py::test_a_law_whose_scale_shrinks_for_ever_stays_a_law",
+        ("distribution: rho falls without end", ".clamp_min(LEAST_RHO)", ""),
+        ("distribution: a start of any width", "max(first, LEAST_RHO)", "first"),
     ),
     *of(
         "attacks/apgd.py",
