@@ -193,11 +193,7 @@ class _IntoBall(Transform):
     def __init__(self, x: Tensor, eps: float) -> None:
         super().__init__(cache_size=1)  # so that the density of the latest draws is that of their u, which rounding does not touch
         self._x, self._eps = x, eps
-
-    @property
-    def codomain(self) -> constraints.Constraint:
-        """The ball."""
-        return constraints.interval(self._x - self._eps, self._x + self._eps)
+        self.codomain = constraints.interval(x - eps, x + eps)
 
     def _call(self, u: Tensor) -> Tensor:
         return self._x + self._eps * u.tanh()
@@ -206,6 +202,5 @@ class _IntoBall(Transform):
         most = 1 - torch.finfo(x.dtype).eps
         return ((x - self._x) / self._eps).clamp(-most, most).atanh()
 
-    def log_abs_det_jacobian(self, u: Tensor, x: Tensor) -> Tensor:
-        """The logarithm of :math:`\\epsilon (1 - \\tanh^2 u)`, without the cancellation."""
-        return math.log(self._eps) + 2 * (math.log(2) - u - F.softplus(-2 * u))
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:  # x is u, y the input: PyTorch's names
+        return math.log(self._eps) + 2 * (math.log(2) - x - F.softplus(-2 * x))  # eps (1 - tanh^2), without the cancellation

@@ -261,15 +261,19 @@ def test_the_attack_clips_its_draws_and_the_distribution_does_not():
     assert float(draws.min()) < -0.5 * EPS and float(draws.max()) > 1 + 0.5 * EPS
 
 
-def test_a_law_whose_scale_shrinks_for_ever_stays_a_law():
-    x, y = torch.full((2, 3), 0.5), torch.zeros(2, dtype=torch.long)
+def test_a_law_whose_scale_shrinks_for_ever_stays_a_law(noise):
+    noise([-0.7, 0.7])  # around a peak of the loss, where mu stays
+    x, y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
 
     def peak(inputs):
-        return torch.stack([1e3 * (inputs - 0.5).square().sum(1), torch.zeros(len(inputs))], 1)
+        return torch.stack([1e3 * inputs.square().sum(1), torch.zeros(len(inputs))], 1)
 
-    q = AdversarialDistribution(EPS, 50, 5, step_size=2.0, entropy_weight=0.0, accumulate=False).fit(peak, x, y)
-    assert float(q.base_dist.base_dist.scale.min()) >= softplus(torch.tensor(LEAST_RHO)) and q.log_prob(q.sample()).isfinite().all()
-    narrow = AdversarialDistribution(EPS, 1, init_scale=1e-30, step_size=1e-3).fit(peak, x, y)
+    settings = {"entropy_weight": 0.0, "accumulate": False, "clip": None}
+    q = AdversarialDistribution(EPS, 60, 2, step_size=2.0, **settings).fit(peak, x, y)
+    assert float(q.base_dist.base_dist.scale.min()) == softplus(torch.tensor(LEAST_RHO)) and q.log_prob(q.sample()).isfinite().all()
+    narrow = AdversarialDistribution(EPS, 3, init_scale=1e-200).fit(peak, x, y)
+    widened = softplus(torch.tensor(LEAST_RHO + 3 * 0.3))  # by the entropy, three steps of 0.3
+    torch.testing.assert_close(narrow.base_dist.base_dist.scale, widened.expand(2, 3), rtol=1e-5, atol=0)
     assert narrow.log_prob(narrow.sample()).isfinite().all()
 
 

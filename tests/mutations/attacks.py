@@ -128,8 +128,8 @@ MUTATIONS = [
         ("distribution: the density without the radius", "math.log(self._eps) + 2 *", "2 *"),
         (
             "distribution: the density with tanh's slope once",
-            "+ 2 * (math.log(2) - u - F.softplus(-2 * u))",
-            "+ (math.log(2) - u - F.softplus(-2 * u))",
+            "+ 2 * (math.log(2) - x - F.softplus(-2 * x))",
+            "+ (math.log(2) - x - F.softplus(-2 * x))",
         ),
         ("distribution: no density on the surface", ".clamp(-most, most).atanh()", ".atanh()"),
     ),
