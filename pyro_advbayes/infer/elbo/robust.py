@@ -54,7 +54,7 @@ class TraceRobust_ELBO(ELBO):
 
     The adversary sees the weights of the loss: each particle draws once from the guide, is attacked, and is scored on its own
     perturbed inputs, so that this is a lower bound of the ELBO against one adversary for all draws. With
-    ``AutoDelta`` it is adversarial training of a point estimate (Madry et al., 2018; WRM with the attack of that name; ADT-EXP, Dong et al.,
+    ``AutoDelta`` it is adversarial training of a point estimate (Madry et al., 2018; WRM with the attack of that name; Dong et al.,
     2020, with ``AdversarialDistribution``), with ``AutoNormal`` that of a mean-field posterior (Liu et al., Adv-BNN, 2019).
 
     The attack ascends the negative log-likelihood of the model's observed sites, summed over sites, per row, without the scale of
