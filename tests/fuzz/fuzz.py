@@ -27,9 +27,13 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+# all that a call may import for the first time: its time limit would leave half a module behind
+import arviz  # noqa: F401
 import matplotlib
 import matplotlib.pyplot as plt
 import pyro
+import sklearn.datasets
+import sklearn.metrics  # noqa: F401
 import torch
 
 from tests.fuzz.targets import EXTERNAL, FREE_TEXT, Target, targets

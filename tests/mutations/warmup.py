@@ -27,6 +27,12 @@ MUTATIONS = [
         ("V adapts through all of warm-up", "if 2 * run.chains.counts.samples < run.warmup_samples:", "if run.adapting:"),
     ),
     *of(
+        "infer/mcmc/step_size.py",
+        f"{ENERGY}::test_a_lost_chain_does_not_shorten_the_others_steps_at_the_end_of_warm_up",
+        ("steps at the end of warm-up: of lost chains, too", "log[run.chains.alive.to(log.device)].mean()", "log.mean()"),
+        ("steps at the end of warm-up: changed by rounding", "elif before is not None and bool((steps <= most).all()):", "elif False:"),
+    ),
+    *of(
         "infer/mcmc/update.py",
         f"{UPDATE}::test_updates_in_one_call_are_those_of_as_many_calls_in_warm_up_and_after",
         ("updates in one call: nothing is measured between them", "            return updates - first", "            return most"),

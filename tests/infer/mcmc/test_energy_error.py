@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import pyro_advbayes as ab
+from pyro_advbayes.infer.mcmc import step_size
 from pyro_advbayes.infer.mcmc.energy_error import LARGEST_ERROR, trial_errors
 from pyro_advbayes.infer.mcmc.restart import restart
 from pyro_advbayes.infer.mcmc.sghmc import SGHMCRule
@@ -169,3 +170,23 @@ def test_a_chain_that_starts_again_keeps_the_step_that_it_has_now() -> None:
     assert restart(kernel.chains, lost, theta).tolist() == lost.tolist()
     assert not torch.equal(theta[1], kernel.theta[1])
     assert kernel.variables["relative_step"].flatten().tolist() == [1.0, 0.25, 4.0]
+
+
+def test_a_lost_chain_does_not_shorten_the_others_steps_at_the_end_of_warm_up() -> None:
+    kernel = ab.SGHMC(gaussian(torch.ones(30)), num_steps_per_sample=2)
+    kernel.setup_chains(3, 50, (), {})
+    params = kernel.initial_params
+    for _ in range(5):
+        params = kernel.sample(params)
+    chains, relative = kernel.chains, kernel.variables["relative_step"]
+    assert chains.auto is not None and chains.auto.value is not None
+    chains.alive[1] = False
+    relative.copy_(torch.tensor([[0.5], [1e-4], [2.0]]))
+    found, before = chains.auto.value, 1e-3 * chains.auto.value
+    chains.auto.value = before
+    step_size.finish(kernel.run, chains.auto)
+    assert chains.auto.value == before and relative.flatten().tolist() == [0.5, pytest.approx(1e-4), 2.0], "nothing bounds these steps"
+    chains.auto.value = 1e3 * found  # now the bound does, of the chains that are left
+    step_size.finish(kernel.run, chains.auto)
+    first, _, last = (chains.auto.value * relative).flatten().tolist()
+    assert first == pytest.approx(last) and chains.auto.value == pytest.approx(first) and first > 0.1 * found
