@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_advbayes.tracing.guard import RandomState
+
 # PyTorch fills shorter rows: the dozen calls below cost more than they save there.
 LONG = 2**15
 
@@ -29,7 +31,6 @@ class NormalNoise:
         seed = int(torch.randint(2**31 - 1, ()))
         own = like.device.type == "cpu" and like.dtype == torch.float32 and like.shape[-1] >= LONG
         self._bits = np.random.SFC64(seed) if own else None
-        self._of_torch: Any = torch if like.device.type == "cpu" else torch.get_device_module(like.device)
 
     def fill(self, state: Tensor) -> None:
         """Overwrites a state ``[chains, size]``."""
@@ -41,12 +42,12 @@ class NormalNoise:
 
     def mark(self) -> Any:
         """Where the generator is, for :meth:`rewind`."""
-        return self._of_torch.get_rng_state(), None if self._bits is None else self._bits.state
+        return RandomState(), None if self._bits is None else self._bits.state
 
     def rewind(self, mark: Any) -> None:
         """Goes back to a :meth:`mark`."""
-        of_torch, bits = mark
-        self._of_torch.set_rng_state(of_torch)
+        generators, bits = mark
+        generators.restore()
         if self._bits is not None:
             self._bits.state = bits
 

@@ -89,3 +89,15 @@ def test_short_rows_and_other_dtypes_are_pytorchs(size, dtype):
     noise.fill(state)
     torch.set_rng_state(random)
     assert noise.state() is None and torch.equal(state, torch.empty_like(state).normal_())
+
+
+@pytest.mark.parametrize("size", [5, LONG, LONG + 1])
+def test_a_mark_is_where_the_same_numbers_come_again(size):
+    """With a last number of PyTorch's in rows of odd length."""
+    noise, states = NormalNoise(torch.empty(2, size)), [torch.empty(2, size) for _ in range(3)]
+    mark = noise.mark()
+    noise.fill(states[0])
+    noise.fill(states[1])
+    noise.rewind(mark)
+    noise.fill(states[2])
+    assert torch.equal(states[2], states[0]) and not torch.equal(states[1], states[0])
