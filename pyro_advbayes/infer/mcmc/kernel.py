@@ -183,6 +183,11 @@ class SGMCMCKernel(MCMCKernel):
         return self.chains.counts.updates
 
     @property
+    def compile_seconds(self) -> float:
+        """What ``backend="compile"`` took to compile in this run; 0 where all functions are those of an earlier one."""
+        return self._updates.seconds
+
+    @property
     def adapting(self) -> bool:
         """Whether warm-up is going on."""
         return self.run.adapting
@@ -310,8 +315,7 @@ class SGMCMCKernel(MCMCKernel):
             noise along all slow directions; ``"T_eff epochs"``, the temperature if nothing is left of that noise; ``"T_eff direction"``,
             that along the direction in which noise heats most, of the worst of up to four chains; ``"clamped"``, the share of coordinates
             where the rule was clamped; ``"restarts"``, of each chain in warm-up; ``"step fell"``, by what factor ``"auto"`` made the step
-            smaller when noise was held to its share; of each chain ``"step sizes"``, where it has its own, and ``"energy error"``; and for
-            ``backend="compile"`` the ``"compile seconds"`` of this run, which are 0 where it has all functions from an earlier one.
+            smaller when noise was held to its share; of each chain ``"step sizes"``, where it has its own, and ``"energy error"``.
         """
         chains, step = self.chains, self.chains.info.get("step_size")
         ratios, error = (chains.variables.get(name) for name in ("relative_step", "energy_error"))
@@ -326,7 +330,6 @@ class SGMCMCKernel(MCMCKernel):
             "restarts": chains.restarts.counts[0] if self._single else list(chains.restarts.counts),
             "step fell": None if chains.auto is None else chains.auto.fell,
             "energy error": None if error is None or not bool(error.any()) else error.flatten().tolist(),
-            **({"compile seconds": self._updates.seconds} if self.potential.backend == "compile" else {}),
         }
 
     # ------------------------------------------------------------------------------------------------------------- sampling
