@@ -223,7 +223,7 @@ def rows_last(calls: Sequence[Call], moving: set[int], ends: Collection[fx.Node]
     layers = {call.node for call in calls if _is_layer(call, moving)}
     sizes = [[arg.meta["val"] for arg in layer.args[-2:] if isinstance(arg, fx.Node)] for layer in layers]
     if any(weight.numel > WEIGHTS_A_ROW * rows.shape[0] for rows, weight in sizes):
-        return list(calls)
+        return [call._replace(function=_addmm_rows_first) if call.node in layers and len(call.args) == 3 else call for call in calls]
     written = set().union(*[call.node.meta["writes"] for call in calls])
     result = []
     for call in calls:
@@ -249,6 +249,10 @@ def _is_layer(call: Call, moving: set[int]) -> bool:
 
 def _addmm(bias: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     return weight.mm(rows.t()).add_(bias.unsqueeze(1)).t()
+
+
+def _addmm_rows_first(bias: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    return rows.mm(weight).add_(bias)  # vmap's own rule for addmm multiplies the bias by 1, and adds into new memory
 
 
 def _mm(rows: Tensor, weight: Tensor) -> Tensor:

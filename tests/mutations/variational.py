@@ -58,6 +58,12 @@ MUTATIONS = [
         ("copies of priors: with the old inverse", 'None if name == "_inv" else map_tensors(item, fn)', "item"),
     ),
     *of(
+        "tracing/calls.py",
+        "tracing/test_replay.py::test_large_layers_stay_as_they_are_side_by_side",
+        ("draws together: vmap's rule for the bias of a large layer", "call._replace(function=_addmm_rows_first)", "call"),
+        ("draws together: a large layer's bias counts twice", "rows.mm(weight).add_(bias)", "rows.mm(weight).add_(bias, alpha=2)"),
+    ),
+    *of(
         "tracing/guard.py",
         "test_private_interfaces.py::test_a_write_into_a_tensor_raises_its_version",
         ("guards: versions of inference tensors", "return 0 if tensor.is_inference() else tensor._version", "return tensor._version"),
