@@ -126,8 +126,10 @@ def agree(ours: Sequence[Tensor], theirs: Sequence[Tensor], leaves: Sequence[Ten
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
+    if torch.equal(a, b):  # most are, which takes one pass to see
+        return True
     if not a.is_floating_point():
-        return torch.equal(a, b)
+        return False
     tolerance = torch.finfo(a.dtype).eps ** 0.5
     size = float(b.detach().nan_to_num(0.0, 0.0, 0.0).abs().max()) if b.numel() else 0.0
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)
