@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSa
 import pyro_advbayes as ab
 from models.logistic_regression import LogisticRegression
 from models.mlp import mlp
-from pyro_advbayes.infer.mcmc.kernel import SGMCMCKernel
+from pyro_advbayes.infer.mcmc.update import ChunkUpdates
 from pyro_advbayes.nn import bayesianize
 from tests.small_models import data, energy, logistic, no_plate, sequential, subsampling, weights
 
@@ -46,7 +46,7 @@ def refused(monkeypatch):
     def sampled(*_):
         pytest.fail("sampling began")
 
-    monkeypatch.setattr(SGMCMCKernel, "_update", sampled)
+    monkeypatch.setattr(ChunkUpdates, "_call", sampled)  # of one update and of many
 
     def refused(*args, says, error=ValueError, **kwargs):
         with pytest.raises(error) as caught:
