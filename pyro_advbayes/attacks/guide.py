@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyro_advbayes.checked import checked
 from pyro_advbayes.given import check_int, need_tensor
+from pyro_advbayes.kinds import sample_sites
 from pyro_advbayes.model.outcomes import Origins
 from pyro_advbayes.model.program import run
 from pyro_advbayes.model.readout import Readout
@@ -56,8 +57,8 @@ class GuideClassifier(nn.Module):
     def _drawn(self, given: Mapping[str, Tensor]) -> Tensor:
         x = given["x"]
         with poutine.block(), poutine.mask(mask=False), Origins() as origins:
-            drawn = run(self.guide, ((x,), {}), hidden=False)
-            trace = run(poutine.replay(self.model, trace=drawn), ((x,), {}), hidden=False)
+            values = {name: node["value"] for name, node in sample_sites(run(self.guide, ((x,), {}), hidden=False)).items()}
+            trace = run(self.model, ((x,), {}), values, hidden=False)
             if len(x) not in self._readouts:
-                self._readouts = {len(x): Readout(self.model, trace, (x,), {}, drawn.nodes, self.return_site, type(self).__name__)}
+                self._readouts = {len(x): Readout(self.model, trace, (x,), {}, values, self.return_site, type(self).__name__)}
             return self._readouts[len(x)].logits(trace, origins)

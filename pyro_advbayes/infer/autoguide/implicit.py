@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -221,8 +220,8 @@ class AutoImplicit(AutoGuide):
 
     def _compare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Compares the sites in a run of the model, which leaves the random generators unchanged."""
-        with torch.no_grad(), RandomState().again(), poutine.block():
-            trace = run(self.model, (args, kwargs), hidden=False)
+        with torch.no_grad(), RandomState().again():
+            trace = run(self.model, (args, kwargs))
             nodes = sample_sites(trace)
             missing = missing_sites(self.model, trace, {site.name for site in self.sites}, args, kwargs)
         sites = []
