@@ -1,9 +1,10 @@
-"""Private interfaces of PyTorch and Pyro: each is used in one file, for want of a public one, and still means what is read from it."""
+"""Private interfaces of Python, PyTorch and Pyro: each is used in one file, for want of a public one, and still means what is read from it."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Protocol
 
 import pyro
 import pyro.distributions as dist
@@ -27,7 +28,7 @@ from pyro_advbayes.tracing.record import traits_of
 
 PACKAGE = Path(ab.__file__).parent
 
-# What is used, by the one file that uses it. Hooks of Pyro's classes (a guide's _setup_prototype, an ELBO's _get_trace) are overridden in
+# What is used, by the one file that uses it; tests of nn.bayesianize see what torch.compile leaves. Hooks of Pyro's classes (a guide's _setup_prototype, an ELBO's _get_trace) are overridden in
 # subclasses.
 USED = {
     r"\._mask\b": "handlers.py",
@@ -47,6 +48,11 @@ USED = {
     r"\._pyro_samples\b": "nn/bayesian.py",
     r'"_inv"': "nn/bayesian.py",
     r"\b_create_plates\b": "infer/autoguide/adversarial.py",
+    r"\b_get_loc_and_scale\b": "infer/autoguide/adversarial.py",
+    r"\b_event_dims\b": "infer/autoguide/adversarial.py",
+    r'"_orig_mod"': "nn/bayesian.py",
+    r'"_compiled_call_impl"': "nn/bayesian.py",
+    r'"_is_protocol"': "checked.py",
     r"\b(?!self)\w+\._(?:args|kwargs|diagnostics)\b": "infer/arviz.py",
 }
 
@@ -167,6 +173,20 @@ def test_a_guide_of_pyro_makes_plates_for_each_call():
     guide(torch.zeros(3))
     assert [(name, plate.size) for name, plate in guide.plates_of(torch.zeros(3)).items()] == [("data", 3)]
     assert isinstance(guide, AutoNormal) and AutoNormal._create_plates is AutoGuide._create_plates
+
+
+def test_a_guide_of_pyro_tells_the_parameters_and_the_dimensions_of_a_site():
+    guide = ab.AutoAdversarialNormal(lambda: pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1)))
+    guide()
+    loc, scale = guide._get_loc_and_scale("w")
+    assert torch.equal(loc, guide.locs.w) and torch.equal(scale, guide.scales.w) and guide._event_dims == {"w": 1}
+
+
+def test_a_protocol_is_known():
+    class Model(Protocol):
+        pass
+
+    assert Model._is_protocol is True and not getattr(dict, "_is_protocol", False)
 
 
 @pytest.mark.parametrize("transform", [ExpTransform(), ExpTransform().inv, ComposeTransform([ExpTransform(), AffineTransform(0.0, 2.0)])])
