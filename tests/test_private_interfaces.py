@@ -1,4 +1,4 @@
-"""Private interfaces of Python, PyTorch and Pyro: each is used in one file, for want of a public one, and still means what is read from it."""
+"""Private interfaces of Python, PyTorch and Pyro, which have no public equivalent: each is used in one file, and keeps its meaning."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from pyro_advbayes.tracing.record import traits_of
 
 PACKAGE = Path(ab.__file__).parent
 
-# What is used, by the one file that uses it; tests of nn.bayesianize see what torch.compile leaves. Hooks of Pyro's classes (a guide's _setup_prototype, an ELBO's _get_trace) are overridden in
-# subclasses.
+# What is used, by the one file that uses it; tests of nn.bayesianize see what torch.compile leaves. Hooks of Pyro's classes (a guide's
+# _setup_prototype, an ELBO's _get_trace) are overridden in subclasses.
 USED = {
     r"\._mask\b": "handlers.py",
     r"\._validate_args\b": "handlers.py",
