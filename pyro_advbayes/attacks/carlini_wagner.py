@@ -64,7 +64,7 @@ class CarliniWagner(Attack[Region]):
     def run(self, problem: Problem, region: Region) -> Tensor:
         """Searches c by bisection, for each example, and keeps the nearest success."""
         clean = region.center
-        # half precision holds neither a squared distance nor the squares that Adam keeps
+        # half precision is too coarse for squared distances and for Adam's squared gradients
         dtype = torch.promote_types(clean.dtype, torch.float32)
         best, smallest = clean.clone(), clean.new_full((len(clean),), torch.inf, dtype=dtype)
         low, high, c = torch.zeros_like(smallest), smallest.clone(), torch.full_like(smallest, self.first_c)
@@ -89,7 +89,7 @@ class CarliniWagner(Attack[Region]):
             size = flat(delta).square().sum(1)
             nearer = hit & (size < smallest)
             best, smallest = torch.where(rows(nearer, x), x, best), torch.where(nearer, size, smallest)
-            if t > self.steps:  # the last step has been judged
+            if t > self.steps:  # the result of the last step has been compared
                 break
             slope = 2 * delta - rows(c * ~hit, gradient) * gradient
             mean = DECAYS[0] * mean + (1 - DECAYS[0]) * slope

@@ -210,7 +210,7 @@ def _doubts(classifier: Callable, batches: Batches, attacks: Sequence[Attack]) -
         zeros, count = 0, 0
         for x, y in batches:
             _, gradient, wrong = ClassifierProblem(classifier, y, loss, objective, targeted=False, eot=1).climb(x)
-            right = ~wrong  # of inputs that are wrong the loss may have reached its top
+            right = ~wrong  # at inputs that are wrong the loss may be at its maximum
             zeros += int(((flat(gradient) == 0).all(1) & right).sum())
             count += int(right.sum())
         if zeros > ZERO_SHARE * count:

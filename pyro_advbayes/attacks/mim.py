@@ -46,7 +46,7 @@ class MIM(GradientAttack):
 
     def run(self, problem: Problem, region: Ball) -> Tensor:
         """Steps along the accumulated gradients."""
-        # half precision cannot hold what most entries of an image's gradient are of their sum
+        # divided by their sum, most entries of an image's gradient underflow in half precision
         x, dtype = region.center, torch.promote_types(region.center.dtype, torch.float32)
         total = torch.zeros_like(x, dtype=dtype)
         step_size = self.step_size or self.eps / self.steps

@@ -102,7 +102,8 @@ def metro_traffic(root: str | Path | None = None, *, test_fraction: float = 0.2)
     The file has a row for each kind of weather that was reported in an hour; here an hour is one row. Inputs, ``D = 33``:
 
     - temperature and clouds, standardised; log(1 + rain) and log(1 + snow), in mm, not standardised: snow is so rare that an hour of it
-      would be 70 standard deviations out. A temperature of 0 K and a rain of 9831 mm, errors in the file, are replaced by the hour before;
+      would be 70 standard deviations from the mean. A temperature of 0 K and a rain of 9831 mm, errors in the file, are replaced by the
+      hour before;
     - 11 kinds of weather, 7 days of the week, and whether the day is a holiday (the file marks the first hour only): 0 or 1;
     - sine and cosine of four harmonics of the day, and of the year.
 

@@ -56,7 +56,7 @@ def in_chunks(values: Tensor | Iterable[Tensor], name: str) -> Iterable[Tensor]:
     """Chunks of draws, of a tensor of all draws or of an iterable of chunks.
 
     :param name: of the argument, for messages.
-    :raises ValueError: for an array that is no tensor; a chunk that is none is refused when it is asked for.
+    :raises ValueError: for an array that is no tensor; during iteration, for such a chunk.
     """
     if isinstance(values, Tensor) or is_array(values):
         return [need_tensor(values, name)]

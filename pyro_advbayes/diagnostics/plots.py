@@ -81,7 +81,7 @@ def plot_scores(
     ax = _axes_for(values, "scores", "one set of inputs", ax)
     every = torch.cat(list(values.values()))
     low, high = every.min().item(), every.max().item()
-    high = max(high, low + 1e-6)  # all alike: a network that is sure everywhere
+    high = max(high, low + 1e-6)  # equal scores, of a network that is certain everywhere
     check_int(num_bins, "num_bins", 1, most=10**6)
     edges = torch.linspace(low, high, num_bins + 1, dtype=torch.float64)
     for name, score in values.items():

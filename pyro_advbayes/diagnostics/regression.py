@@ -339,7 +339,7 @@ def regression_scores(
     check_int(num_resamples, "num_resamples", 2)
     mean, scale, y = _normals(mean, scale, y)
     intervals = gaussian_intervals(mean, scale, levels)
-    center = y.mean()  # variances of what is left do not cancel
+    center = y.mean()  # centred targets, so that variances do not cancel
     rows = torch.stack([(_over_draws(mean) - y).square(), y - center, (y - center).square(), gaussian_nll(mean, scale, y)])
     parts = (rows, gaussian_crps(mean, scale, y)[None], _inside(intervals, y), (intervals.upper - intervals.lower).mean(0)[None])
     columns = torch.cat(parts).T  # [N, 6 + levels]
@@ -462,7 +462,7 @@ def check_normals(mean: Tensor, scale: Tensor | float, ranks: tuple[int, ...] = 
 
 
 def _checked(name: str, value: Tensor, y: Tensor, ranks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """A prediction and its targets in float64, which fit."""
+    """A prediction and its targets in float64, of checked shapes."""
     _check_tensor(name, value, floating=True)
     _check_tensor("y", y, floating=False)
     if y.dim() != 1 or len(y) == 0:

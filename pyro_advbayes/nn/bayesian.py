@@ -49,7 +49,7 @@ class FanIn:
 
     :param float scale: standard deviation of a pre-activation per unit of input, > 0; √2 keeps the variance through
         ReLU layers.
-    :param float bias_scale: standard deviation of what has no fan-in, > 0.
+    :param float bias_scale: standard deviation of tensors without a fan-in, > 0.
     """
 
     scale: float = 1.0

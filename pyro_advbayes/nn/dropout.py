@@ -40,7 +40,7 @@ def mc_dropout(net: torch.nn.Module) -> PyroModule:
     copied, found = copy.deepcopy(net), False
     for name, module in list(copied.named_modules()):
         _refuse_other_dropout(f"layer {name!r} ({type(module).__name__})" if name else f"the {type(module).__name__}", module)
-        for attribute, child in list(module._modules.items()):  # named_children leaves out what has been seen
+        for attribute, child in list(module._modules.items()):  # named_children leaves out a layer in its second place
             label = f"{name}.{attribute}".lstrip(".")
             if isinstance(child, MASKING_DROPOUTS):
                 if child.p >= 1.0:

@@ -79,7 +79,7 @@ class RowwiseMessenger(Messenger):
         self.covered: dict[str, set[str]] = {}
         self._sites: dict[int, DrawnSite] = {}
         self._unmet: dict[str, DrawnSite] = {}
-        self._rows: dict[str, int] = {}  # of the input that a site met, until an observation shows how many there are
+        self._rows: dict[str, int] = {}  # rows of a site's input, until an observation shows the number of rows
         self._drawing: dict[str, Any] | None = None
 
     def __enter__(self) -> RowwiseMessenger:
@@ -118,7 +118,7 @@ class RowwiseMessenger(Messenger):
         else:
             site = DrawnSite(name, msg["fn"]) if value.is_floating_point() else None
         if site is not None and not shared:
-            self._check_met([name] if name in self._unmet else [])  # by now the draw before must have met its layer
+            self._check_met([name] if name in self._unmet else [])  # the previous draw must have been used by its layer
             self._note(value, site)
 
     def _note(self, value: Tensor, site: DrawnSite) -> None:
@@ -238,7 +238,7 @@ class RowwiseMessenger(Messenger):
         """A linear or convolutional layer without its bias."""
 
     def other(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """Another function that knows rows, or NotImplemented."""
+        """Another function with rows, or NotImplemented."""
         return NotImplemented
 
 
@@ -277,7 +277,7 @@ class ExemplarReparameterization(RowwiseMessenger):
             return self.once(site, len(x), lambda: _Products(x, self.normal(site))).values
         own = self.rows(weight, site, len(x))
         if func is F.linear:
-            # In this order the gradient of the weights is laid out as they are, and is summed over rows in one sweep.
+            # In this order the gradient has the layout of the weights, and one pass sums it over rows.
             out = torch.bmm(own, x.reshape(len(x), -1, x.shape[-1]).mT).mT
             return out.reshape(*x.shape[:-1], own.shape[1])
         options = {**options, "groups": options.get("groups", 1) * len(x)}

@@ -66,9 +66,9 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
     :func:`~pyro_advbayes.minibatch`.
 
     Source: Zhang et al., Improving Bayesian neural networks by adversarial sampling, AAAI 2022, Eq. 1 to 3. The authors' code divides
-    all by N and weights the divergence by (1 - mix)/100, which is ``kl_in_mix=True, kl_scale=0.01`` here: a cold posterior. With
-    ``kl_in_mix`` there is less divergence than at ``mix=0``, which has an effect, too: to see the adversary's, compare with ``mix=0``
-    and ``kl_scale`` times 1 - mix.
+    all by N and weights the divergence by (1 - mix)/100, which is ``kl_in_mix=True, kl_scale=0.01`` here: a cold posterior.
+    ``kl_in_mix`` lowers the divergence, which has an effect of its own: to isolate the adversary's effect, compare with ``mix=0`` and
+    ``kl_scale`` times 1 - mix.
 
     :param int num_steps: N, the adversary's steps, >= 0.
     :param float step_size: length of a step, > 0, in standard deviations, 0.02 by default; with ``radius``, in the weights' units.
@@ -85,7 +85,7 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
         Normal base noise or is missing in the model (or the reverse), or the model observes nothing.
     :raises RuntimeError: under ``torch.inference_mode``, where no adversary can move.
 
-    :ivar Moved moved: how far the last loss's draws were moved; None where they were not.
+    :ivar Moved moved: how far the draws of the last loss were moved; None if they were not.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class TraceAdversarial_ELBO(TraceMeanField_ELBO):
         return sum(_Attached.apply(value, gradients, *parameters) for value, parameters, gradients in particles)
 
     def _by_graph(self, model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Particle] | None:
-        """Each particle's share of the loss, the tensors it depends on, and its gradients; None where there is no graph."""
+        """Each particle's share of the loss, the tensors it depends on, and its gradients; None if there is no graph."""
         graphs = self._graphs
         objective = None if graphs is None else graphs.get(model, guide, args, kwargs)
         if graphs is None or objective is None:

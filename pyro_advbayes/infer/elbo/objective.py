@@ -48,7 +48,7 @@ class Graphs:
         self._entries: list[_Entry] = []
 
     def get(self, model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Objective | None:
-        """The graphs for such arguments; None if Pyro's handlers are to run."""
+        """The graphs for these arguments; None if Pyro's handlers run instead."""
         if rows_differ() or _handled():  # a graph has one draw for all rows, and ignores active handlers
             return None
         if getattr(guide, "prototype_trace", guide) is None:  # a guide finds its sites at its first call
@@ -67,7 +67,7 @@ class Graphs:
         return entry.objective
 
     def drop(self, objective: Objective, why: NotTraceable) -> None:
-        """Falls back to Pyro's handlers in place of this objective."""
+        """Replaces this objective by Pyro's handlers, with a warning."""
         for entry in self._entries:
             if entry.objective is objective:
                 entry.objective = None
@@ -193,7 +193,7 @@ class Objective:
         self.own = leaves
 
     def parameters(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The guide's, attached: site -> mean and standard deviation."""
+        """The guide's parameters, attached: site -> mean and standard deviation."""
         for name in self._own_names:  # SVI optimises the parameters that it sees being read
             pyro.param(name)
         return self.guide.parameters_by_site()
@@ -344,7 +344,7 @@ def _constant_prior(model_site: Node, guide_site: Node, recorder: Recorder) -> N
 
 
 def _divergence(guide_site: Node, model_site: Node) -> Tensor:
-    """Analytic where it is known, else estimated at the draw: as Pyro's ``TraceMeanField_ELBO``."""
+    """The divergence of a site, as in Pyro's ``TraceMeanField_ELBO``: analytic where it is known, else estimated at the draw."""
     try:
         divergence = kl_divergence(guide_site["fn"], model_site["fn"])
     except NotImplementedError:

@@ -30,7 +30,7 @@ _JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_
 
 
 class _Elbo(Protocol):
-    """What every ELBO of Pyro implements, and their base class does not declare."""
+    """Methods that every ELBO of Pyro has, and that their base class does not declare."""
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float: ...
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor: ...
