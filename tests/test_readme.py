@@ -4,7 +4,10 @@ import json
 import math
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
+
+import pytest
 
 import pyro_advbayes as ab
 from tutorials.papers.apd_active_learning import curves as learning_curves
@@ -16,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TEXT = " ".join(README.split())  # where lines end is of no matter
 RESULTS = ROOT / "tutorials" / "papers" / "results"
+MEASURED = ROOT / "tests" / "benchmarks" / "results"
 
 
 def test_code_blocks_run_one_after_the_other(tmp_path, monkeypatch):
@@ -210,11 +214,11 @@ SPEEDS = {
 }
 
 
-def medians():
+def medians(name: str = "cpu.json", number: str = "median"):
     """Of the benchmark on a CPU: by row, workload and comparison."""
-    measured = json.loads((ROOT / "tests" / "benchmarks" / "results" / "cpu.json").read_text())["rows"]
+    measured = json.loads((MEASURED / name).read_text())["rows"]
     return {
-        (row, result["what"], compared["what"]): compared["median"]
+        (row, result["what"], compared["what"]): compared[number]
         for row, content in measured.items()
         for result in content["results"]
         for compared in result["comparisons"]
@@ -228,6 +232,39 @@ def test_speeds_are_those_of_the_benchmark():
         assert [cell.strip("*") for cell in told[label]] == [
             f"{found[row, what, f'{ours} / {rival}']:.2f}" for ours in ("graph", "compile")
         ]
+
+
+def test_speeds_on_another_machine_are_those_of_its_file():
+    found = medians("cpu_epyc.json")
+    one, twenty = ((row, f"2-20-20-2, {chains}") for row, chains in (("step_small", "1 chain"), ("against_blackjax", "20 chains")))
+    by_hand = [found[(*one, f"{ours} / hand-written loop")] for ours in ("graph", "compile")]
+    assert "takes {:.2f} (`graph`) and {:.2f} (`compile`) of the loop by hand".format(*by_hand) in TEXT
+    blackjax = "against_blackjax", "2-20-20-2, 1 chain"
+    scan = (*blackjax, "compile / blackjax, scan")
+    low, high = (medians("cpu_epyc.json", quartile)[scan] for quartile in ("low", "high"))
+    assert f"`compile` {found[(*blackjax, 'compile / blackjax')]:.2f} of BlackJAX's time a step a call" in TEXT
+    assert f"**{found[scan]:.1f}** ({low:.1f} to {high:.1f}) of its time with all steps in one call" in TEXT
+    many = [found[(*twenty, f"compile / {rival}")] for rival in ("blackjax", "blackjax, scan")]
+    assert "with 20 chains {:.2f} and **{:.2f}**".format(*many) in TEXT
+
+
+def runs(name: str) -> list[dict]:
+    return [json.loads(line) for line in (MEASURED / name).read_text().splitlines()[1:]]
+
+
+def test_which_sampler_has_the_numbers_of_its_files():
+    kernels = ("SGLD", "SGAdaLD", "SGHMC", "SGHMC-adaptive", "MCLMC")
+    sizes = {(run["case"], run["kernel"]): run["ess"] for run in runs("which_sampler.jsonl")}
+    told = rows("| rows / batch | SGLD | SGAdaLD | SGHMC | SGHMC, adaptive | MCLMC |")
+    for label, ratio in (("1 (full data)", 1), ("4", 4), ("20", 20)):
+        for cell, kernel in zip(told[label], kernels, strict=True):
+            size = sizes[f"linear 200x20 N/B={ratio}", kernel]
+            assert float(cell.split(",")[0]) == pytest.approx(size, abs=0.5 if size > 1 else 0.05), (label, kernel)
+    course = Counter((run["kernel"], run["verdict"]) for run in runs("course.jsonl"))
+    told = rows("| of 13 | SGLD | SGAdaLD | SGHMC | SGHMC, adaptive | MCLMC |")
+    for label, verdict in (("right", "right"), ("wrong or too short, and warned", "warned"), ("refused", "refused")):
+        assert [int(cell.split(" ")[0] or 0) for cell in told[label]] == [course[kernel, verdict] for kernel in kernels]
+    assert {verdict for _, verdict in course} <= {"right", "warned", "refused"}, "README says that none is silent, or a false alarm"
 
 
 def test_what_is_said_of_speed_beside_the_table_is_of_the_benchmark():

@@ -111,7 +111,6 @@ class FullData:
     per_chain = False
     num_data: int | None = None
     batch_size: int | None = None
-
     numbers = 0  # in a batch
 
     def next(self) -> Batch:

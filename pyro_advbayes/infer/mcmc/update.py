@@ -177,7 +177,8 @@ class ChunkUpdates:
             settings = [(self._scalar(run, 1e-6), self._scalar(run, 1.0))] * together
             graph = cast(fx.GraphModule, evaluate)
             held = [getattr(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"]
-            compiled = compile_update(update, theta, [torch.zeros_like(theta)] * together, settings, variables, [tensors] * together, held)
+            example = theta, [torch.zeros_like(theta)] * together, settings, variables, [tensors] * together
+            compiled = compile_update(update, example, held)
             self.seconds += time.perf_counter() - start
             if compiled is None:
                 potential.backend = "graph"
@@ -265,32 +266,19 @@ def chunk_update(kind: str, evaluate: Callable, correction: Callable | None, rul
     return update
 
 
-def compile_update(
-    update: Callable,
-    theta: Tensor,
-    noises: Sequence[Tensor],
-    settings: Sequence[tuple[Tensor, Tensor]],
-    variables: Variables,
-    tensors: Sequence[tuple[Tensor, ...]],
-    held: Sequence[Tensor],
-) -> Callable | None:
+def compile_update(update: Callable, example: Sequence[Any], held: Sequence[Tensor]) -> Callable | None:
     """
     :func:`chunk_update` as machine code; None, with a warning, where that fails. It writes the last theta over the last noise, and leaves
     the other noises as they are.
 
-    :param theta: with ``noises``, ``settings``, ``variables`` and ``tensors``, the arguments of ``update`` that it is compiled for; not
-        changed.
+    :param example: arguments of ``update`` that it is compiled for; not changed.
     :param held: tensors in ``update`` whose values may change in place.
     """
+    _, noises, _, variables, tensors = example
     names, count, width = list(variables), len(noises), len(tensors[0])
 
-    def flat(
-        theta: Tensor,
-        noises: Sequence[Tensor],
-        settings: Sequence[tuple[Tensor, Tensor]],
-        variables: Variables,
-        tensors: Sequence[tuple[Tensor, ...]],
-    ) -> list[Tensor]:
+    def flat(*arguments: Any) -> list[Tensor]:
+        theta, noises, settings, variables, tensors = arguments
         pairs = [value for pair in settings for value in pair]
         return [theta, *noises, *pairs, *variables.values(), *(value for inputs in tensors for value in inputs)]
 
@@ -304,7 +292,7 @@ def compile_update(
 
     overwritten = [count, *range(1 + 3 * count, 1 + 3 * count + len(names))]
     try:
-        run_compiled = compile_graph(functional, flat(theta, noises, settings, variables, tensors), overwritten, held)
+        run_compiled = compile_graph(functional, flat(*example), overwritten, held)
     except Exception as error:  # no C++ compiler, or an operation that it does not support: the graph runs all the same
         reason = str(error).strip().splitlines()[0]
         warn(f"backend='compile' falls back to 'graph', which is slower: the compiler failed ({reason})")
