@@ -46,12 +46,13 @@ def _introduction(header: Row, rows: Sequence[Row]) -> str:
     seeds, machine = len({row["seed"] for row in rows}), header["machine"]
     right = [row for row in rows if row["verdict"] in ("right", "false alarm")]
     alarms = sum(row["verdict"] == "false alarm" for row in right)
+    earlier = "".join(f"\nOf sources {digest}: {which}." for digest, which in header.get("earlier_sources", {}).items())
     return f"""# A first run with the defaults
 
 Written by `python tests/benchmarks/trust.py --table`; it says what the verdicts mean. {len(rows)} runs of
 {header["updates"]} updates, up to {seeds} seeds a cell, torch {machine["versions"]["torch"]}, sources {header["sources"]}.
 Silent: {sum(row["verdict"] == "SILENT" for row in rows)}. False alarms: {alarms} of {len(right)} good runs
-({100.0 * alarms / max(1, len(right)):.1f} %)."""
+({100.0 * alarms / max(1, len(right)):.1f} %).{earlier}"""
 
 
 def _counts(rows: Sequence[Row]) -> str:
