@@ -9,6 +9,7 @@
 #   make kill-test         kills runs at 100 random moments and resumes them
 #   make attack-files      500 damaged files of every kind
 #   make test-matrix       installs with the oldest and newest Python, PyTorch and Pyro, and tests each
+#   make docs              the documentation, docs/_build/index.html
 #   make lint              ruff, the layers of the package, types
 # PYTHON=python3.12 chooses the Python that .venv is made with.
 
@@ -20,7 +21,7 @@ INSTALLED := $(VENV)/.installed
 # Tests that fork have processes to themselves.
 test: export OMP_NUM_THREADS = 1
 
-.PHONY: quickstart test bench trust uci mutants fuzz kill-test attack-files test-matrix lint
+.PHONY: quickstart test bench trust uci mutants fuzz kill-test attack-files test-matrix docs lint
 
 quickstart: $(INSTALLED)
 	$(VENV)/bin/python tutorials/quickstart.py
@@ -53,6 +54,9 @@ attack-files: $(INSTALLED)
 test-matrix:
 	$(PYTHON) tests/matrix.py
 
+docs: $(INSTALLED)
+	$(VENV)/bin/python -m sphinx -W --keep-going -b html docs docs/_build
+
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
@@ -61,5 +65,5 @@ lint: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -c requirements.txt -e ".[dev,notebooks,bench]"
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c requirements.txt -e ".[dev,docs,notebooks,bench]"
 	touch $@

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import statistics
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -17,45 +18,105 @@ from tutorials.papers.as_tables import WEAK, all_seeds, gains
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-TEXT = " ".join(README.split())  # where lines end is of no matter
+PAGES = sorted(page for folder in ("docs", "docs/results") for page in (ROOT / folder).glob("*.md") if not page.is_symlink())
+TOLD = "\n\n".join([README, *(page.read_text() for page in PAGES)])
+TEXT = " ".join(TOLD.split())  # where lines end is of no matter
 RESULTS = ROOT / "tutorials" / "papers" / "results"
 MEASURED = ROOT / "tests" / "benchmarks" / "results"
 
 
-def test_code_blocks_run_one_after_the_other(tmp_path, monkeypatch):
-    """As they are printed, with fewer samples, less data and a rougher look at curvature."""
-    monkeypatch.chdir(tmp_path)
+def blocks(page: Path) -> list[str]:
+    """The Python of a page, as it is printed."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+
+
+def run_small(page: Path, names: dict) -> dict:
+    """Runs a page's blocks one after the other, with 300 images, fewer samples and a rougher look at curvature."""
     digits = ab.datasets.digits
-    monkeypatch.setattr(ab.datasets, "digits", lambda *args, **kwargs: ab.datasets.Examples(*(t[:300] for t in digits(*args, **kwargs))))
-    monkeypatch.setattr("pyro_advbayes.infer.mcmc.step_size.POWER_ITERATIONS", 2)
-    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
-    assert len(blocks) >= 5
-    names: dict = {}
-    for i, block in enumerate(blocks):
-        block = re.sub(r"(num_samples|warmup_steps)=\d{2,}", r"\1=10", block)
-        block = re.sub(r"num_steps_per_sample=\d+", "num_steps_per_sample=5", block)
-        block = re.sub(r"num_steps=\d{3,}", "num_steps=20", block)
-        block = re.sub(r"queries=\d+", "queries=5", block)
-        block = block.replace("APD(small)", "APD(small, batch_size=20)")  # there are 40 draws
-        exec(compile(block, f"README.md, block {i}", "exec"), names)
-    assert names["probs"].shape == (40, 300, 10)
-    assert names["images"].grad.abs().max() > 0
-    assert set(names["found"]["T_eff"]) == {"net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"}
-    assert names["mcmc"].get_samples(group_by_chain=True)["net.2.bias"].shape == (2, 10, 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ab.datasets, "digits", lambda *args, **kwargs: ab.datasets.Examples(*(t[:300] for t in digits(*args, **kwargs))))
+        patch.setattr("pyro_advbayes.infer.mcmc.step_size.POWER_ITERATIONS", 2)
+        for i, block in enumerate(blocks(page)):
+            block = re.sub(r"(num_samples|warmup_steps)=\d{2,}", r"\1=10", block)
+            block = re.sub(r"num_steps_per_sample=\d+", "num_steps_per_sample=5", block)
+            block = re.sub(r"num_steps=\d{3,}", "num_steps=20", block)
+            block = re.sub(r"queries=\d+", "queries=5", block)
+            block = block.replace("APD(small)", "APD(small, batch_size=20)")  # there are 40 draws
+            exec(compile(block, f"{page.name}, block {i}", "exec"), names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    """What README's blocks leave behind; the pages go on from there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("readme"))
+        return run_small(ROOT / "README.md", {})
+
+
+def test_readme_is_short_and_its_code_runs(names):
+    assert len(README.splitlines()) <= 170 and len(blocks(ROOT / "README.md")) >= 3
+    assert names["probs"].shape == (300, 10)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_code_of_a_page_runs_after_that_of_readme(page, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    left = run_small(page, dict(names))
+    if page.stem == "files":
+        assert left["images"].grad.abs().max() > 0
+        assert left["mcmc"].get_samples(group_by_chain=True)["net.2.bias"].shape == (2, 10, 10)
+    if page.stem == "how-long":
+        assert set(left["found"]["T_eff"]) == {"net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"}
+    if page.stem == "trained-networks":
+        assert set(left["chains"].get_samples()) == {"net.2.weight", "net.2.bias"}
+
+
+def test_the_first_posterior_prints_what_readme_says():
+    first = blocks(ROOT / "README.md")[0]
+    told = re.search(r"It prints (\S+), (\S+), (\S+) and (\S+)\. ", TEXT).groups()
+    printed: list = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ab.SamplingWarning)
+        exec(compile(first, "README.md", "exec"), {"print": lambda *values: printed.extend(values)})
+    for value, said, error in zip(printed, told, (0.01, 0.015, 0.015, 0.05), strict=True):  # of another seed
+        assert float(value) == pytest.approx(float(said), abs=error)
+    own = rows("| | accuracy | NLL | ECE | AUROC, out-of-distribution |")
+    assert tuple(own["these digits: posterior"][:3]) == told[:3]
+    found = {name: json.loads((ROOT / "docs" / name).read_text())["results"] for name in ("prior-scales.json", "front-page.json")}
+    cells = {"these digits: one network": found["prior-scales.json"]["one network"]}
+    cells |= {f"Fashion-MNIST, 2000 images: {name}": values for name, values in found["front-page.json"].items()}
+    for label, values in cells.items():
+        assert own[label][:3] == [f"{values[name]:.3f}" for name in ("accuracy", "nll", "ece")], label
+        if "auroc" in values:
+            further = f"; {values['auroc_mutual_information']:.3f} by mutual information" if "auroc_mutual_information" in values else ""
+            assert own[label][3] == f"{values['auroc']:.3f}{further}"
+
+
+def test_priors_have_the_numbers_of_their_file():
+    told = rows("| prior | spread of its logits | its top probability | accuracy | NLL | ECE | R-hat |")
+    found = json.loads((ROOT / "docs" / "prior-scales.json").read_text())["results"]
+    found["one network, Adam"] = found.pop("one network")
+    assert {label.strip("`") for label in told} == set(found)
+    formats = {"prior_logits": ".1f", "prior_top": ".2f", "accuracy": ".3f", "nll": ".3f", "ece": ".3f", "r_hat": ".2f"}
+    for label, cells in told.items():
+        values = found[label.strip("`")]
+        assert cells == [format(values[name], form) if name in values else "" for name, form in formats.items()]
 
 
 def test_every_public_name_has_a_line():
     internal = {"init_to_fan_in", "read_draws"}  # shown in an example; for readers of files
     aliases = {"L2", "Box", "Flow", "Generator"}  # of what ab.adversary holds
-    line = next(line for line in README.splitlines() if line.startswith("| `ab.adversary` |"))
+    page = (ROOT / "docs" / "names.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("| `ab.adversary` |"))
     assert all(getattr(ab, name) is getattr(ab.adversary, name) and f"`ab.{name}`" in line for name in aliases)
     for name in set(ab.__all__) - internal - aliases:
-        assert re.search(rf"^\| (`ab\.\w+`, )?`ab\.{name}\b", README, flags=re.M), name
+        assert re.search(rf"^\| (`ab\.\w+`, )?`ab\.{name}\b", page, flags=re.M), name
 
 
 def rows(header: str) -> dict[str, list[str]]:
     """The table below a header, a list of cells for every label."""
-    table = README.split(header, 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    table = TOLD.split(header, 1)[1].split("\n\n", 1)[0].splitlines()[2:]
     return {label: cells for label, *cells in ([cell.strip() for cell in line.removesuffix("|").split("|")[1:]] for line in table)}
 
 
@@ -314,10 +375,11 @@ def test_what_is_said_of_speed_beside_the_table_is_of_the_benchmark():
 
 
 def test_links_and_commands_exist():
-    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M)
-    for command in re.findall(r"`?make (quickstart|test|bench|lint)\b", README):
-        assert command in targets
-    for heading in re.findall(r"\]\(#([^)]+)\)", README):
-        assert heading in {title.lower().replace(" ", "-") for title in re.findall(r"^## (.*)", README, flags=re.M)}
+    for page in (ROOT / "README.md", *PAGES):
+        text = page.read_text()
+        for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text):
+            assert (page.parent / target).exists(), (page.name, target)
+        for heading in re.findall(r"\]\(#([^)]+)\)", text):
+            assert heading in {title.lower().replace(" ", "-") for title in re.findall(r"^##+ (.*)", text, flags=re.M)}
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert set(re.findall(r"`make ([\w-]+)", TOLD)) <= targets

@@ -188,7 +188,7 @@ def bayes_adapter(
     :param loader: a ``DataLoader``, or any iterable of ``(x, y)`` with a length. Batches are moved to the device of the model's parameters
         or priors. Observations may be NaN where the model masks them.
     :param float weight_decay: the weight decay of the training, > 0, which determines the prior of a plain network; a Pyro model has
-    priors.
+        priors.
     :param int num_epochs: >= 0; 0 makes the guide and fits nothing.
     :param float lr: learning rate of the means, > 0, for losses per data point.
     :param float scale_lr: of the standard deviations, as PyTorch's softplus makes them: of their logarithms, while they are small.

@@ -137,7 +137,7 @@ class PosteriorClassifier(nn.Module):
         :param x: inputs ``[N, ...]``.
         :param y: a tensor for ``reduce``, such as labels ``[N]``.
         :param reduce: differentiable function of log-probabilities ``[chunk, N, K]`` and ``y`` to ``[N]``; each value depends on its row
-        only.
+            only.
         :return: log-probabilities ``[chunk, N, K]``, values ``[N]`` and gradients ``[N, ...]``, detached.
         """
         _, leaves, _ = self._prepared(x)

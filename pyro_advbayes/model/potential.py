@@ -234,7 +234,7 @@ class Potential(Energy):
         return pieces[0] / state.shape[0] if mean else torch.cat(pieces)
 
     def chunks(self, num_chains: int, batch: Batch, size: int | None = None) -> list[Chunk]:
-        """As :meth:`Data.chunks`, by default of :attr:`chunk_size` chains."""
+        """As :meth:`Data.chunks`, by default of ``chunk_size`` chains."""
         return super().chunks(num_chains, batch, self.chunk_size if size is None else size)
 
     def function(self, kind: str, state: Tensor, tensors: Sequence[Tensor]) -> Callable[..., Any]:
