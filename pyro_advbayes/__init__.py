@@ -72,3 +72,8 @@ __all__ = [
     "to_arviz",
     "weight_decay_prior",
 ]
+
+
+def __dir__() -> list[str]:
+    """What is public."""
+    return [*__all__, "__version__"]

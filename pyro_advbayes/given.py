@@ -42,21 +42,36 @@ def refuse_unknown(function: type | Callable, options: Mapping[str, Any]) -> Non
     :param options: keyword arguments of a call.
     :raises UnknownArgument: naming the first that is no argument, and those that are.
     """
-    known = _parameters(function)
+    known = [p.name for p in whole_signature(function).parameters.values() if p.kind is not p.VAR_POSITIONAL]
     unknown = [name for name in options if name not in known]
     if unknown:
         raise UnknownArgument(f"{function.__name__} has no argument {unknown[0]!r}; there are {', '.join(known)}")
 
 
-def _parameters(function: type | Callable) -> list[str]:
-    constructors = [vars(base)["__init__"] for base in getattr(function, "__mro__", ()) if "__init__" in vars(base)]
-    names: list[str] = []
+def whole_signature(function: type | Callable) -> inspect.Signature:
+    """
+    A function's signature; of a class, that of its constructor, in which the arguments of its base's stand for the options that it hands
+    on to it.
+    """
+    bases = [base for base in getattr(function, "__mro__", ()) if base is not object]
+    constructors = [vars(base)["__init__"] for base in bases if "__init__" in vars(base)]
+    merged: dict[str, inspect.Parameter] = {}
     for each in constructors or [function]:
         parameters = list(inspect.signature(each).parameters.values())
-        names += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in (*names, "self")]
-        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+        for parameter in parameters:
+            if parameter.kind is not parameter.VAR_KEYWORD and parameter.name not in (*merged, "self"):
+                kind = inspect.Parameter.KEYWORD_ONLY if each is not (constructors or [function])[0] else parameter.kind
+                merged[parameter.name] = parameter.replace(kind=kind)
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
             break
-    return names
+    return inspect.Signature(list(merged.values()))
+
+
+class WholeSignature:
+    """As a class's ``__signature__``: :func:`whole_signature` for ``help``, completion and documentation, where they would show options."""
+
+    def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        return whole_signature(owner)
 
 
 def check_int(value: Any, name: str, least: int, meaning: str = "", most: int | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 
@@ -467,3 +468,33 @@ def test_a_count_is_an_int_in_its_range(value, most, says):
     assert check_int(3, "count", 3) == 3 and check_int(5, "count", 3, most=5) == 5
     with pytest.raises(ValueError, match=r"^count=True: an int >= 1$"):
         check_int(True, "count", 1)
+
+
+@pytest.mark.parametrize("kernel", [ab.SGLD, ab.SGAdaLD, ab.SGHMC, ab.MCLMC, ab.BAL], ids=lambda kernel: kernel.__name__)
+def test_a_kernel_shows_all_its_arguments_in_help_and_completion(kernel):
+    parameters = inspect.signature(kernel).parameters
+    assert {"model", "batch_size", "num_steps_per_sample", "backend", "chunk_size", "batch_dependent"} <= set(parameters)
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
+    with pytest.raises(TypeError, match=f"there are {', '.join(parameters)}$"):
+        kernel(logistic, lr=0.1)
+    given = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    needed = {"perturb": "x", "clip": (0.0, 1.0)} if kernel is ab.BAL else {}
+    kernel(logistic, **given | needed)  # each is an argument, and takes its default
+
+
+def test_an_option_that_is_handed_on_is_given_by_name():
+    class Named(ab.SGHMC):
+        def __init__(self, model, *, name, **options):
+            self.name = name
+            super().__init__(model, **options)
+
+    parameters = inspect.signature(Named).parameters
+    assert list(parameters)[:2] == ["model", "name"] and parameters["adaptive"].kind is inspect.Parameter.KEYWORD_ONLY
+    inspect.signature(Named).bind(logistic, name="a", adaptive=True, backend="handlers")
+    with pytest.raises(TypeError, match="too many positional"):
+        inspect.signature(Named).bind(logistic, 0.1, name="a")
+
+
+def test_dir_shows_what_is_public():
+    assert set(dir(ab)) == {*ab.__all__, "__version__"}
+    assert all(hasattr(ab, name) for name in dir(ab))

@@ -18,22 +18,67 @@ ROOT = Path(__file__).parent.parent
 SOURCES = pytest.mark.skipif(not (ROOT / "pyro_advbayes").is_dir(), reason="the package is installed, without its sources beside the tests")
 
 
-@SOURCES
-def test_an_sdist_holds_the_package_and_no_test_without_its_helpers(tmp_path):
-    pytest.importorskip("setuptools", minversion="77")
-    copy = tmp_path / "copy"
+USE = """
+import warnings
+import torch
+import pyro_advbayes as ab
+
+warnings.simplefilter("ignore")
+torch.manual_seed(0)
+x = torch.randn(40, 2)
+model = ab.nn.Classifier(ab.nn.bayesianize(torch.nn.Linear(2, 3)))
+mcmc = ab.SGMCMC(ab.SGLD(model, step_size=1e-3), num_samples=3, warmup_steps=1, disable_progbar=True)
+mcmc.run(x, x.argmax(-1))
+print(ab.__file__, ab.PosteriorClassifier(model, mcmc.get_samples())(x).shape)
+"""
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """A source and a binary distribution, built from a copy without a repository around it."""
+    for module in ("build", "twine"):
+        pytest.importorskip(module)
+    copy = tmp_path_factory.mktemp("distribution") / "copy"
     (copy / "tests").mkdir(parents=True)
     shutil.copytree(ROOT / "pyro_advbayes", copy / "pyro_advbayes", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "tests/test_installed.py", "tests/small_models.py"):
         shutil.copy(ROOT / name, copy / name)
-    build = "from setuptools import build_meta; build_meta.build_sdist('.')"
-    done = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "build", "--no-isolation"], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    with tarfile.open(next(copy.glob("*.tar.gz"))) as file:
+    return copy / "dist"
+
+
+@SOURCES
+def test_an_sdist_holds_the_package_and_no_test_without_its_helpers(distributions):
+    with tarfile.open(next(distributions.glob("*.tar.gz"))) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pyro_advbayes").rglob("*.py")}
     assert sources | {"pyproject.toml", "README.md", "LICENSE", "pyro_advbayes/py.typed"} <= names
     assert not [name for name in names if name.startswith("tests")]
+
+
+@SOURCES
+def test_an_index_would_take_both_distributions(distributions):
+    files = [str(path) for path in distributions.iterdir()]
+    assert len(files) == 2
+    done = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@SOURCES
+def test_the_wheel_works_away_from_the_checkout(distributions, tmp_path):
+    wheel = next(distributions.glob("*.whl"))
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(tmp_path / "site"), str(wheel)]
+    subprocess.run(install, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", USE],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == str(tmp_path / "site" / "pyro_advbayes" / "__init__.py") and "[40, 3]" in done.stdout
 
 
 EXTRAS = {

@@ -12,7 +12,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyro_advbayes.checked import checked
-from pyro_advbayes.given import check_choice, check_int, refuse_unknown
+from pyro_advbayes.given import WholeSignature, check_choice, check_int, refuse_unknown
 from pyro_advbayes.infer.mcmc import noise_estimate, temperatures
 from pyro_advbayes.infer.mcmc import step_size as auto_step
 from pyro_advbayes.infer.mcmc.control_variate import ControlVariate
@@ -63,6 +63,7 @@ class SGMCMCKernel(MCMCKernel):
 
     rule_type: type[Rule]
     update_rule: Rule
+    __signature__ = WholeSignature()
     mixes = True  # whether all chains sample one law, and must agree
 
     def __new__(cls, *args: Any, **options: Any) -> SGMCMCKernel:
