@@ -41,7 +41,7 @@ def run_small(page: Path, names: dict) -> dict:
             block = re.sub(r"num_steps_per_sample=\d+", "num_steps_per_sample=5", block)
             block = re.sub(r"num_steps=\d{3,}", "num_steps=20", block)
             block = re.sub(r"queries=\d+", "queries=5", block)
-            block = block.replace("APD(small)", "APD(small, batch_size=20)")  # there are 40 draws
+
             exec(compile(block, f"{page.name}, block {i}", "exec"), names)
     return names
 

@@ -242,6 +242,21 @@ MUTATIONS = [
     ),
     *of(
         "infer/distill/compare.py",
+        "infer/distill/test_compare.py::test_two_sets_of_draws_are_compared_like_a_guide_and_its_draws",
+        ("comparison: only the first of the second set", "_spaced(len(made), num_samples)", "torch.arange(num_samples)"),
+    ),
+    *of(
+        "infer/distill/apd.py",
+        "infer/distill/test_apd.py::test_a_batch_that_nobody_asked_for_is_no_larger_than_the_draws",
+        ("distillation: a batch of more than the draws", "batch_size=min(self.settings.batch_size, len(rows))", "batch_size=256"),
+    ),
+    *of(
+        "given.py",
+        "test_given.py::test_an_option_that_is_handed_on_is_given_by_name",
+        ("signature: an option by position", "inspect.Parameter.KEYWORD_ONLY if each", "parameter.kind if each"),
+    ),
+    *of(
+        "infer/distill/compare.py",
         "infer/distill/test_compare.py::test_mutual_information_is_compared_input_by_input",
         (
             "comparison: signed differences of information",

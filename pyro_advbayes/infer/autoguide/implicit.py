@@ -22,7 +22,7 @@ from pyro_advbayes.infer.autoguide.factored import FactoredGenerator
 from pyro_advbayes.infer.autoguide.generators import MLPGenerator, NetworkGenerator, RowGenerator
 from pyro_advbayes.infer.autoguide.hyper import HyperGenerator
 from pyro_advbayes.infer.autoguide.model_sites import check_support, declared_priors, missing_sites, moved, refuse_grouped
-from pyro_advbayes.infer.autoguide.rows import row_dtype, sites_of
+from pyro_advbayes.infer.autoguide.rows import constrained, row_dtype, sites_of
 from pyro_advbayes.infer.autoguide.stored import pack_sites, unpack_sites
 from pyro_advbayes.infer.conditioned import without_leading_ones
 from pyro_advbayes.infer.mcmc.fingerprint import model_name
@@ -66,6 +66,19 @@ class Storage(NamedTuple):
     bytes: int
     draw_bytes: int
     pays_from: int
+
+
+def model_sites_of(model: Callable, values: Mapping[str, Tensor], source: str = "samples") -> tuple[Site, ...]:
+    """
+    Sites of draws ``[chains, draws, *shape]``, on the supports that the model declares.
+
+    :param source: name of the draws in messages.
+    :raises ValueError: naming a site that differs from the model's declaration.
+    """
+    declared = declared_priors(model, {name: value.shape[2:] for name, value in values.items()})
+    refuse_grouped(values, declared, source)
+    maps = {name: map_onto(name, prior) for name, prior in declared.items()}
+    return sites_of(values, {name: moved(transform, values[name].device) for name, transform in maps.items()})
 
 
 @checked
@@ -129,16 +142,8 @@ class AutoImplicit(AutoGuide):
         self.sites = tuple(sites)
 
     def sites_of(self, values: Mapping[str, Tensor], source: str = "samples") -> tuple[Site, ...]:
-        """
-        Sites of draws ``[chains, draws, *shape]``, on the supports that the model declares.
-
-        :param source: name of the draws in messages.
-        :raises ValueError: naming a site that differs from the model's declaration.
-        """
-        declared = declared_priors(self.model, {name: value.shape[2:] for name, value in values.items()})
-        refuse_grouped(values, declared, source)
-        maps = {name: map_onto(name, prior) for name, prior in declared.items()}
-        return sites_of(values, {name: moved(transform, values[name].device) for name, transform in maps.items()})
+        """:func:`model_sites_of` of the guide's model."""
+        return model_sites_of(self.model, values, source)
 
     @property
     def network(self) -> RowGenerator:
@@ -208,11 +213,7 @@ class AutoImplicit(AutoGuide):
 
     def constrain(self, rows: Tensor) -> dict[str, Tensor]:
         """Site -> ``[n, *shape]``, in the model's own space, of rows ``[n, P]``."""
-        parts = rows.split([site.numel for site in self.sites], dim=-1)
-        return {
-            site.name: site.transform(part.reshape(-1, *site.unconstrained_shape)).to(site.dtype)
-            for site, part in zip(self.sites, parts, strict=True)
-        }
+        return constrained(self.sites, rows)
 
     def _check_fitted(self) -> None:
         if self.num_draws is None:

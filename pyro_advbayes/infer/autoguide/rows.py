@@ -58,6 +58,15 @@ def sites_of(values: Mapping[str, Tensor], transforms: Mapping[str, Transform] |
     return tuple(sites)
 
 
+def constrained(sites: Sequence[Site], rows: Tensor) -> dict[str, Tensor]:
+    """Site -> ``[n, *shape]``, in the model's own space, of rows ``[n, P]``."""
+    parts = rows.split([site.numel for site in sites], dim=-1)
+    return {
+        site.name: site.transform(part.reshape(-1, *site.unconstrained_shape)).to(site.dtype)
+        for site, part in zip(sites, parts, strict=True)
+    }
+
+
 def row_dtype(sites: Sequence[Site]) -> torch.dtype:
     """One dtype for all sites."""
     dtype = sites[0].dtype

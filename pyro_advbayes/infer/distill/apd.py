@@ -46,6 +46,9 @@ PRESETS = {
 }
 
 
+FEWEST_DRAWS = 20  # that are fitted without a word about their number: chains, taken for draws, are fewer
+
+
 class Fit(NamedTuple):
     """
     The end of a fit. ``steps``: of the generator; ``distance``: two-sample distance of the kept generator from the draws, in standardised
@@ -79,7 +82,8 @@ class APD:
     :param int checkpoint_every: steps between checkpoints, >= 1.
     :param bool overwrite: whether the checkpoint may replace an existing file.
     :param bool disable_progbar: no progress bar; there is none where the output is no terminal.
-    :param changes: changes of the preset's settings, see :class:`~pyro_advbayes.infer.distill.training.Settings`.
+    :param changes: changes of the preset's settings, see :class:`~pyro_advbayes.infer.distill.training.Settings`. Where they do not name a
+        ``batch_size``, that of the preset is the number of draws at most.
     :raises ValueError: naming an argument out of range.
     """
 
@@ -97,6 +101,7 @@ class APD:
         if not isinstance(guide, AutoImplicit):
             raise ValueError(f"guide={type(guide).__name__}: an AutoImplicit is needed")
         self.settings = settings_of(preset, changes)
+        self._fewest = self.settings.batch_size if "batch_size" in changes else FEWEST_DRAWS
         self.guide, self.disable_progbar, self.overwrite = guide, disable_progbar, overwrite
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every = check_int(checkpoint_every, "checkpoint_every", 1)
@@ -112,8 +117,8 @@ class APD:
             whose prior the model does not declare (as a ``PyroSample`` of a distribution), since draws do not tell the support, and for
             the noise of a :class:`FactoredGenerator`.
         :param kwargs: its keyword arguments.
-        :raises ValueError: naming the site, if draws are missing, fewer than a batch, not finite, or constant in an element; or if the
-            generator does not fit.
+        :raises ValueError: naming the site, if draws are missing, fewer than 20 or than the ``batch_size`` that was asked for, not finite,
+            or constant in an element; or if the generator does not fit.
         :raises FileExistsError: if there is a checkpoint already.
         :raises RuntimeError: if another run writes to the checkpoint.
         """
@@ -180,7 +185,7 @@ class APD:
 
     def _prepare(self, samples: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Rows, Potential | None]:
         """The draws as rows, for which the guide's generator is prepared."""
-        guide, settings = self.guide, self.settings
+        guide = self.guide
         values, source = read_samples(samples)
         potential = Potential(guide.model, args, kwargs) if args or kwargs else None
         if potential is None:
@@ -188,11 +193,12 @@ class APD:
         else:
             sites, device = potential.sites, potential.device
         rows = SampleRows(values, sites, row_dtype(sites), device, source)
-        if len(rows) < settings.batch_size:
+        if len(rows) < self._fewest:
             raise ValueError(
-                f"{source}: {len(rows)} draws are fewer than batch_size={settings.batch_size}: take a smaller batch, or more draws; of "
+                f"{source}: {len(rows)} draws are fewer than batch_size={self._fewest}: take a smaller batch, or more draws; of "
                 "several chains, get_samples() without group_by_chain=True"
             )
+        self.settings = dataclasses.replace(self.settings, batch_size=min(self.settings.batch_size, len(rows)))
         mean, sd = rows.moments()
         refuse_constant(rows, mean, sd)
         if not same_sites(guide.sites, sites):

@@ -1,4 +1,4 @@
-"""The comparison of a distilled guide with its draws: :func:`compare`."""
+"""The comparison of a distilled guide with its draws, or of two sets of draws: :func:`compare`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from pyro_advbayes.checked import checked
 from pyro_advbayes.diagnostics.two_sample import MMDTest, mmd_test, sliced_wasserstein
 from pyro_advbayes.diagnostics.uncertainty import mutual_information
 from pyro_advbayes.given import check_int
-from pyro_advbayes.infer.autoguide.implicit import AutoImplicit
-from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, read_samples
+from pyro_advbayes.infer.autoguide.generators import RowGenerator
+from pyro_advbayes.infer.autoguide.implicit import AutoImplicit, model_sites_of
+from pyro_advbayes.infer.autoguide.rows import READY, Rows, SampleRows, constrained, read_samples, row_dtype, sites_of
 from pyro_advbayes.infer.predictive import Predictive
 from pyro_advbayes.model.outcomes import Origins
 from pyro_advbayes.model.program import run
 from pyro_advbayes.model.readout import Readout
 from pyro_advbayes.model.refusals import signature_of
+from pyro_advbayes.model.structure import Site
 
 
 class Against(NamedTuple):
@@ -80,8 +82,9 @@ class Comparison(NamedTuple):
 @checked
 def compare(
     samples: Mapping[str, Tensor] | str | Path,
-    guide: AutoImplicit,
+    guide: AutoImplicit | Mapping[str, Tensor] | str | Path,
     *args: Any,
+    model: Callable | None = None,
     num_samples: int | None = None,
     num_projections: int = 128,
     num_permutations: int = 500,
@@ -89,52 +92,82 @@ def compare(
     **kwargs: Any,
 ) -> Comparison:
     """
-    Compares a guide with the draws that it was fitted to: their laws in standardised, unconstrained space, their marginal moments and
-    their predictions. No distance between finite sets of draws is 0: the floor is that between the first and the second half of the draws.
-    If chains have not mixed, the floor is large, and an error of the guide does not show. ::
+    Compares a guide with the draws that it was fitted to, or two sets of draws: their laws in standardised, unconstrained space, their
+    marginal moments and their predictions. No distance between finite sets of draws is 0: the floor is that between the first and the
+    second half of the draws. If chains have not mixed, the floor is large, and an error of the guide does not show. ::
 
         print(distill.compare(mcmc.get_samples(), guide, x_test))
+        print(distill.compare(mcmc.get_samples(), nuts.get_samples(), x_test, model=model))
 
     A p-value assumes independent draws: thin the chains, or compare it with that of the halves.
 
     :param samples: as for :meth:`APD.fit <pyro_advbayes.infer.distill.APD>`.
-    :param guide: a fitted guide.
+    :param guide: a fitted guide, or a second set of draws in one of the forms of ``samples``.
     :param args: the model's arguments without observations: inputs at which predictions are compared. The predictions are the
         probabilities of a classifier's likelihood, as in :class:`~pyro_advbayes.PosteriorClassifier`. Without inputs none are compared.
+    :param model: of two sets of draws, for predictions and for the supports that it declares (as ``PyroSample``); without it sites are
+        compared in the model's own space. A guide has a model.
     :param num_samples: draws of each half and of the guide, from 2 to half the draws; evenly spaced. By default at most 1000.
     :param num_projections: directions of the sliced Wasserstein distance, >= 1.
     :param num_permutations: relabellings of the MMD test, >= 1.
     :param str return_site: as in :class:`~pyro_advbayes.PosteriorClassifier`.
     :raises ValueError: if the draws are not those of the guide's sites, are too few or not finite; if the guide's sites are not those of
-        the model; if the model is not a classifier; or naming a number out of range.
+        the model; if the model is not a classifier or is missing; or naming a number out of range.
     """
-    guide.sample(1)  # raises if the guide has not been fitted
-    guide.check(*args, **kwargs)
     values, source = read_samples(samples)
-    rows = SampleRows(values, guide.sites, guide.dtype, guide.device, source)
-    most = len(rows) // 2
+    sites, made = _compared(values, guide, model, args, kwargs)
+    if isinstance(guide, AutoImplicit):
+        dtype, device, model = guide.dtype, guide.device, guide.model
+    else:
+        dtype, device = row_dtype(sites), next(iter(values.values())).device
+    rows = SampleRows(values, sites, dtype, device, source)
+    most = min(len(rows) // 2, len(made) if isinstance(made, Rows) else len(rows))
     if num_samples is None:
         num_samples = min(most, 1000, max(50, READY // rows.size))
-    check_int(num_samples, "num_samples", 2, f"at most half of the {len(rows)} draws", most)
+    limit = f"at most half of the {len(rows)} draws" + (f", and the {len(made)} of the second set" if isinstance(made, Rows) else "")
+    check_int(num_samples, "num_samples", 2, limit, most)
     mean, sd = rows.moments()
-    sets = [*_halves(rows, num_samples), guide.network.sample(num_samples)]
+    other = made.take(_spaced(len(made), num_samples)).to(device, dtype) if isinstance(made, Rows) else made.sample(num_samples)
+    sets = [*_halves(rows, num_samples), other]
     scale = torch.where(sd > 0, sd, torch.ones_like(sd))
-    one, two, made = ((part - mean) / scale for part in sets)
-    sliced = _against(lambda a, b: sliced_wasserstein(a, b, num_projections), one, two, made)
+    one, two, third = ((part - mean) / scale for part in sets)
+    sliced = _against(lambda a, b: sliced_wasserstein(a, b, num_projections), one, two, third)
     mixed = torch.cat([one[::2], two[::2]])[:num_samples]
     return Comparison(
         num_samples,
         sliced,
-        mmd_test(mixed, made, num_permutations),
+        mmd_test(mixed, third, num_permutations),
         mmd_test(one, two, num_permutations),
-        {site.name: _moments(*(part[:, site.start : site.start + site.numel] for part in (one, two, made))) for site in rows.sites},
-        _functions([guide.constrain(part) for part in sets], guide, args, kwargs, return_site) if args or kwargs else None,
+        {site.name: _moments(*(part[:, site.start : site.start + site.numel] for part in (one, two, third))) for site in rows.sites},
+        _functions([constrained(sites, part) for part in sets], model, args, kwargs, return_site) if model and (args or kwargs) else None,
     )
+
+
+def _compared(
+    values: Mapping[str, Tensor], guide: AutoImplicit | Mapping[str, Tensor] | str | Path, model: Callable | None, args: Any, kwargs: Any
+) -> tuple[tuple[Site, ...], Rows | RowGenerator]:
+    """The sites, and what the draws are compared with."""
+    if isinstance(guide, AutoImplicit):
+        if model is not None:
+            raise ValueError("model=: an AutoImplicit has a model; model= is for two sets of draws")
+        guide.sample(1)  # raises if the guide has not been fitted
+        guide.check(*args, **kwargs)
+        return guide.sites, guide.network
+    if model is None and (args or kwargs):
+        raise ValueError("model: two sets of draws have none, and predictions at inputs need it: give model=..., or leave the inputs out")
+    sites = sites_of(values) if model is None else model_sites_of(model, values)
+    others, _ = read_samples(guide)
+    return sites, SampleRows(others, sites, row_dtype(sites), next(iter(others.values())).device, "guide")
+
+
+def _spaced(length: int, count: int) -> Tensor:
+    """Evenly spaced places."""
+    return torch.linspace(0, length - 1, count).round().long()
 
 
 def _halves(rows: Rows, count: int) -> list[Tensor]:
     half = len(rows) // 2
-    steps = torch.linspace(0, half - 1, count).round().long()
+    steps = _spaced(half, count)
     return [rows.take(steps), rows.take(steps + len(rows) - half)]
 
 
@@ -172,11 +205,9 @@ class _Probabilities:
             return self._readout.logits(trace, origins).double().softmax(-1)
 
 
-def _functions(
-    sets: list[dict[str, Tensor]], guide: AutoImplicit, args: tuple[Any, ...], kwargs: dict[str, Any], site: str
-) -> FunctionSpace:
-    model = _Probabilities(guide.model, sets[0], site)
-    probs = [Predictive(model, samples, return_sites=["_RETURN"])(*args, **kwargs)["_RETURN"] for samples in sets]
+def _functions(sets: list[dict[str, Tensor]], model: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], site: str) -> FunctionSpace:
+    predicted = _Probabilities(model, sets[0], site)
+    probs = [Predictive(predicted, samples, return_sites=["_RETURN"])(*args, **kwargs)["_RETURN"] for samples in sets]
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
         p, q = a.mean(0), b.mean(0)

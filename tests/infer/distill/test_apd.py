@@ -473,6 +473,25 @@ def test_sites_that_turn_out_to_be_constrained_are_fitted_anew():
     assert bool((guide.sample(1000)["scale"] > 0).all())
 
 
+def test_a_batch_that_nobody_asked_for_is_no_larger_than_the_draws(tmp_path):
+    draws = {"w": torch.randn(40, 3), "b": torch.randn(40)}
+    path = tmp_path / "fit.safetensors"
+    guide = AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,)))
+    fitted = APD(guide, num_steps=40, checkpoint=path, checkpoint_every=20)
+    assert fitted.settings.batch_size == 256
+    fitted.fit(draws)
+    assert fitted.settings.batch_size == 40 and fitted.settings.num_steps == 40
+    again = AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,)))
+    APD.resume(path, again, draws)  # with the batch that it had
+    made = []
+    for one in (guide, again):
+        torch.manual_seed(0)
+        made.append(one.network.sample(3))
+    assert torch.equal(*made)
+    kept = FactoredGenerator(rank=2, hidden=None, packed=True)
+    APD(AutoImplicit(logistic, kept)).fit(draws, *data())
+
+
 def test_bad_draws_are_refused_by_name():
     x, y = data()
     good = {"w": torch.randn(300, 3), "b": torch.randn(300)}
@@ -480,8 +499,8 @@ def test_bad_draws_are_refused_by_name():
     def fit(samples, *args, **settings):
         APD(AutoImplicit(logistic, MLPGenerator(noise=3, hidden=(8,))), num_steps=1, **settings).fit(samples, *args)
 
-    with pytest.raises(ValueError, match="20 draws are fewer than batch_size=256: take a smaller batch"):
-        fit({k: v[:20] for k, v in good.items()})
+    with pytest.raises(ValueError, match="20 draws are fewer than batch_size=21: take a smaller batch"):
+        fit({k: v[:20] for k, v in good.items()}, batch_size=21)
     for count in (2, 3):
         with pytest.raises(ValueError, match=f"{count} draws cannot be split into two sets .*: at least 4 are needed, or check_every=None"):
             fit({k: v[:count] for k, v in good.items()}, batch_size=2)
@@ -545,7 +564,7 @@ def test_draws_grouped_by_chain_are_refused_where_the_model_declares_its_shapes(
         APD(members, batch_size=4, num_steps=1).fit(few)
     with pytest.warns(UserWarning, match="APD has not measured its distance from the draws by step 1:"):
         assert APD(members, batch_size=4, num_steps=1).fit(few, torch.randn(5, 3)).steps == 1
-    with pytest.raises(ValueError, match=r"8 draws are fewer than batch_size=256: .*without group_by_chain=True"):
+    with pytest.raises(ValueError, match=r"8 draws are fewer than batch_size=20: .*without group_by_chain=True"):
         APD(AutoImplicit(vector(3), MLPGenerator(noise=3, hidden=(8,)))).fit({"w": torch.randn(8, 100, 3)})
 
 

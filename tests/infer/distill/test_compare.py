@@ -159,3 +159,31 @@ def test_bad_input_is_refused_by_name():
                 compare(draws(), guide(), **{name: wrong})
     with pytest.raises(ValueError, match=r"return_site='slope' holds neither the logits nor the probabilities of .* site 'obs'"):
         compare(draws(), guide(), X, return_site="slope")
+    with pytest.raises(ValueError, match=r"predictions at inputs need it: give model=\.\.\., or leave the inputs out"):
+        compare(draws(), draws(), X)
+    with pytest.raises(ValueError, match="an AutoImplicit has a model"):
+        compare(draws(), guide(), X, model=model)
+    with pytest.raises(ValueError, match="guide: site 'offset' is missing"):
+        compare(draws(), {"slope": torch.randn(10)}, X, model=model)
+    with pytest.raises(
+        ValueError, match="num_samples=11: at most half of the 2000 draws, and the 10 of the second set, an int from 2 to 10"
+    ):
+        compare(draws(), draws(10), num_samples=11)
+
+
+def test_two_sets_of_draws_are_compared_like_a_guide_and_its_draws():
+    same, off = draws(), draws()
+    off["slope"] = off["slope"] + 1.0
+    near, far = (compare(draws(), other, X, model=model) for other in (same, off))
+    assert near.mmd.p_value > 0.01 > far.mmd.p_value
+    # 1000 draws of each: standard error of the difference of means .045
+    assert near.moments["slope"].mean.value < 4 * 0.045 and far.moments["slope"].mean.value == pytest.approx(1.0, abs=4 * 0.045)
+    assert far.moments["offset"].mean.value < 4 * 0.045
+    assert far.functions.total_variation.value > 0.05 > near.functions.total_variation.value
+    assert compare(draws(), off).functions is None
+    # a set and itself: the second set is spaced over all of it, as the halves are over theirs, and the means of all are those of the halves
+    one = draws(4) | {"slope": torch.tensor([0.0, 5.0, 1.0, 2.0])}
+    exact = compare(one, one, num_samples=2, num_permutations=1)
+    # means: 1.0 of the first and the last, 2.5 and 1.5 of the halves
+    expected = (1.5 + 0.5) / 2 / float(one["slope"].std())
+    assert exact.moments["slope"].mean.value == pytest.approx(expected, rel=1e-5)
