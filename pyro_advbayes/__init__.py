@@ -22,6 +22,7 @@ from pyro_advbayes.infer.mcmc.sgadald import SGAdaLD
 from pyro_advbayes.infer.mcmc.sghmc import SGHMC
 from pyro_advbayes.infer.mcmc.sgld import SGLD
 from pyro_advbayes.infer.predictive import Predictive
+from pyro_advbayes.infer.prior import PriorPredictive, prior_predictive
 from pyro_advbayes.infer.regressor import PosteriorRegressor
 from pyro_advbayes.model.initialization import init_to_fan_in
 from pyro_advbayes.model.notices import TemperedLikelihoodWarning
@@ -49,6 +50,7 @@ __all__ = [
     "PosteriorRegressor",
     "Potential",
     "Predictive",
+    "PriorPredictive",
     "SGAdaLD",
     "SamplingWarning",
     "TemperedLikelihoodWarning",
@@ -67,6 +69,7 @@ __all__ = [
     "init_to_fan_in",
     "minibatch",
     "nn",
+    "prior_predictive",
     "read_draws",
     "schedules",
     "to_arviz",

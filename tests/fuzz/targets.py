@@ -32,7 +32,7 @@ RESULTS = {
         "RegressionSplit",
         "Reliability",
     ),
-    *("EnsembleStart", "Reliability", "Report", "RetainedAccuracy", "SamplingWarning", "TemperedLikelihoodWarning"),
+    *("EnsembleStart", "Reliability", "Report", "RetainedAccuracy", "PriorPredictive", "SamplingWarning", "TemperedLikelihoodWarning"),
     *("Prior", "PRESETS", "Attack"),
 }
 FREE_TEXT = {"label", "xlabel", "root", "path", "checkpoint", "shared", "exclude", "coords", "dims"}  # whatever is said there has a meaning
@@ -241,6 +241,7 @@ OVERRIDES: dict[str, dict[str, Callable[[], Any]]] = {  # by the function's name
     },
     "deep_ensemble": {"args": VALID["args"], "optim": lambda: pyro.optim.Adam({"lr": 0.01}), "num_members": lambda: 2},
     "ensemble_start": {"num_chains": lambda: 2, "num_epochs": lambda: 1, "batch_size": lambda: 3, "validation_share": lambda: 0.4},
+    "prior_predictive": {"num_draws": lambda: 2, "site": None},
     "read_draws": {"path": lambda: written() / "run.draws.safetensors"},
     "to_arviz": {"posterior": finished, "model": None, "num_samples": None},
     "evaluate": {"classifier": lambda: classify, "attacks": lambda: [attacks.FGSM(0.1, clip=(-5.0, 5.0))]},
@@ -364,7 +365,7 @@ def targets() -> list[Target]:
             value = getattr(room, name)
             if inspect.ismodule(value) or name in RESULTS:
                 continue
-            if name == "ensemble_start":  # takes the model's arguments by position
+            if name in ("ensemble_start", "prior_predictive"):  # take the model's arguments by position
                 value = functools.partial(value, logistic, X, Y)
             found[f"{room.__name__.split('.')[-1]}.{name}"] = Target(name, functools.partial(_made, name, value))
     return [*found.values(), *METHODS]

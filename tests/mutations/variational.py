@@ -246,6 +246,16 @@ MUTATIONS = [
         ("comparison: only the first of the second set", "_spaced(len(made), num_samples)", "torch.arange(num_samples)"),
     ),
     *of(
+        "infer/prior.py",
+        "infer/test_prior.py",
+        ("prior: logits with their mean over classes", "(values - values.mean(-1, keepdim=True)).std()", "values.std()"),
+        ("prior: the mean probability", "values.softmax(-1).amax(-1).mean()", "values.softmax(-1).mean()"),
+        ("prior: a unit is dead that is 0 once", "(output == 0).all(0)", "(output == 0).any(0)"),
+        ("prior: the noise is the mean", "scale=float(scale.median())", "scale=float(mean.median())"),
+        ("prior: hooks stay", "            hook.remove()", "            pass"),
+        ("prior: statistics are written", "with torch.no_grad(), kept_statistics():", "with torch.no_grad():"),
+    ),
+    *of(
         "infer/distill/apd.py",
         "infer/distill/test_apd.py::test_a_batch_that_nobody_asked_for_is_no_larger_than_the_draws",
         ("distillation: a batch of more than the draws", "batch_size=min(self.settings.batch_size, len(rows))", "batch_size=256"),
