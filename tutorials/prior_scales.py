@@ -25,7 +25,8 @@ import pyro_advbayes as ab
 from pyro_advbayes import diagnostics as dg
 
 PRIORS = {f"FanIn(scale={scale})": ab.nn.FanIn(scale=scale) for scale in (1.0, 1.4, 2.0, 3.0, 4.0, 6.0)} | {
-    "Normal(0, 1)": Normal(0.0, 1.0)
+    "Normal(0, 1)": Normal(0.0, 1.0),
+    "LearnedScale()": ab.nn.LearnedScale(),
 }
 
 
@@ -56,15 +57,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Priors of several widths on scikit-learn's digits.")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the file, which is replaced")
     parser.add_argument("--updates", type=int, default=50, help="between samples, of which 100 warm up and 200 are kept")
+    parser.add_argument(
+        "--only", nargs="+", choices=PRIORS, default=list(PRIORS), metavar="PRIOR", help="the file keeps the others' results"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     x, y = ab.datasets.digits("train", flatten=True)
     x_test, y_test = ab.datasets.digits("test", flatten=True)
     x, x_test = ((images - x.mean(0)) / x.std() for images in (x, x_test))
 
+    path, results = args.out / "prior-scales.json", {}
+    if len(args.only) < len(PRIORS) and path.exists():
+        results = json.loads(path.read_text())["results"]
     pyro.set_rng_seed(0)
-    results = {"one network": scores(train_network(x, y, x_test), y_test)}
-    for name, prior in PRIORS.items():
+    results["one network"] = scores(train_network(x, y, x_test), y_test)
+    for name in args.only:
+        prior = PRIORS[name]
         pyro.set_rng_seed(0)
         model = ab.nn.Classifier(ab.nn.bayesianize(new_network(), prior=prior))
         believed = ab.Predictive(model, num_samples=100, return_sites=["_RETURN"])(x_test)["_RETURN"]
@@ -79,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         results[name] = found
         print(name, {key: round(value, 3) for key, value in found.items()}, flush=True)
     content = {"updates": args.updates, "results": results}
-    (args.out / "prior-scales.json").write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n")
     return content
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyro_advbayes.nn.bayesian import FanIn, Prior, bayesianize
+from pyro_advbayes.nn.bayesian import FanIn, LearnedScale, Prior, bayesianize
 from pyro_advbayes.nn.classifier import Classifier
 from pyro_advbayes.nn.dropout import dropout_guide, mc_dropout
 from pyro_advbayes.nn.reparameterization import ExemplarReparameterization, Flipout, LocalReparameterization
@@ -12,6 +12,7 @@ __all__ = [
     "ExemplarReparameterization",
     "FanIn",
     "Flipout",
+    "LearnedScale",
     "LocalReparameterization",
     "Prior",
     "bayesianize",

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from pyro.distributions import Normal
+from pyro.distributions import HalfNormal, Normal
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule, PyroSample
 from pyro.nn.module import to_pyro_module_
@@ -71,8 +71,69 @@ class FanIn:
 
 
 @checked
+@dataclass(frozen=True)
+class LearnedScale:
+    r"""
+    A prior whose widths are learnt with the weights: every tensor has a scale of its own, a latent site, in non-centred form:
+
+    .. math:: w = m + s\, r, \qquad s \sim \mathrm{HalfNormal}(\text{scale}), \qquad r \sim \mathcal{N}(0, 1 / \text{fan\_in}),
+
+    with fan_in as in :class:`FanIn`, of which this is the hierarchical form. Of a tensor without a fan-in (a bias)
+    :math:`s \sim \mathrm{HalfNormal}(\text{bias\_scale})` and :math:`r \sim \mathcal{N}(0, 1)`. The mean m is 1 for the gains of PyTorch's
+    normalisation layers, which have no fan-in either, and 0 for all else.
+
+    The sites of a tensor ``"0.weight"`` are ``"0.weight_scale"``, a number, and ``"0.weight_raw"``; ``"0.weight"`` itself is deterministic:
+    ``Predictive(..., return_sites=["0.weight"])`` has it.
+
+    Source: R. Neal, Bayesian Learning for Neural Networks, 1996, chapter 3; the non-centred form: O. Papaspiliopoulos, G. Roberts and
+    M. Sköld, A general framework for the parametrization of hierarchical models, 2007.
+
+    :param float scale: of the standard deviation of a pre-activation per unit of input, > 0.
+    :param float bias_scale: of the standard deviation of tensors without a fan-in, > 0.
+    """
+
+    scale: float = 3.0
+    bias_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "bias_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"LearnedScale needs {name} > 0, got {getattr(self, name)}.")
+
+    def install(self, module: PyroModule, attribute: str, name: str, value: torch.Tensor) -> None:
+        """
+        Gives a parameter its three sites.
+
+        :param name: of its site.
+        :raises ValueError: if the module has an attribute of the name of one of them.
+        """
+        normalization = isinstance(module, NORMALIZATIONS)
+        without_fan_in = normalization or value.dim() < 2
+        raw = Normal(0.0, 1.0) if without_fan_in else FanIn()(name, value)
+        width = HalfNormal(self.bias_scale if without_fan_in else self.scale)
+        for ending in ("_raw", "_scale"):
+            if hasattr(module, attribute + ending):
+                raise ValueError(f"{name!r}: the module has an attribute {attribute + ending!r}, which LearnedScale needs: rename it.")
+        raw, width = _fit(raw, f"{name}_raw", value), _fit(width, f"{name}_scale", value.new_zeros(()))
+        setattr(module, f"{attribute}_raw", PyroSample(raw))
+        setattr(module, f"{attribute}_scale", PyroSample(width))
+        setattr(module, attribute, PyroSample(_Scaled(attribute, 1.0 if normalization and attribute == "weight" else 0.0)))
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """A deterministic site of a module, ``mean`` + scale × raw."""
+
+    attribute: str
+    mean: float
+
+    def __call__(self, module: PyroModule) -> torch.Tensor:
+        return self.mean + getattr(module, f"{self.attribute}_scale") * getattr(module, f"{self.attribute}_raw")
+
+
+@checked
 def bayesianize(
-    net: torch.nn.Module, prior: Prior = Normal(0.0, 1.0), *, exclude: str | Sequence[str] = (), eval_only: bool = True
+    net: torch.nn.Module, prior: Prior | LearnedScale = Normal(0.0, 1.0), *, exclude: str | Sequence[str] = (), eval_only: bool = True
 ) -> PyroModule:
     """
     Copies a network and gives every parameter of the copy a prior, so that calling it draws its weights. ::
@@ -97,7 +158,7 @@ def bayesianize(
     :param torch.nn.Module net: any network that is not a Pyro module yet.
     :param prior: one Pyro distribution, expanded to the shape of each parameter; or a function of a parameter's name
         and value that returns its distribution (which is expanded likewise), or None for no prior;
-        :class:`FanIn` is such a function.
+        :class:`FanIn` is such a function. :class:`LearnedScale` is a hierarchical prior.
     :param exclude: one pattern or several (as in :mod:`fnmatch`: ``"0.*"``, ``"*.bias"``) for the names of
         parameters without a prior. They remain ``nn.Parameter`` s with the values of the original: samplers do not
         change them, variational inference optimises those that require a gradient.
@@ -126,7 +187,9 @@ def bayesianize(
     for name, (module, attribute, value) in parameters.items():
         if name not in excluded:
             distribution: TorchDistributionMixin | None
-            if isinstance(prior, FanIn) and isinstance(module, NORMALIZATIONS):
+            if isinstance(prior, LearnedScale):
+                distribution = Normal(0.0, 1.0)  # whose place the three sites take
+            elif isinstance(prior, FanIn) and isinstance(module, NORMALIZATIONS):
                 distribution = prior.of_normalization(attribute)
             else:
                 distribution = prior if isinstance(prior, TorchDistributionMixin) else prior(name, value.detach())
@@ -136,8 +199,11 @@ def bayesianize(
         raise ValueError("No parameter is left to get a prior: exclude fewer, or let prior return a distribution.")
     _check_ties(parameters, priors)
     for name, distribution in priors.items():
-        module, attribute, _ = parameters[name]
-        setattr(module, attribute, PyroSample(distribution))
+        module, attribute, value = parameters[name]
+        if isinstance(prior, LearnedScale):
+            prior.install(module, attribute, name, value.detach())
+        else:
+            setattr(module, attribute, PyroSample(distribution))
     return copied
 
 
@@ -194,11 +260,13 @@ def _pyro_modules(model: torch.nn.Module) -> list[PyroModule]:
 def declared_sites(model: PyroModule) -> dict[str, Any]:
     """
     The sites that a model's modules declare as ``PyroSample``, drawn or not: name -> prior, a distribution or a function of the module.
+    What :class:`LearnedScale` computes from others is not drawn.
     """
     return {
         f"{module._pyro_name}.{attribute}".lstrip("."): prior
         for module in _pyro_modules(model)
         for attribute, prior in module._pyro_samples.items()
+        if not isinstance(prior, _Scaled)
     }
 
 

@@ -246,6 +246,17 @@ MUTATIONS = [
         ("comparison: only the first of the second set", "_spaced(len(made), num_samples)", "torch.arange(num_samples)"),
     ),
     *of(
+        "nn/bayesian.py",
+        "nn/test_learned_scale.py::test_the_law_of_the_weights_is_that_of_the_formula",
+        ("learned scale: gains around 0", "return self.mean + getattr", "return 0.0 + getattr"),
+        (
+            "learned scale: raw weights of unit width",
+            "raw = Normal(0.0, 1.0) if without_fan_in else FanIn()(name, value)",
+            "raw = Normal(0.0, 1.0)",
+        ),
+        ("learned scale: one width for all", "self.bias_scale if without_fan_in else self.scale", "self.scale"),
+    ),
+    *of(
         "infer/prior.py",
         "infer/test_prior.py",
         ("prior: logits with their mean over classes", "(values - values.mean(-1, keepdim=True)).std()", "values.std()"),
