@@ -247,6 +247,7 @@ OVERRIDES: dict[str, dict[str, Callable[[], Any]]] = {  # by the function's name
     "evaluate": {"classifier": lambda: classify, "attacks": lambda: [attacks.FGSM(0.1, clip=(-5.0, 5.0))]},
     "GuideClassifier": {"model": lambda: classifier, "num_samples": lambda: 2},
     "FanIn": {"scale": lambda: 1.0},
+    "LearnedScale": {"scale": lambda: 1.0},
     "Classifier": {"net": lambda: bayesian.bayesianize(network())},
     "dropout_guide": {"model": lambda: bayesian.mc_dropout(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)))},
     "mc_dropout": {"net": lambda: nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5))},

@@ -321,7 +321,7 @@ def test_networks_whose_parameters_cannot_become_sites_are_refused(make, message
         ({"exclude": ["0.*", "bias"]}, "exclude='bias' matches no parameter"),
         ({"exclude": "*"}, "No parameter is left"),
         ({"prior": lambda name, value: None}, "No parameter is left"),
-        ({"prior": 1.0}, r"prior=1\.0: a distribution of pyro\.distributions or a function is needed"),
+        ({"prior": 1.0}, r"prior=1\.0: a distribution of pyro\.distributions or a function or a LearnedScale is needed"),
         ({"prior": lambda name, value: 1.0}, r"prior of '0\.weight' must be a distribution of pyro\.distributions"),
         ({"prior": torch.distributions.Normal(0.0, 1.0)}, r"prior is a torch Normal: a distribution of pyro\.distributions or"),
         ({"prior": dist.Normal(torch.zeros(5), 1.0)}, r"prior of '0\.weight' has shape \(5,\).*\(4, 3\)"),
