@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("tests", "models", "tutorials", "pyproject.toml", "README.md", "MANIFEST.in", "LICENSE", "CONTRIBUTING.md", "Makefile")
+COPIED = (
+    *("tests", "models", "tutorials", "docs", "pyproject.toml", "MANIFEST.in", "Makefile"),
+    *("README.md", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"),
+)
 # Files, chains, ArviZ, guides: what has broken between versions. --all runs everything.
 QUICK = (
     "tests/storage",
