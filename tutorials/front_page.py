@@ -51,9 +51,9 @@ class Task(NamedTuple):
 def load(root: Path | None, count: int) -> Task:
     """The first images of each set, centred by the training images' mean and divided by their standard deviation."""
     train, test, digits = (
-        ab.datasets.fashion_mnist(root=root, split="train", flatten=True),
-        ab.datasets.fashion_mnist(root=root, split="test", flatten=True),
-        ab.datasets.mnist(root=root, split="test", flatten=True),
+        ab.datasets.fashion_mnist("train", root, flatten=True),
+        ab.datasets.fashion_mnist("test", root, flatten=True),
+        ab.datasets.mnist("test", root, flatten=True),
     )
     x = train.x[:count]
     mean, std = x.mean(0), x.std()

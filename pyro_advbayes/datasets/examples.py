@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+SPLITS = ("train", "test")
 
 
 class Examples(NamedTuple):
@@ -25,9 +30,30 @@ def check_split(split: str) -> bool:
 
     :raises ValueError: if it is neither ``"train"`` nor ``"test"``.
     """
-    if split not in ("train", "test"):
+    if split not in SPLITS:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     return split == "train"
+
+
+def split_first(load: Callable[..., Examples]) -> Callable[..., Examples]:
+    """
+    A function of ``(split, root, ...)`` that also understands the order of earlier versions, folder first, where that is clear: a split is
+    in the second place or has its name, or a folder is alone.
+    """
+
+    @functools.wraps(load)
+    def wrapper(*args: Any, **kwargs: Any) -> Examples:
+        if args and "split" in kwargs:
+            args = (kwargs.pop("split"), *args)
+        elif len(args) > 1 and args[0] not in SPLITS and args[1] in SPLITS:
+            args = (args[1], args[0], *args[2:])
+        elif (
+            len(args) == 1 and "root" not in kwargs and args[0] not in SPLITS and isinstance(args[0], str | Path) and Path(args[0]).is_dir()
+        ):
+            args = ("train", *args)
+        return load(*args, **kwargs)
+
+    return wrapper
 
 
 def image_examples(pixels: Tensor, labels: Tensor, *, white: int, scale: tuple[float, float], flatten: bool) -> Examples:

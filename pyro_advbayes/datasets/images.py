@@ -1,5 +1,6 @@
 """Image sets read from files in a data folder. Every function takes these arguments:
 
+- ``split``, first where there are two: ``"train"`` or ``"test"``. The order of earlier versions, ``mnist(folder, "test")``, is understood;
 - ``root``: the data folder; ``None`` reads it from the environment variable ``PYRO_ADVBAYES_DATA``;
 - ``scale``: ``(low, high)``, the values of pixels 0 and 255; the APD paper uses ``(-1, 1)``;
 - ``flatten``: ``[N, C*H*W]`` instead of ``[N, C, H, W]``;
@@ -19,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_advbayes.checked import checked
-from pyro_advbayes.datasets.examples import Examples, check_split, image_examples
+from pyro_advbayes.datasets.examples import Examples, check_split, image_examples, split_first
 from pyro_advbayes.datasets.files import check_labels, find_file, read_idx, read_npz
 from pyro_advbayes.given import need_extra
 
@@ -27,22 +28,25 @@ Scale = tuple[float, float]
 _GREY_LAYOUT = "`images`, uint8 [N, 28, 28], and "
 
 
+@split_first
 @checked
-def mnist(root: str | Path | None = None, split: str = "train", *, scale: Scale = (0.0, 1.0), flatten: bool = False) -> Examples:
+def mnist(split: str = "train", root: str | Path | None = None, *, scale: Scale = (0.0, 1.0), flatten: bool = False) -> Examples:
     """MNIST: 60 000 + 10 000 digits, ``[N, 1, 28, 28]``, from the files that torchvision downloads.
 
     :param split: ``"train"`` or ``"test"``. The other arguments, and the errors: see the top of this module.
     """
-    return _idx_set("MNIST", root, split, scale, flatten)
+    return _idx_set("MNIST", split, root, scale, flatten)
 
 
+@split_first
+@split_first
 @checked
-def fashion_mnist(root: str | Path | None = None, split: str = "train", *, scale: Scale = (0.0, 1.0), flatten: bool = False) -> Examples:
+def fashion_mnist(split: str = "train", root: str | Path | None = None, *, scale: Scale = (0.0, 1.0), flatten: bool = False) -> Examples:
     """Fashion-MNIST: 60 000 + 10 000 pieces of clothing, ``[N, 1, 28, 28]``, from the files that torchvision downloads.
 
     :param split: ``"train"`` or ``"test"``. The other arguments, and the errors: see the top of this module.
     """
-    return _idx_set("FashionMNIST", root, split, scale, flatten)
+    return _idx_set("FashionMNIST", split, root, scale, flatten)
 
 
 @checked
@@ -51,7 +55,7 @@ def notmnist(root: str | Path | None = None, *, scale: Scale = (0.0, 1.0), flatt
 
     The arguments, and the errors: see the top of this module.
     """
-    return _idx_set("notMNIST", root, "test", scale, flatten)
+    return _idx_set("notMNIST", "test", root, scale, flatten)
 
 
 @checked
@@ -84,8 +88,9 @@ def cifar10_grey(root: str | Path | None = None, *, scale: Scale = (0.0, 1.0), f
     return _grey_npz("cifar10bw28.npz", "labels", 10, root, remedy, scale, flatten)
 
 
+@split_first
 @checked
-def cifar10(root: str | Path | None = None, split: str = "train", *, scale: Scale = (0.0, 1.0), flatten: bool = False) -> Examples:
+def cifar10(split: str = "train", root: str | Path | None = None, *, scale: Scale = (0.0, 1.0), flatten: bool = False) -> Examples:
     """CIFAR-10 from JPEG copies: 50 000 + 10 000 colour images, ``[N, 3, 32, 32]``.
 
     JPEG is lossy: pixels are close to the official ones, not equal, so numbers are not strictly comparable with those
@@ -133,7 +138,7 @@ def _decode(path: Path, jpeg: Tensor, offsets: list[int], rows: range) -> Tensor
     return pixels
 
 
-def _idx_set(name: str, root: str | Path | None, split: str, scale: Scale, flatten: bool) -> Examples:
+def _idx_set(name: str, split: str, root: str | Path | None, scale: Scale, flatten: bool) -> Examples:
     """One split of a set in MNIST's format, in the folders that torchvision makes."""
     prefix = "train" if check_split(split) else "t10k"
     remedy = (

@@ -95,7 +95,7 @@ def test_grey_npz_sets_give_the_bytes_of_the_file_as_inputs(tmp_path, load, writ
 def test_cifar10_decodes_the_images_of_its_split(tmp_path):
     write_cifar(tmp_path)
     for split, rows in [("train", slice(0, 3)), ("test", slice(3, 5))]:
-        x, y = datasets.cifar10(tmp_path, split)
+        x, y = datasets.cifar10(split, tmp_path)
         assert x.shape == (len(LABELS[rows]), 3, 32, 32) and x.dtype == torch.float32
         wanted = torch.from_numpy(COLOURS[rows]).permute(0, 3, 1, 2) / 255
         assert (x - wanted).abs().max() < 4 / 255  # JPEG, one colour per image
@@ -104,10 +104,24 @@ def test_cifar10_decodes_the_images_of_its_split(tmp_path):
 
 def test_scale_and_flatten_change_range_and_shape_only(tmp_path):
     write_idx_set(tmp_path, "MNIST", "t10k")
-    plain, scaled = (datasets.mnist(tmp_path, "test", **o).x for o in ({}, {"scale": (-1.0, 1.0), "flatten": True}))
+    plain, scaled = (datasets.mnist("test", tmp_path, **o).x for o in ({}, {"scale": (-1.0, 1.0), "flatten": True}))
     assert scaled.shape == (5, 784)
     assert scaled.min() == -1 and scaled.max() == 1
     torch.testing.assert_close(scaled, 2 * plain.flatten(1) - 1)
+
+
+def test_a_split_comes_first_and_the_order_of_earlier_versions_is_understood(tmp_path, monkeypatch):
+    write_idx_set(tmp_path, "MNIST", "t10k")
+    write_idx_set(tmp_path, "MNIST", "train")
+    pixels = {split: datasets.mnist(split, tmp_path).x for split in ("train", "test")}
+    for found in (datasets.mnist(tmp_path, "test"), datasets.mnist(tmp_path, split="test"), datasets.mnist(split="test", root=tmp_path)):
+        assert torch.equal(found.x, pixels["test"])
+    for folder in (tmp_path, str(tmp_path)):
+        assert torch.equal(datasets.mnist(folder).x, pixels["train"])
+    monkeypatch.setenv("PYRO_ADVBAYES_DATA", str(tmp_path))
+    assert torch.equal(datasets.mnist("test").x, pixels["test"])
+    with pytest.raises(ValueError, match="split must be 'train' or 'test', got 'tets'"):
+        datasets.mnist("tets")
 
 
 def test_the_environment_names_the_data_folder_and_an_argument_overrides_it(tmp_path, monkeypatch):
@@ -171,7 +185,7 @@ def test_a_broken_idx_file_is_named(tmp_path, file, damage):
     write_idx_set(tmp_path, "MNIST", "t10k")
     damage(tmp_path / file)
     with pytest.raises(ValueError, match="idx"):
-        datasets.mnist(tmp_path, "test")
+        datasets.mnist("test", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +227,7 @@ def test_a_broken_npz_file_is_named_with_the_reason(tmp_path, damage, reason):
 def test_a_broken_cifar_file_is_named_with_the_reason(tmp_path, changes, reason):
     write_cifar(tmp_path, **changes)
     with pytest.raises(ValueError, match=reason) as error:
-        datasets.cifar10(tmp_path)
+        datasets.cifar10(root=tmp_path)
     assert "cifar10.npz" in str(error.value)
 
 
@@ -226,7 +240,7 @@ def test_a_cifar_image_of_another_size_is_named(tmp_path):
     offsets[0] = 0
     write_cifar(tmp_path, jpeg=jpeg, offsets=offsets)
     with pytest.raises(ValueError, match=r"image 0 is \[3, 16, 32\]"):
-        datasets.cifar10(tmp_path)
+        datasets.cifar10(root=tmp_path)
 
 
 @pytest.mark.skipif(not REAL, reason="PYRO_ADVBAYES_DATA does not name a folder with the real sets")

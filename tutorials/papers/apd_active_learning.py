@@ -86,7 +86,7 @@ def load(name: str, scale: Scale, data: Path | None, device: str) -> tuple[tuple
         sets = [ab.datasets.digits(split, scale=RANGE) for split in ("train", "test")]
         (x, y), (x_test, y_test) = ((interpolate(x, (28, 28), mode="bilinear"), y) for x, y in sets)
     else:
-        (x, y), (x_test, y_test) = (ab.datasets.mnist(data, split, scale=RANGE) for split in ("train", "test"))
+        (x, y), (x_test, y_test) = (ab.datasets.mnist(split, data, scale=RANGE) for split in ("train", "test"))
     count = scale.num_test
     return (x.to(device), y.to(device)), (x_test[:count].to(device), y_test[:count].to(device))
 

@@ -130,7 +130,7 @@ def load(name: str, scale: Scale, data: Path | None, device: str) -> Task:
                 "Uniform": s * torch.rand(shape, generator=noise),
             }
     else:
-        (x, y), (x_test, y_test) = (ab.datasets.mnist(data, split, scale=RANGE, flatten=True) for split in ("train", "test"))
+        (x, y), (x_test, y_test) = (ab.datasets.mnist(split, data, scale=RANGE, flatten=True) for split in ("train", "test"))
         for s in SCALES_OF_INPUTS:
             others[f"s = {s:g}"] = ab.datasets.mnist_ood(data, s, num_images=scale.num_images, flatten=True)
     train, rest = slice(scale.num_train), slice(scale.num_train, None)

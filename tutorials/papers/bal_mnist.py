@@ -126,7 +126,7 @@ def load(name: str, scale: Scale, data: Path | None, device: str) -> Task:
         sets = (ab.datasets.digits(split) for split in ("train", "test"))
         sets = [(torch.nn.functional.interpolate(x, (28, 28), mode="bilinear"), y) for x, y in sets]
     else:
-        sets = [ab.datasets.mnist(data, split) for split in ("train", "test")]
+        sets = [ab.datasets.mnist(split, data) for split in ("train", "test")]
     (x, y), (x_test, y_test) = sets
     return Task(*(t.to(device) for t in (x[: scale.num_train], y[: scale.num_train], x_test[: scale.num_test], y_test[: scale.num_test])))
 
