@@ -328,6 +328,13 @@ def test_which_sampler_has_the_numbers_of_its_files():
     assert {verdict for _, verdict in course} <= {"right", "warned", "refused"}, "README says that none is silent, or a false alarm"
 
 
+def test_first_runs_are_those_of_their_file():
+    found = Counter(run["verdict"] for run in runs("trust.jsonl"))
+    right, alarms = found["right"], found["false alarm"]
+    assert f"Of {found.total()} first runs with default arguments on posteriors with known moments, {right} were right, " in TEXT
+    assert f"{found['SILENT']} were wrong without a warning, and {100 * alarms / (right + alarms):.1f} % of the good ones warned" in TEXT
+
+
 def test_what_is_said_of_speed_beside_the_table_is_of_the_benchmark():
     found = medians()
 
